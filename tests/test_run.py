@@ -1,0 +1,178 @@
+"""The life cycle as a user meets it: one command, offline, resumable, with errors that say what to do."""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import psutil, pytest
+
+from conftest import ROOT, no_network
+from llmops_ref.pipeline import STAGES
+
+QUESTION = "How do I point an alias at a specific model version?"
+
+
+def metrics(project, env="staging", volatile=("version", "second", "ms", "tok_s", "mb", "load", "memory")):
+    "Metrics that must not depend on the machine's mood."
+    stages = json.loads(project.llmops("status", "--env", env, "--json").stdout)["stages"]
+    return {f"{s['stage']}.{k}": v for s in stages for k, v in s["metrics"].items() if not any(word in k.lower() for word in volatile)}
+
+
+def test_every_stage_ran_without_a_network(finished):
+    stages = json.loads(finished.llmops("status", "--env", "staging", "--json").stdout)["stages"]
+    assert [s["stage"] for s in stages] == [s.notebook for s in STAGES]
+    assert [s["state"] for s in stages] == ["up to date"] * len(STAGES)
+    if not no_network(): pytest.skip("the life cycle ran, but this system does not let us cut the network off (unshare -rn)")
+
+
+def test_second_run_does_nothing(finished):
+    start = time.time()
+    again = finished.llmops("run", "--env", "staging")
+    assert again.returncode == 0 and "Everything is up to date" in again.stdout
+    assert "  ran " not in again.stdout
+    print(f"second run: {time.time() - start:.1f} s")
+
+
+def test_report_stands_alone(finished):
+    page = (finished.root / "runs" / "staging" / "latest" / "report.html").read_text()
+    import re
+    assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page), "the report loads something from outside"
+    for stage in STAGES: assert stage.notebook in page
+    for link in re.findall(r'href="([^"#]+\.(?:html|ipynb))"', page):
+        assert (finished.root / "runs" / "staging" / "latest" / link).exists(), f"broken link {link}"
+
+
+def test_asking_the_champion(finished):
+    reply = json.loads(finished.llmops("ask", QUESTION, "--env", "staging", "--json").stdout)
+    shown = {p["number"]: p["document_id"] for p in reply["passages"]}
+    assert "mlflow.MlflowClient.set_registered_model_alias" in shown.values()
+    assert reply["answer"].strip() and set(reply["citations"]) <= set(shown)
+
+
+def test_many_questions_from_standard_input(finished):
+    done = finished.llmops("search", "-k", "2", "--env", "staging", stdin=f"{QUESTION}\nlog a metric\n")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["question"] for row in rows] == [QUESTION, "log a metric"]
+    assert all(len(row["passages"]) == 2 for row in rows)
+
+
+def test_prose_does_not_run_a_stage_again_but_code_does(finished):
+    path = finished.root / "nbs" / "03_retrieval.ipynb"
+    original, notebook = path.read_text(), json.loads(path.read_text())
+    prose = next(c for c in notebook["cells"][2:] if c["cell_type"] == "markdown")
+    prose["source"].append("\n\nOne more sentence.")
+    path.write_text(json.dumps(notebook))
+    assert json.loads(finished.llmops("why", "03", "--env", "staging", "--json").stdout)["reasons"] == []
+    code = next(c for c in reversed(notebook["cells"]) if c["cell_type"] == "code")
+    code["source"].append("\n1 + 1")
+    path.write_text(json.dumps(notebook))
+    assert json.loads(finished.llmops("why", "03", "--env", "staging", "--json").stdout)["reasons"] == ["03_retrieval.ipynb changed"]
+    path.write_text(original)
+
+
+def test_a_setting_concerns_only_the_stages_that_read_it(finished):
+    def stale(**settings): return [s["stage"] for s in json.loads(finished.llmops("status", "--env", "staging", "--json", **settings).stdout)["stages"] if s["state"] == "stale"]
+    assert stale() == []
+    assert "01_hub" not in (changed := stale(RETRIEVAL_K="2")) and "04_prompts" in changed and "02_corpus" not in changed
+    assert stale(CHUNK_WORDS="70") == ["02_corpus"]
+
+
+def test_changed_questions_are_noticed(finished):
+    path = finished.root / "data" / "questions.jsonl"
+    original = path.read_text()
+    path.write_text(original.replace("specific model version", "particular model version", 1))
+    assert "input file:data/questions.jsonl" in finished.llmops("why", "corpus", "--env", "staging").stdout
+    path.write_text(original)
+
+
+def test_killed_kernel_then_resume(finished):
+    "kill -9 of a kernel: the run fails and names the way on; the next run completes with the same numbers."
+    before = metrics(finished)
+    (finished.root / "stores" / "staging" / "stages" / "retrieval.json").unlink()          # as if it had never run
+    run = finished.start("run", "--env", "staging")
+    kernel = None
+    for _ in range(600):
+        kernels = [p for p in psutil.Process(run.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+        if kernels and kernels[0].cpu_times().user > 2: kernel = kernels[0]; break
+        time.sleep(0.05)
+    kernel.send_signal(signal.SIGKILL)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert "03_retrieval failed" in output and "The kernel died" in output and "Resume with:       llmops run --env staging --from 03" in output
+    done = finished.llmops("run", "--env", "staging")
+    assert done.returncode == 0, done.stderr
+    assert "ran     03_retrieval" in done.stdout
+    assert metrics(finished) == before
+
+
+def test_environments_are_apart(project):
+    "A run in prod leaves no trace in dev, and the kernel really ran prod."
+    done = project.llmops("run", "--env", "prod", "--only", "corpus", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (project.root / "stores").iterdir() if p.name != "cache") == ["prod"]
+    assert not (project.root / "runs" / "dev").exists()
+    executed = json.loads((project.root / "runs" / "prod" / "latest" / "02_corpus.ipynb").read_text())
+    injected = [c for c in executed["cells"] if "injected-parameters" in c["metadata"].get("tags", [])]
+    assert 'env = "prod"' in "".join(injected[0]["source"])
+
+
+def broken_questions(p): (p.root / "data" / "questions.jsonl").open("a").write("{not json\n")
+def untag(p):
+    path = p.root / "nbs" / "02_corpus.ipynb"
+    path.write_text(path.read_text().replace('"parameters"', '"other"'))
+def old_key(p): (p.root / "settings.ini").write_text((p.root / "settings.ini").read_text().replace("seed = 17", "sead = 17"))
+def nothing(p): pass
+
+BAD = {
+    "unknown environment": (nothing, ["run", "--env", "qa"], {}, "Unknown environment 'qa'"),
+    "unknown stage": (nothing, ["run", "--only", "vectors"], {}, "Unknown stage 'vectors'. The stages are: 01_hub"),
+    "stages in the wrong order": (nothing, ["run", "--from", "05", "--to", "02"], {}, "wrong order"),
+    "bad parameter": (nothing, ["run", "--set", "retrieval_k=many"], {}, "retrieval_k = 'many'"),
+    "unknown parameter": (nothing, ["run", "--set", "retrival_k=3"], {}, "did you mean 'retrieval_k'"),
+    "unknown key in the file": (old_key, ["run"], {}, "settings.ini [DEFAULT] sead: unknown key; did you mean 'seed'"),
+    "broken line in the questions": (broken_questions, ["run"], {}, "line 155: not valid JSON"),
+    "a stage without its tag": (untag, ["run"], {}, "02_corpus.ipynb must have exactly one cell with the tag `parameters`"),
+    "a package that is not installed": (nothing, ["run", "--only", "corpus"], dict(CORPUS_PACKAGES="no-such-thing"), "'no-such-thing'"),
+    "an empty corpus": (nothing, ["run", "--only", "corpus"], dict(CORPUS_EXCLUDE="*"), "there are no documents"),
+    "a provider without a URL": (nothing, ["run", "--app", "third_party"], {}, "needs `third_party_url`"),
+    "nothing deployed": (nothing, ["ask", "Anything?"], {}, "Nothing is deployed in dev yet"),
+    "no index": (nothing, ["search", "Anything?"], {}, "No index is published in dev"),
+}
+
+@pytest.mark.parametrize("case", BAD, ids=lambda c: c.replace(" ", "-"))
+def test_bad_input_is_one_clear_error(project, case):
+    breaks, command, settings, expected = BAD[case]
+    breaks(project)
+    done = project.llmops(*command, **settings)
+    assert done.returncode == 1
+    assert expected in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    tables = project.root / "stores" / "dev" / "tables"
+    assert not tables.exists() or not list(tables.iterdir()), "something was written"
+
+
+def test_busy_port(project):
+    import socket
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0)); listener.listen()
+        done = project.llmops("run", SERVING_PORT=str(listener.getsockname()[1]))
+    assert done.returncode == 1 and "is in use" in done.stderr and "  ran " not in done.stdout
+
+
+def test_damaged_index_is_refused(finished):
+    pointer = finished.root / "stores" / "staging" / "index" / "current.json"
+    vectors = pointer.parent / json.loads(pointer.read_text())["folder"] / "vectors.faiss"
+    original = vectors.read_bytes()
+    damaged = bytearray(original); damaged[len(damaged) // 2] ^= 4
+    vectors.write_bytes(damaged)
+    try:
+        done = finished.llmops("search", "log a metric", "--env", "staging")
+        assert done.returncode == 1 and "vectors.faiss is damaged or was replaced" in done.stderr and "--only retrieval --force" in done.stderr
+    finally: vectors.write_bytes(original)
+
+
+def test_two_runs_of_one_environment(project):
+    "The second one stops with a clear message; it does not mix with the first."
+    from filelock import FileLock
+    (project.root / "stores" / "dev").mkdir(parents=True)
+    with FileLock(project.root / "stores" / "dev" / ".lock"):
+        done = project.llmops("run")
+    assert done.returncode == 1 and "Another run of dev is in progress" in done.stderr
