@@ -19,6 +19,7 @@ from .assistant import PLAIN_PROMPT, as_retriever, make_chain
 from .llm import Endpoint, chat_client, serve_gguf
 from .embedding import Embedder
 from .retrieval import Index
+from .workspace import verify_digest
 
 # %% ../nbs/03b_agent.ipynb #51d8c026
 class AssistantAgent(ResponsesAgent):
@@ -27,6 +28,8 @@ class AssistantAgent(ResponsesAgent):
         "Open the index and start the model; called once by MLflow when the model is loaded."
         mlflow.langchain.autolog()
         config, files = context.model_config, {name: Path(path) for name, path in context.artifacts.items()}
+        for name, digest in config["digests"].items():
+            verify_digest(files[name], digest, "This version cannot serve: go back with `llmops rollback`, or log a new one with `llmops run --from validation --force`.")
         self.stack = contextlib.ExitStack()
         if "model" in files: endpoint = self.stack.enter_context(serve_gguf(files["model"], files.get("adapter"), slots=config["slots"]))
         else: endpoint = Endpoint(config["base_url"], config["model"], os.environ.get(config["secret"]))

@@ -130,8 +130,8 @@ def open_assistant(
 REQUIREMENTS = ("mlflow", "langchain-core", "langchain-openai", "xllamacpp", "faiss-cpu", "bm25s", "onnxruntime", "tokenizers", "pandas", "pyarrow", "fastcore")
 
 def _share(copy: Path, original: Path):
-    "Replace a copy on the same disk by a hard link."
-    if copy.is_file() and file_digest(copy) == file_digest(original):
+    "Replace a fresh copy on the same disk by a hard link."
+    if copy.is_file() and copy.stat().st_size == original.stat().st_size:
         try:
             os.link(original, temporary := copy.with_name(f".{copy.name}.link"))
             os.replace(temporary, copy)
@@ -153,12 +153,14 @@ def log_assistant(
         endpoint = third_party_endpoint(ws)
         settings |= dict(base_url=endpoint.base_url, model=endpoint.model, secret=config.third_party_secret)
     else: shared["model"] = chosen_gguf(ws)
-    if adapter: artifacts["adapter"] = str(adapter)
+    if adapter and "model" in shared: artifacts["adapter"] = str(adapter)
     if config.retrieval != "off":
         artifacts |= dict(index=str(index_folder(ws)), tokenizer=str(minilm_folder() / "tokenizer.json"))
         shared["embedder"] = ws.cache(MINILM_SHA256, "minilm.onnx")
+    artifacts |= {name: str(path) for name, path in shared.items()}
+    settings["digests"] = {name: file_digest(path) for name, path in artifacts.items() if Path(path).is_file()}     # an index has its own
     info = mlflow.pyfunc.log_model(name="assistant", python_model=str(write_atomic(ws.path("assistant_model.py"), agent.MODEL_CODE)), model_config=settings,
-                                   artifacts=artifacts | {k: str(v) for k, v in shared.items()}, code_paths=[str(Path(agent.__file__).parent)],
+                                   artifacts=artifacts, code_paths=[str(Path(agent.__file__).parent)],
                                    pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS])
     if ws.config.platform == "local":
         for path in ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/artifacts/*"):

@@ -31,7 +31,6 @@ class Config:
     seed: int
     hub_probe_questions: int
     hub_max_seconds_per_answer: float
-    hub_reference: bool
     corpus_packages: list[str]
     corpus_exclude: list[str]
     corpus_documents: int
@@ -53,6 +52,7 @@ class Config:
     finetune_held_out: int
     finetune_seconds: float
     finetune_rank: int
+    finetune_layers: int
     finetune_lr: float
     finetune_groups_per_step: int
     validation_questions: int
@@ -94,6 +94,7 @@ def _parse(text, kind):
 
 # %% ../nbs/00_config.ipynb #6003cb3e
 def _check_range(key, value):
+    if key == "corpus_packages" and not value: raise ValueError("the name of at least one installed package")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if value < 0: raise ValueError("a number of 0 or more")
         if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "monitoring_min_cited_share") and value > 1:
@@ -167,7 +168,7 @@ def _layers(parser, path, env, overrides):
         if not name.startswith("LLMOPS_"): continue
         key = name[7:].lower()                      # a near miss is taken too, so that it is reported as an unknown key
         if key in raw or difflib.get_close_matches(key, raw, n=1, cutoff=0.8): raw[key] = (text, f"environment {name}")
-    return raw | {key: (value, "argument") for key, value in overrides.items()}
+    return raw | {key: (value, f"argument {key}") for key, value in overrides.items()}
 
 # %% ../nbs/00_config.ipynb #935c124a
 def explain(

@@ -86,7 +86,7 @@ def serve_gguf(
     name: str | None = None, # Model name to report
 ):
     "Serve a GGUF file over the OpenAI protocol on this machine while the `with` block runs; yields an `Endpoint`."
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")       # read when OpenMP is loaded, so before the import
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")       # read when OpenMP is loaded, so before the import
     import xllamacpp
     for path in filter(None, (model, adapter)):
         if not Path(path).is_file(): raise DataError(f"The model file {path} is missing. Run the stage that makes it: `llmops run`.")

@@ -142,12 +142,13 @@ def preflight(
     stages: list[Stage],
 ) -> None:
     "Check what a run needs before it starts; raises `SettingsError` or `DataError`."
-    from llmops_ref.corpus import load_questions
+    from llmops_ref.corpus import installed, load_questions
     from llmops_ref.llm import base_gguf, third_party_endpoint
     from llmops_ref.embedding import minilm_folder
     config = ws.config
     for stage in stages: check_parameters(config.root / "nbs" / f"{stage.notebook}.ipynb")
     load_questions(config.root / config.questions)
+    for package in config.corpus_packages: installed(package)
     base_gguf(), minilm_folder()
     if config.app == "third_party": third_party_endpoint(ws)
     if config.serving_port and any(s.name in ("deployment", "monitoring") for s in stages): check_port(config.serving_port)
@@ -177,7 +178,7 @@ def run_stage(
     import papermill
     result_file, channel = ws.path("stages", f"{stage.name}.result.json"), Path(tempfile.gettempdir()) / f"llmops-{os.getpid()}.json"
     result_file.unlink(missing_ok=True); channel.unlink(missing_ok=True)
-    os.environ |= {"LLMOPS_PROGRESS": str(channel), "GOMP_SPINCOUNT": "10000", "TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ |= {"LLMOPS_PROGRESS": str(channel), "GOMP_SPINCOUNT": "30000", "TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     os.environ["LLMOPS_SETTINGS"] = str(ws.config.root / "settings.ini")
     output, running, outcome = folder / f"{stage.notebook}.ipynb", folder / f".running-{stage.notebook}.ipynb", {}
     def work():

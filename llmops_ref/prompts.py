@@ -22,13 +22,6 @@ from .workspace import DataError, Workspace, open_workspace
 # %% ../nbs/04_prompts.ipynb #0861bbed
 PROMPTS = dict(
     plain=PLAIN_PROMPT,
-    question_first=f"""Question: {{{{question}}}}
-
-Find the passage that answers it and answer in one or two sentences. Name the function or class, and cite the passage as [n]. If no passage answers the question, say: {REFUSAL}
-
-{{{{passages}}}}
-
-Answer to "{{{{question}}}}":""",
     example=f"""Answer from the numbered passages and cite the one that you use.
 
 Example. Passage: [2] os.remove(path) Remove a file. Question: How do I delete a file? Answer: Use `os.remove` [2]. It removes the file at a path.
@@ -141,14 +134,14 @@ def evaluate_in_mlflow(
     answers: pd.DataFrame, # From `answer_all`
     name: str, # Name of the run
 ) -> str: # Id of the evaluation run
-    "Record answers and their scores as an MLflow evaluation."
+    "Score answers as an MLflow evaluation: each answer becomes a trace that carries its scores."
     mlflow = ws.mlflow()
     from mlflow.genai.scorers import scorer
-    def recorded(measure):
-        def read(outputs, expectations): return outputs["scores"].get(measure)
-        return scorer(read, name=measure)
-    rows = [dict(inputs=dict(question=a["question"]), expectations=dict(expected_response=a["reference"], gold=", ".join(a["gold"])),
-                 outputs=dict(answer=a["answer"], scores={m: a[m] for m in MEASURES if m in a and a[m] == a[m]})) for a in answers.to_dict("records")]
+    def one(measure):
+        def score(outputs, expectations): return score_answer(outputs["answer"], outputs["shown"], expectations["gold"], expectations["expected_response"]).get(measure)
+        return scorer(score, name=measure)
+    rows = [dict(inputs=dict(question=a["question"]), outputs=dict(answer=a["answer"], shown=[p["document_id"] for p in a["passages"]]),
+                 expectations=dict(expected_response=a["reference"], gold=list(a["gold"]))) for a in answers.to_dict("records")]
     with mlflow.start_run(run_name=name, nested=mlflow.active_run() is not None) as run:
-        mlflow.genai.evaluate(data=rows, scorers=[recorded(m) for m in MEASURES if m in answers])
+        mlflow.genai.evaluate(data=rows, scorers=[one(m) for m in MEASURES if m in answers])
     return run.info.run_id

@@ -111,6 +111,11 @@ def spark(self: Workspace):
     "The Spark session: PySpark on Sail."
     return _sail()
 
+@patch(as_prop=True)
+def cores(self: Workspace) -> int:
+    "Into how many partitions work is worth splitting."
+    return os.cpu_count() or 1
+
 @patch
 def _delta(self: Workspace, table):
     from deltalake import DeltaTable
@@ -153,7 +158,8 @@ def write(self: Workspace, table: str, frame, mode: str = "overwrite") -> str:
 @patch
 def mlflow(self: Workspace):
     "The `mlflow` module, pointed at this environment's store and experiment."
-    os.environ |= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING", "GIT_PYTHON_REFRESH": "quiet"}
+    os.environ |= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING", "GIT_PYTHON_REFRESH": "quiet",
+                   "MLFLOW_MODEL_CATALOG_URI": ""}      # else the first trace waits for a price list from the network; MLflow ships one
     database = f"sqlite:///{self.path('mlflow.db')}"
     os.environ |= {"MLFLOW_TRACKING_URI": database, "MLFLOW_REGISTRY_URI": database, "MLFLOW_EXPERIMENT_NAME": self.experiment}
     warnings.filterwarnings("ignore", category=FutureWarning, module="pyspark")     # of pandas 3; MLflow imports pyspark
@@ -294,6 +300,8 @@ class DatabricksWorkspace(Workspace):
     def spark(self):
         from pyspark.sql import SparkSession
         return SparkSession.builder.getOrCreate()
+
+    cores = 64                                      # a cluster of a few workers, each with a few partitions to choose from
 
     def _name(self, table): return f"`{self.config.catalog}`.`{self.config.schema}`.`{table}`"
 

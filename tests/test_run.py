@@ -130,7 +130,8 @@ BAD = {
     "unknown key in the file": (old_key, ["run"], {}, "settings.ini [DEFAULT] sead: unknown key; did you mean 'seed'"),
     "broken line in the questions": (broken_questions, ["run"], {}, "line 155: not valid JSON"),
     "a stage without its tag": (untag, ["run"], {}, "02_corpus.ipynb must have exactly one cell with the tag `parameters`"),
-    "a package that is not installed": (nothing, ["run", "--only", "corpus"], dict(CORPUS_PACKAGES="no-such-thing"), "'no-such-thing'"),
+    "a package that is not installed": (nothing, ["run", "--only", "corpus"], dict(CORPUS_PACKAGES="no-such-thing"), "names the package 'no-such-thing' in `corpus_packages`, but it is not installed"),
+    "no package": (nothing, ["run"], dict(CORPUS_PACKAGES=" "), "expected the name of at least one installed package"),
     "an empty corpus": (nothing, ["run", "--only", "corpus"], dict(CORPUS_EXCLUDE="*"), "there are no documents"),
     "a provider without a URL": (nothing, ["run", "--app", "third_party"], {}, "needs `third_party_url`"),
     "nothing deployed": (nothing, ["ask", "Anything?"], {}, "Nothing is deployed in dev yet"),
@@ -167,6 +168,22 @@ def test_damaged_index_is_refused(finished):
         done = finished.llmops("search", "log a metric", "--env", "staging")
         assert done.returncode == 1 and "vectors.faiss is damaged or was replaced" in done.stderr and "--only retrieval --force" in done.stderr
     finally: vectors.write_bytes(original)
+
+
+def test_damaged_model_is_refused(finished):
+    "One bit of the weights that serve has changed: the assistant does not answer, and says why."
+    weights = next((finished.root / "stores" / "staging" / "artifacts").rglob("*.gguf"))
+    original = weights.read_bytes()
+    damaged = bytearray(original); damaged[len(damaged) // 2] ^= 4
+    weights.write_bytes(damaged)
+    try:
+        done = finished.llmops("ask", "How do I log a metric?", "--env", "staging")
+        assert done.returncode == 1 and "is damaged or was replaced" in done.stderr and "llmops rollback" in done.stderr
+        weights.rename(aside := weights.with_suffix(".aside"))
+        done = finished.llmops("ask", "How do I log a metric?", "--env", "staging")
+        aside.rename(weights)
+        assert done.returncode == 1 and done.stderr.startswith("Error: ") and "missing" in done.stderr
+    finally: weights.write_bytes(original)
 
 
 def test_two_runs_of_one_environment(project):
