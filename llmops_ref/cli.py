@@ -8,7 +8,7 @@ Reads arguments. Leaves the work to `pipeline`, and its results on the screen or
 __all__ = ['app', 'Env', 'Json', 'duration', 'Screen', 'run', 'status', 'why', 'config', 'search', 'ask', 'rollback']
 
 # %% ../nbs/91_cli.ipynb #351b98b2
-import json, os, sys, time
+import json, os, shlex, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
@@ -33,6 +33,9 @@ def _manners():
     except (SettingsError, DataError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
+
+def _me() -> str:                                   # how this command was called, for hints that can be pasted
+    return "llmops" if shutil.which("llmops") else os.path.relpath(sys.argv[0])
 
 def _out(value): typer.echo(json.dumps(value, ensure_ascii=False, default=str))
 
@@ -81,6 +84,7 @@ def run(
         for text in (settings or []) + ([f"app={app_name}"] if app_name else []):
             key, found, value = text.partition("=")
             if not found: raise SettingsError(f"--set takes KEY=VALUE, not {text!r}.")
+            if key in ("env", "start"): raise SettingsError(f"{key!r} is not a setting. Name the environment with --env.")
             load_config(env, **{key: value})                   # an unknown key is named before anything else
             os.environ[f"LLMOPS_{key.upper()}"] = value        # the kernels of the stages read it there
         stages = [find_stage(s) if s else None for s in (start, end, only)]
@@ -90,7 +94,8 @@ def run(
         if dry_run: return
         if all(step.state == "cached" for step in steps): return _nothing_to_do(ws, env)
         preflight(ws, [step.stage for step in steps])
-        _run(ws, env, steps, force)
+        kept = shlex.join([a for text in settings or [] for a in ("--set", text)] + (["--app", app_name] if app_name else []) + (["--to", end] if end else []))
+        _run(ws, env, steps, force, kept)
 
 # %% ../nbs/91_cli.ipynb #e6251c68
 def _show_plan(env, steps):
@@ -100,13 +105,13 @@ def _show_plan(env, steps):
         typer.echo(f"  {step.state:7} {step.stage.notebook:14} {last:>16}   {step.why[:110]}")
 
 def _nothing_to_do(ws, env):
-    typer.echo(f"\nEverything is up to date. Report: {_report(ws)}\nRun a stage anyway with `llmops run --env {env} --only retrieval --force`.")
+    typer.echo(f"\nEverything is up to date. Report: {_report(ws)}\nRun a stage anyway with `{_me()} run --env {env} --only retrieval --force`.")
 
 def _report(ws):
     path = ws.config.root / "runs" / ws.config.env / "latest" / "report.html"
     return os.path.relpath(path) if path.exists() else "none yet"
 
-def _run(ws, env, steps, force):
+def _run(ws, env, steps, force, kept):
     command = "llmops " + " ".join(sys.argv[1:])
     typer.echo("\nRunning:")
     try: record = run_pipeline(ws, steps, force, Screen(), command)
@@ -114,13 +119,13 @@ def _run(ws, env, steps, force):
         typer.secho(f"\n{failure.stage.notebook} failed:", fg="red", err=True)
         typer.echo("  " + failure.error.replace("\n", "\n  "), err=True)
         typer.echo(f"Executed notebook: {os.path.relpath(failure.notebook)}\nReport:            {_report(ws)}\n"
-                   f"Resume with:       llmops run --env {env} --from {failure.stage.number}", err=True)
+                   f"Resume with:       {_me()} run --env {env} --from {failure.stage.number} {kept}".rstrip(), err=True)
         raise typer.Exit(1) from None
     typer.echo(f"\nDone in {duration(record['seconds'])}.")
     for stage in record["stages"]:
         if stage["result"]: typer.echo(f"  {stage['notebook']:14} {stage['result']['headline']}")
-    typer.echo(f"\nReport: {_report(ws)}\nTry:    llmops ask --env {env} \"How do I point an alias at a specific model version?\"\n"
-               f"        llmops search --env {env} \"log a metric\" -k 5\n        llmops status --env {env}")
+    typer.echo(f"\nReport: {_report(ws)}\nTry:    {_me()} ask --env {env} \"How do I point an alias at a specific model version?\"\n"
+               f"        {_me()} search --env {env} \"log a metric\" -k 5\n        {_me()} status --env {env}")
 
 # %% ../nbs/91_cli.ipynb #84928e42
 @app.command()
@@ -201,4 +206,4 @@ def rollback(env: Env = "dev"):
     "Make the previous champion serve again."
     with _manners():
         from llmops_ref.deployment import rollback as back
-        typer.echo(f"Version {back(open_workspace(load_config(env)))} of the assistant serves {env} again.")
+        typer.echo(f"Version {back(open_workspace(load_config(env)))} of the assistant is champion of {env} again.")

@@ -96,10 +96,12 @@ def _parse(text, kind):
 def _check_range(key, value):
     if key == "corpus_packages" and not value: raise ValueError("the name of at least one installed package")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value < 0: raise ValueError("a number of 0 or more")
+        if not 0 <= value < float("inf"): raise ValueError("a number of 0 or more")
+        if key == "serving_port" and value > 65535: raise ValueError("a port, at most 65535, or 0 for a free one")
         if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "monitoring_min_cited_share") and value > 1:
             raise ValueError("a share between 0 and 1")
-        if key in ("retrieval_k", "chat_slots", "chat_max_tokens", "chunk_words", "passage_words", "finetune_rank", "finetune_groups_per_step") and value < 1: raise ValueError("a whole number of 1 or more")
+        if key in ("retrieval_k", "chat_slots", "chat_max_tokens", "chunk_words", "passage_words", "finetune_rank", "finetune_groups_per_step", "smoke_questions", "monitoring_requests") and value < 1:
+            raise ValueError("a whole number of 1 or more")
 
 # %% ../nbs/00_config.ipynb #470ab21d
 ENVIRONMENTS = ("dev", "staging", "prod")
@@ -163,7 +165,7 @@ def _layers(parser, path, env, overrides):
             raise SettingsError(f"{path} has an unknown section [{section}]: expected DEFAULT, {', '.join(ENVIRONMENTS)}.")
         for key, text in own.items():
             if section == env: raw[key] = (text, _where(path, env, key))
-            elif key not in parser.defaults(): raw.setdefault(key, (text, _where(path, section, key)))
+            elif key not in parser.defaults() and key not in Config.__dataclass_fields__: raw.setdefault(key, (text, _where(path, section, key)))   # to be reported
     for name, text in os.environ.items():
         if not name.startswith("LLMOPS_"): continue
         key = name[7:].lower()                      # a near miss is taken too, so that it is reported as an unknown key

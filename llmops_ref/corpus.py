@@ -159,15 +159,16 @@ def make_chunks(
     documents: pd.DataFrame, # From `clean_documents`
     words: int, # Target length of a chunk
 ) -> pd.DataFrame: # Columns: `id document_id package kind heading position text words digest`; `id` = document id + "#" + position
-    "Cut documents into chunks, each of which begins with the name and signature of its object."
+    "Cut documents into chunks, each of which begins with the name, signature and summary of its object."
     rows = []
     for d in documents.itertuples():
         heading = "Summary"
+        summary = " ".join(re.split(r"\n\s*\n", d.text, maxsplit=1)[0].split()[:25])
         signature = d.signature if len(d.signature) < 160 else d.signature[:160].rsplit(",", 1)[0] + ", ...)"
         for position, piece in enumerate(split_text(d.text, words)):
             found = HEADING.findall(piece)
             if position and found and HEADING.match(piece): heading = found[0].capitalize()
-            text = f"{d.id}{signature}\n{piece}"
+            text = f"{d.id}{signature}\n" + (f"{summary}\n" if position else "") + piece
             rows.append((f"{d.id}#{position}", d.id, d.package, d.kind, heading, position, text, len(text.split()),
                          hashlib.sha256(text.encode()).hexdigest()[:16]))
             if found: heading = found[-1].capitalize()

@@ -85,7 +85,7 @@ def load_for_training(
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=fastest_dtype(device)).to(device)
     total = model.config.num_hidden_layers
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS),
-                                            layers_to_transform=list(range(total - (layers or total), total)))), AutoTokenizer.from_pretrained(checkpoint)
+                                            layers_to_transform=list(range(max(total - layers, 0) if layers else 0, total)))), AutoTokenizer.from_pretrained(checkpoint)
 
 # %% ../nbs/05_finetune.ipynb #44babd3b
 def train(
@@ -115,9 +115,10 @@ def train(
         optimizer.step(); optimizer.zero_grad()
         step, spent = step + 1, spent + time.perf_counter() - start
         if step == 2: steps = min(steps, max(3, int(max_seconds * step / spent)))
-        measured = held_out() if step in (steps // 2, steps) else math.nan
+        measured = held_out() if step == steps // 2 else math.nan
         rows.append(dict(step=step, loss=loss, validation=measured, tokens=tokens, seconds=spent))
         if on_step: on_step(step, steps, f"step {step}/{steps}, loss {loss:.2f}, {tokens / spent:.0f} tokens/s, {spent / step * (steps - step):.0f} s left")
+    rows[-1]["validation"] = held_out()
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_finetune.ipynb #40ce8ad3
@@ -180,7 +181,7 @@ def before_and_after(
             for pair, (*_, reference), reply in zip(pairs.itertuples(), messages, complete_many(client, [m[:-1] for m in messages], ws.config.chat_slots, done)):
                 gold = [pair.document_id] if pair.document_id else []
                 rows.append(dict(id=pair.id, model=model, question=pair.question, kind=pair.kind, answer=reply.text, reference=reference["content"])
-                            | score_answer(reply.text, list(pair.shown), gold, reference["content"]))
+                            | score_answer(reply.text, list(pair.shown), gold, reference["content"], pair.question))
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_finetune.ipynb #403a5100

@@ -208,10 +208,8 @@ def weights(ws: Workspace, variant: str) -> Path | None:
     if variant == "smollm2-q8_0": return q8_gguf(ws)
     if variant == "smollm2-torch": return base_checkpoint(ws) / "model.safetensors"
     if variant not in ("minilm-onnx", "minilm-st"): return None
-    from llmops_ref.embedding import MINILM_SHA256, export_onnx, minilm_folder
-    folder, onnx = minilm_folder(), ws.cache(MINILM_SHA256, "minilm.onnx")
-    if variant == "minilm-st": return folder / "model.safetensors"
-    return onnx if onnx.is_file() else export_onnx(folder, onnx)
+    from llmops_ref.embedding import minilm_folder, minilm_onnx
+    return minilm_folder() / "model.safetensors" if variant == "minilm-st" else minilm_onnx(ws)
 
 def _silent(): sys.stderr = open(os.devnull, "w")    # conversions draw progress bars
 

@@ -46,7 +46,7 @@ def collect_requests(
     "Append the assistant's new traces to the table `requests`; a trace that is there already is not added again."
     mlflow = ws.mlflow()
     experiment = mlflow.get_experiment_by_name(ws.experiment).experiment_id
-    traces = mlflow.search_traces(locations=[experiment], filter_string=f"trace.name = '{TRACE_NAME}'", max_results=limit, return_type="list")
+    traces = mlflow.search_traces(locations=[experiment], filter_string=f"trace.name = '{TRACE_NAME}' AND tags.purpose = 'traffic'", max_results=limit, return_type="list")
     rows = pd.DataFrame([request_row(t) for t in traces], columns=COLUMNS)
     known = set(ws.read("requests").trace_id) if ws.current("table:requests") else set()
     new = rows[~rows.trace_id.isin(known)].sort_values("time", ignore_index=True)
@@ -90,7 +90,7 @@ def check_signals(
                ("p95 seconds", float(requests.seconds.quantile(0.95)) if len(requests) else None, config.monitoring_max_p95_seconds, False, "07 deployment"),
                ("answers that cite", float(answered.cited.mean()) if len(answered) else None, config.monitoring_min_cited_share, True, "04 prompts, 05 finetune"),
                ("refusals", float(requests.refused.mean()) if len(requests) else None, 0.6, False, "03 retrieval"),
-               ("weak retrieval", float((requests.similarity < config.refuse_below).mean()) if len(requests) else None, 0.3, False, "02 corpus"),
+               ("weak retrieval", float((requests.similarity < config.refuse_below).mean()) if len(requests) and config.retrieval in ("hybrid", "dense") else None, 0.3, False, "02 corpus"),
                ("thumbs up", float(votes.good.mean()) if len(votes) else None, 0.5, True, "08 monitoring: review")]
     return pd.DataFrame([dict(signal=name, value=value, threshold=f"{'≥' if at_least else '≤'} {bound:g}",
                               breached=value is not None and (value < bound if at_least else value > bound), look_at=where)

@@ -10,7 +10,7 @@ __all__ = ['STAGES', 'Stage', 'find_stage', 'code_digest', 'stage_code', 'manife
            'run_pipeline', 'notebook_title', 'machine', 'notebook_html']
 
 # %% ../nbs/90_pipeline.ipynb #25457c87
-import ast, contextlib, hashlib, json, os, platform, re, socket, sys, tempfile, threading, time
+import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, socket, sys, tempfile, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,15 +56,26 @@ def _cells(path):
     except FileNotFoundError: raise DataError(f"The notebook {path} is missing. Restore it with git.") from None
 
 def _modules_of(source):
-    return set(re.findall(r"^\s*(?:from|import) (?:llmops_ref)?\.(\w+)", source, flags=re.M))
+    found = re.findall(r"^\s*(?:from|import) (?:llmops_ref)?\.(\w+)|^\s*from (?:llmops_ref|\.) import (\w+)", source, flags=re.M)
+    return {dotted or plain for dotted, plain in found}
+
+@functools.cache
+def _packages():                                    # digest of the versions of what pyproject.toml asks for
+    names = [re.match(r"[\w.-]+", r)[0] for r in importlib.metadata.requires("llmops-ref") or [] if "extra ==" not in r]
+    def version(name):
+        try: return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError: return None
+    return hashlib.sha256(json.dumps([(n, version(n)) for n in sorted(names)]).encode()).hexdigest()[:16]
 
 def stage_code(
     stage: Stage,
     root: Path, # Folder of `settings.ini`
 ) -> dict[str, str]: # File -> digest: the notebook, and every module of the package that it uses, directly or not
-    "Digests of all code that a stage runs."
+    "Digests of all code that a stage runs; `DataError` if its notebook holds code that Python cannot read."
     cells = ["".join(c["source"]) for c in _cells(root / "nbs" / f"{stage.notebook}.ipynb") if c["cell_type"] == "code"]
-    files, todo = {f"{stage.notebook}.ipynb": code_digest("\n".join(cells))}, set.union(*map(_modules_of, cells))
+    try: own = code_digest("\n".join(cells))
+    except SyntaxError as error: raise DataError(f"{stage.notebook}.ipynb holds a syntax error: {error.msg} in {(error.text or '').strip()[:80]!r}. Correct that cell.") from None
+    files, todo = {f"{stage.notebook}.ipynb": own, "installed packages": _packages()}, set.union(*map(_modules_of, cells))
     while todo:
         name = todo.pop()
         source = (Path(__file__).parent if "__file__" in globals() else root / "llmops_ref").joinpath(f"{name}.py").read_text()
@@ -116,7 +127,7 @@ def make_plan(
 ) -> list[Step]:
     "Decide for each chosen stage whether it has to run, and say why."
     chosen = [s for s in STAGES if (only in (None, s)) and (start is None or s.number >= start.number) and (end is None or s.number <= end.number)]
-    if not chosen: raise SettingsError(f"No stage lies between --from {start.notebook} and --to {end.notebook}: they are in the wrong order.")
+    if not chosen: raise SettingsError(f"No stage is left between --from {(start or only or STAGES[0]).notebook} and --to {(end or only or STAGES[-1]).notebook}: they are in the wrong order.")
     steps, written = [], {}
     for stage in chosen:
         last, why = manifest(ws, stage), reasons(ws, stage)
@@ -144,13 +155,17 @@ def preflight(
     "Check what a run needs before it starts; raises `SettingsError` or `DataError`."
     from llmops_ref.corpus import installed, load_questions
     from llmops_ref.llm import base_gguf, third_party_endpoint
+    from llmops_ref.deployment import stop_leftover
     from llmops_ref.embedding import minilm_folder
     config = ws.config
-    for stage in stages: check_parameters(config.root / "nbs" / f"{stage.notebook}.ipynb")
+    for stage in stages:
+        check_parameters(config.root / "nbs" / f"{stage.notebook}.ipynb")
+        stage_code(stage, config.root)              # Python can read it
     load_questions(config.root / config.questions)
     for package in config.corpus_packages: installed(package)
     base_gguf(), minilm_folder()
     if config.app == "third_party": third_party_endpoint(ws)
+    stop_leftover(ws)
     if config.serving_port and any(s.name in ("deployment", "monitoring") for s in stages): check_port(config.serving_port)
 
 def check_port(port: int) -> None:
@@ -185,7 +200,7 @@ def run_stage(
         try: papermill.execute_notebook(str(ws.config.root / "nbs" / output.name), str(running), dict(env=ws.config.env), cwd=str(ws.config.root / "nbs"),
                                         progress_bar=False, kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=40"])
         except BaseException as error: outcome["error"] = error
-    started, last = time.time(), manifest(ws, stage)
+    started, last, code = time.time(), manifest(ws, stage), stage_code(stage, ws.config.root)
     thread = threading.Thread(target=work, daemon=True); thread.start()
     while thread.is_alive():
         thread.join(0.2)
@@ -194,7 +209,7 @@ def run_stage(
     if running.exists(): os.replace(running, output)
     if error := outcome.get("error"): raise StageFailed(stage, _explain_error(error), output, _read_json(result_file) or None)
     if not result_file.is_file(): raise StageFailed(stage, "The notebook ended without ws.finish(...), so there is no result. Add it as its last cell.", output)
-    done = json.loads(result_file.read_text()) | dict(code=stage_code(stage, ws.config.root), seconds=time.time() - started, started=started,
+    done = json.loads(result_file.read_text()) | dict(code=code, seconds=time.time() - started, started=started,
                                                      executed=str(output), previous=(last or {}).get("metrics"))
     write_atomic(ws.path("stages", f"{stage.name}.json"), json.dumps(done, indent=1))
     result_file.unlink()

@@ -83,7 +83,7 @@ def answer_all(
         reply = ask({"question": q.question})
         seconds, done = time.perf_counter() - start, done + 1
         if on_done: on_done(done, len(questions))
-        scores = score_answer(reply["answer"], [p["document_id"] for p in reply["passages"]], list(q.gold), q.answer)
+        scores = score_answer(reply["answer"], [p["document_id"] for p in reply["passages"]], list(q.gold), q.answer, q.question)
         return dict(id=q.id, question=q.question, type=q.type, gold=list(q.gold), reference=q.answer, answer=reply["answer"], citations=reply["citations"],
                     passages=reply["passages"], prompt_tokens=reply["prompt_tokens"], completion_tokens=reply["completion_tokens"], seconds=seconds) | scores
     with ThreadPoolExecutor(workers) as pool: return pd.DataFrame(list(pool.map(one, list(questions.itertuples()))))
@@ -101,18 +101,14 @@ def summarise(
 # %% ../nbs/04_prompts.ipynb #f69b8df2
 def choose_prompt(
     answers: dict[str, pd.DataFrame], # Design -> `answer_all`, over the same questions
-    current: str, # The design in use
+    current: str | None, # The design in use, if there is one
 ) -> tuple[str, pd.DataFrame]: # The winner, and a table with one row a design
-    "Rank the designs; the one in use stays unless another is better."
-    rows, base = [], answers[current].correct
-    for design, table in answers.items():
-        verdict = compare(table.correct, base)
-        rows.append(dict(design=design) | summarise(table) | dict(against_current=str(verdict)))
-    table = pd.DataFrame(rows)
-    key = table.correct.round(6) + 1e-3 * table.citation_precision.fillna(0) - 1e-9 * table.tokens
-    best = table.design[key.idxmax()]
-    now = table.index[table.design == current][0]
-    return (best if key.max() > key[now] else current), table
+    "Rank the designs; the one in use stays unless another is better beyond doubt."
+    base = current or next(iter(answers))
+    against = {design: compare(answer.correct, answers[base].correct) for design, answer in answers.items()}
+    table = pd.DataFrame([dict(design=design) | summarise(answer) | dict(against=str(against[design]) if design != base else "–") for design, answer in answers.items()])
+    best = table.design[(table.correct.round(6) + 1e-3 * table.citation_precision.fillna(0) - 1e-9 * table.tokens).idxmax()]
+    return (best if current is None or against[best].verdict == "better" else current), table
 
 def plot_prompts(table: pd.DataFrame): # From `choose_prompt`
     "Scores by design, as a matplotlib figure."
@@ -138,7 +134,8 @@ def evaluate_in_mlflow(
     mlflow = ws.mlflow()
     from mlflow.genai.scorers import scorer
     def one(measure):
-        def score(outputs, expectations): return score_answer(outputs["answer"], outputs["shown"], expectations["gold"], expectations["expected_response"]).get(measure)
+        def score(inputs, outputs, expectations):
+            return score_answer(outputs["answer"], outputs["shown"], expectations["gold"], expectations["expected_response"], inputs["question"]).get(measure)
         return scorer(score, name=measure)
     rows = [dict(inputs=dict(question=a["question"]), outputs=dict(answer=a["answer"], shown=[p["document_id"] for p in a["passages"]]),
                  expectations=dict(expected_response=a["reference"], gold=list(a["gold"]))) for a in answers.to_dict("records")]

@@ -9,7 +9,7 @@ __all__ = ['RRF_K', 'METHODS', 'MEASURES', 'Passage', 'build_index', 'check_inde
            'index_folder', 'open_index', 'evaluate_index', 'plot_retrieval']
 
 # %% ../nbs/03_retrieval.ipynb #8376c3b4
-import hashlib, json, shutil, time
+import hashlib, json, os, shutil, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def check_index(
     folder: Path,
 ) -> dict: # The manifest
     "Verify an index folder against its manifest before anything is read; `DataError` names the file that is not right."
-    fix = "Build it again: `llmops run --only retrieval --force`."
+    fix = "Build it again: `llmops run --only retrieval --force` (with the --env that it belongs to)."
     if not (folder / "manifest.json").is_file(): raise DataError(f"There is no index in {folder}. {fix}")
     try: manifest = json.loads((folder / "manifest.json").read_text())
     except json.JSONDecodeError: raise DataError(f"The manifest {folder / 'manifest.json'} is damaged. {fix}") from None
@@ -82,7 +82,7 @@ class Index:
         self.bm25 = bm25s.BM25.load(str(self.folder / "bm25"), load_corpus=False)
         self.chunks = pd.read_parquet(self.folder / "chunks.parquet")
         if not self.flat.ntotal == len(self.chunks) == self.manifest["count"]:
-            raise DataError(f"The index in {folder} holds {self.flat.ntotal} vectors for {len(self.chunks)} chunks. Build it again: `llmops run --only retrieval --force`.")
+            raise DataError(f"The index in {folder} holds {self.flat.ntotal} vectors for {len(self.chunks)} chunks. Build it again: `llmops run --only retrieval --force` (with the --env that it belongs to).")
 
 # %% ../nbs/03_retrieval.ipynb #e8c06da4
 RRF_K = 60
@@ -145,11 +145,17 @@ def publish_index(
     table_version: str,
 ) -> Path: # The published folder
     "Build an index beside the current one, then switch to it in one step."
-    name = hashlib.sha256(f"{MINILM_SHA256}{''.join(chunks.digest)}".encode()).hexdigest()[:12]
-    folder, pointer = ws.path("index", name), ws.path("index", "current.json")
-    if not (folder / "manifest.json").is_file():
+    pointer, building = ws.path("index", "current.json"), ws.path("index", f".building-{os.getpid()}")
+    shutil.rmtree(building, ignore_errors=True)
+    files = build_index(building, chunks, vectors, table_version)["files"]
+    name = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+    folder = ws.path("index", name)
+    try:
+        check_index(folder)                         # the same index is there already, and whole
+        shutil.rmtree(building)
+    except DataError:
         shutil.rmtree(folder, ignore_errors=True)
-        build_index(folder, chunks, vectors, table_version)
+        os.replace(building, folder)
     old = json.loads(pointer.read_text())["folder"] if pointer.is_file() else None
     if name != old: write_atomic(pointer, json.dumps(dict(folder=name, previous=old)))     # the same chunks again change nothing
     for other in pointer.parent.iterdir():

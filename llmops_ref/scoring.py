@@ -75,13 +75,18 @@ def names_gold(
     answer: str,
     gold: list[str], # Dotted ids, any of which will do
 ) -> float: # 1.0 or 0.0
-    "Whether the answer names a gold object, by its dotted id or by its last two parts (`Class.method`), or its last alone if that is telling."
-    def named(object_id):
-        parts = object_id.split(".")
-        last = parts[-1]
-        tail = last if "_" in last or len(parts) < 3 or last[:1].isupper() else ".".join(parts[-2:])
-        return re.search(rf"(?<![\w]){re.escape(tail)}(?![\w])", answer) is not None
-    return float(any(named(g) for g in gold))
+    "Whether the *first* object that the answer names is gold, by its dotted id, its last two parts, or its last alone if that is telling."
+    names = [m[1] or m[0] for m in _NAME.finditer(answer)]
+    first = next((n for n in names if re.search(r"[._]|[a-z][A-Z]", n) or any(_mentions(n, g) for g in gold)), "")
+    return float(any(_mentions(first, g) for g in gold))
+
+_NAME = re.compile(r"`([^`\n]+)`|\b[A-Za-z_]\w+(?:\.\w{2,})+|\b[A-Za-z]\w*_\w+|\b(?:[A-Z][a-z0-9]+){2,}\w*")   # in backticks, dotted, snake_case, CamelCase
+
+def _mentions(text, object_id):
+    parts = object_id.split(".")
+    last = parts[-1]
+    tail = last if "_" in last or len(parts) < 3 or last[:1].isupper() else ".".join(parts[-2:])
+    return re.search(rf"(?<!\w){re.escape(tail)}(?!\w)", text) is not None
 
 # %% ../nbs/00c_scoring.ipynb #1388faef
 def citation_precision(
@@ -98,14 +103,16 @@ def score_answer(
     shown: list[str], # Document ids of the passages shown
     gold: list[str], # Empty for an unanswerable question
     reference: str,
+    question: str = "",
 ) -> dict[str, float]: # Only the scores that make sense for this question
-    "All scores of one answer. `correct`: the right object is named, or the question is rightly refused."
+    "All scores of one answer. `correct`: the right object is named first (and cited, if the question named it already), or the question is rightly refused."
     refused = is_refusal(answer)
     if not gold: return dict(refused=float(refused), correct=float(refused))
-    scores = dict(names_gold=names_gold(answer, gold), token_f1=token_f1(answer, reference), cited=float(bool(citations(answer))),
-                  refused_wrongly=float(refused), correct=names_gold(answer, gold))
-    if set(shown) & set(gold): scores["citation_precision"] = citation_precision(answer, shown, gold)
-    return scores
+    precision, named = citation_precision(answer, shown, gold), names_gold(answer, gold)
+    echo = any(_mentions(question, g) for g in gold) and not precision
+    scores = dict(names_gold=named, token_f1=token_f1(answer, reference), cited=float(bool(citations(answer))),
+                  refused_wrongly=float(refused), correct=0.0 if echo else named)
+    return scores | (dict(citation_precision=precision) if set(shown) & set(gold) else {})
 
 # %% ../nbs/00c_scoring.ipynb #dca1c3cc
 @dataclass(frozen=True)

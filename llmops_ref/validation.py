@@ -8,12 +8,12 @@ Reads the index, the prompt, the fine-tuned model and the test split of `questio
 __all__ = ['load_assistant', 'check_gates', 'side_by_side', 'score_table', 'record_verdict', 'block']
 
 # %% ../nbs/06_validation.ipynb #c9f3a1ef
-import contextlib, json, time
+import contextlib, json, os, time
 from pathlib import Path
 
 import pandas as pd
 
-from .assistant import log_assistant, open_assistant
+from .assistant import cut_words, log_assistant, open_assistant
 from .config import Config, SettingsError, load_config
 from .corpus import sample_questions
 from .prompts import answer_all, champion_prompt, summarise
@@ -29,7 +29,8 @@ def load_assistant(
 ):
     "Load an assistant from the registry; yields a function from `{'question': ...}` to the answer dictionary."
     mlflow = ws.mlflow()
-    mlflow.tracing.enable() if trace else mlflow.tracing.disable()
+    if not trace: mlflow.tracing.disable()
+    os.environ |= dict(ASSISTANT_VERSION=version, ASSISTANT_PURPOSE="traffic")
     model = mlflow.pyfunc.load_model(f"models:/{ws.registered('assistant')}/{version}")
     def ask(state):
         reply = model.predict({"input": [{"role": "user", "content": state["question"]}]})
@@ -37,7 +38,7 @@ def load_assistant(
     try: yield ask
     finally:
         model._model_impl.get_raw_model().close()
-        mlflow.tracing.enable()
+        if not trace: mlflow.tracing.enable()
 
 # %% ../nbs/06_validation.ipynb #8d789b3a
 def check_gates(
@@ -47,9 +48,9 @@ def check_gates(
 ) -> list[Gate]:
     "The gates of this environment, with the candidate's values."
     gates = [Gate("names_gold", scores["names_gold"], config.gate_names_gold),
-             Gate("citation_precision", scores["citation_precision"], config.gate_citation_precision),
              Gate("refused", scores["refused"], config.gate_refusal_recall),
              Gate("p95_seconds", scores["p95_seconds"], config.gate_p95_seconds, at_least=False)]
+    if config.retrieval != "off": gates.insert(1, Gate("citation_precision", scores["citation_precision"], config.gate_citation_precision))
     if against is not None: gates.append(Gate("upper end of the difference to the champion", against.high, 0.0))
     return gates
 
@@ -58,12 +59,13 @@ def side_by_side(
     candidate: pd.DataFrame, # From `answer_all`
     base: pd.DataFrame, # The same questions
     n: int = 12, # How many examples, the types in turn
+    max_words: int = 40, # Of each passage: what the models saw
 ) -> list[dict]:
     "Examples for the report: the question, its passages, and what both said."
     def said(row): return dict(text=row.answer, correct=bool(row.correct), citations=list(row.citations))
     chosen = candidate.groupby("type").cumcount().sort_values(kind="stable").index[:n]
     return [dict(question=c.question, type=c.type, gold=c.gold, reference=c.reference, base=said(b), candidate=said(c),
-                 passages=[dict(number=p["number"], document_id=p["document_id"], text=p["text"]) for p in c.passages])
+                 passages=[dict(number=p["number"], document_id=p["document_id"], text=cut_words(p["text"], max_words)) for p in c.passages])
             for c, b in zip(candidate.loc[chosen].itertuples(), base.loc[chosen].itertuples())]
 
 def score_table(candidate: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,7 @@ __all__ = ['DataError', 'file_digest', 'verify_digest', 'write_atomic', 'Card', 
            'open_workspace']
 
 # %% ../nbs/00a_workspace.ipynb #62c9b988
-import atexit, functools, hashlib, importlib.metadata, json, os, subprocess, threading, time, warnings
+import atexit, functools, hashlib, importlib.metadata, json, math, os, subprocess, threading, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -159,7 +159,7 @@ def write(self: Workspace, table: str, frame, mode: str = "overwrite") -> str:
 def mlflow(self: Workspace):
     "The `mlflow` module, pointed at this environment's store and experiment."
     os.environ |= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING", "GIT_PYTHON_REFRESH": "quiet",
-                   "MLFLOW_MODEL_CATALOG_URI": ""}      # else the first trace waits for a price list from the network; MLflow ships one
+                   "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false", "MLFLOW_MODEL_CATALOG_URI": ""}      # else the first trace waits for a price list from the network; MLflow ships one
     database = f"sqlite:///{self.path('mlflow.db')}"
     os.environ |= {"MLFLOW_TRACKING_URI": database, "MLFLOW_REGISTRY_URI": database, "MLFLOW_EXPERIMENT_NAME": self.experiment}
     warnings.filterwarnings("ignore", category=FutureWarning, module="pyspark")     # of pandas 3; MLflow imports pyspark
@@ -187,7 +187,9 @@ def alias(self: Workspace, noun: str, alias: str, record: bool = True) -> str | 
     "Version that an alias points at, or `None`; noted as an input unless `record` is false."
     from mlflow.exceptions import MlflowException
     try: version = self.mlflow().MlflowClient().get_model_version_by_alias(self.registered(noun), alias).version
-    except MlflowException: return None
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"): return None    # no such model, no such alias
+        raise DataError(f"The model registry of {self.config.env} cannot be read: {error.message[:200]}") from None
     if record: self.reads[f"alias:{noun}@{alias}"] = str(version)
     return str(version)
 
@@ -268,6 +270,11 @@ def used(self: Workspace) -> dict:
     where = {"env", "root", "store", "catalog", "schema", "secret_scope", "platform"}
     return {key: values[key] for key in sorted(self.config.used - where)}
 
+def _plain(value):                                  # JSON knows no NaN
+    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 @patch
 def finish(
     self: Workspace,
@@ -282,7 +289,8 @@ def finish(
     run = mlflow.active_run() or self.start_run(stage)
     params = self.used()
     mlflow.log_params({key: str(value)[:500] for key, value in params.items()})
-    mlflow.log_metrics({key.replace("@", "_at_"): float(value) for key, value in metrics.items()})
+    metrics = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}      # a mean of nothing is no metric
+    mlflow.log_metrics({key.replace("@", "_at_"): value for key, value in metrics.items()})
     for name, figure in (figures or {}).items():
         figure.savefig(self.path("figures", f"{stage}-{name}.png"), dpi=110, bbox_inches="tight")
         mlflow.log_artifact(str(self.path("figures", f"{stage}-{name}.png")))
@@ -290,7 +298,7 @@ def finish(
     result = dict(stage=stage, headline=headline, metrics=metrics, figures=[f"figures/{stage}-{n}.png" for n in figures or {}],
                   details=details or {}, params=params, reads={k: v for k, v in self.reads.items() if k not in self.writes},
                   writes=self.writes, run_id=run.info.run_id, finished=time.time())
-    write_atomic(self.path("stages", f"{stage}.result.json"), json.dumps(result, indent=1, default=str))
+    write_atomic(self.path("stages", f"{stage}.result.json"), json.dumps(_plain(result), indent=1, default=str))
     return Card(stage, headline, metrics, result["reads"], result["writes"])
 
 # %% ../nbs/00a_workspace.ipynb #3a907b08

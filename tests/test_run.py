@@ -1,5 +1,5 @@
 """The life cycle as a user meets it: one command, offline, resumable, with errors that say what to do."""
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import psutil, pytest
@@ -33,7 +33,6 @@ def test_second_run_does_nothing(finished):
 
 def test_report_stands_alone(finished):
     page = (finished.root / "runs" / "staging" / "latest" / "report.html").read_text()
-    import re
     assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page), "the report loads something from outside"
     for stage in STAGES: assert stage.notebook in page
     for link in re.findall(r'href="([^"#]+\.(?:html|ipynb))"', page):
@@ -41,10 +40,11 @@ def test_report_stands_alone(finished):
 
 
 def test_asking_the_champion(finished):
+    "The right passage is shown, with the sentence that answers. (Whether a model of this size cites it depends on its training, which is tiny here.)"
     reply = json.loads(finished.llmops("ask", QUESTION, "--env", "staging", "--json").stdout)
-    shown = {p["number"]: p["document_id"] for p in reply["passages"]}
-    assert "mlflow.MlflowClient.set_registered_model_alias" in shown.values()
-    assert reply["answer"].strip() and set(reply["citations"]) <= set(shown)
+    shown = {p["document_id"]: p["text"] for p in reply["passages"]}
+    assert "Set a registered model alias pointing to a model version" in shown["mlflow.MlflowClient.set_registered_model_alias"]
+    assert reply["answer"].strip() and set(reply["citations"]) <= {p["number"] for p in reply["passages"]}
 
 
 def test_many_questions_from_standard_input(finished):
@@ -96,7 +96,7 @@ def test_killed_kernel_then_resume(finished):
     kernel.send_signal(signal.SIGKILL)
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 1
-    assert "03_retrieval failed" in output and "The kernel died" in output and "Resume with:       llmops run --env staging --from 03" in output
+    assert "03_retrieval failed" in output and "The kernel died" in output and re.search(r"Resume with: +\S*llmops run --env staging --from 03", output)
     done = finished.llmops("run", "--env", "staging")
     assert done.returncode == 0, done.stderr
     assert "ran     03_retrieval" in done.stdout
@@ -119,6 +119,9 @@ def untag(p):
     path = p.root / "nbs" / "02_corpus.ipynb"
     path.write_text(path.read_text().replace('"parameters"', '"other"'))
 def old_key(p): (p.root / "settings.ini").write_text((p.root / "settings.ini").read_text().replace("seed = 17", "sead = 17"))
+def garble(p):
+    path = p.root / "nbs" / "03_retrieval.ipynb"
+    path.write_text(path.read_text().replace("RRF_K = 60", "RRF_K = = 60"))
 def nothing(p): pass
 
 BAD = {
@@ -126,6 +129,9 @@ BAD = {
     "unknown stage": (nothing, ["run", "--only", "vectors"], {}, "Unknown stage 'vectors'. The stages are: 01_hub"),
     "stages in the wrong order": (nothing, ["run", "--from", "05", "--to", "02"], {}, "wrong order"),
     "bad parameter": (nothing, ["run", "--set", "retrieval_k=many"], {}, "retrieval_k = 'many'"),
+    "an environment as a parameter": (nothing, ["run", "--set", "env=prod"], {}, "'env' is not a setting"),
+    "only and to": (nothing, ["run", "--only", "03", "--to", "02"], {}, "No stage is left"),
+    "a syntax error in a notebook": (garble, ["run"], {}, "03_retrieval.ipynb holds a syntax error"),
     "unknown parameter": (nothing, ["run", "--set", "retrival_k=3"], {}, "did you mean 'retrieval_k'"),
     "unknown key in the file": (old_key, ["run"], {}, "settings.ini [DEFAULT] sead: unknown key; did you mean 'seed'"),
     "broken line in the questions": (broken_questions, ["run"], {}, "line 155: not valid JSON"),
@@ -158,32 +164,30 @@ def test_busy_port(project):
     assert done.returncode == 1 and "is in use" in done.stderr and "  ran " not in done.stdout
 
 
-def test_damaged_index_is_refused(finished):
+def test_damaged_index_is_refused_and_rebuilt(finished):
+    "One bit has changed: the search does not answer, and the command that the error advises mends it."
     pointer = finished.root / "stores" / "staging" / "index" / "current.json"
     vectors = pointer.parent / json.loads(pointer.read_text())["folder"] / "vectors.faiss"
-    original = vectors.read_bytes()
-    damaged = bytearray(original); damaged[len(damaged) // 2] ^= 4
+    damaged = bytearray(vectors.read_bytes()); damaged[len(damaged) // 2] ^= 4
     vectors.write_bytes(damaged)
-    try:
-        done = finished.llmops("search", "log a metric", "--env", "staging")
-        assert done.returncode == 1 and "vectors.faiss is damaged or was replaced" in done.stderr and "--only retrieval --force" in done.stderr
-    finally: vectors.write_bytes(original)
+    done = finished.llmops("search", "log a metric", "--env", "staging")
+    assert done.returncode == 1 and "vectors.faiss is damaged or was replaced" in done.stderr and "--only retrieval --force" in done.stderr
+    assert finished.llmops("run", "--env", "staging", "--only", "retrieval", "--force").returncode == 0
+    assert finished.llmops("search", "log a metric", "--env", "staging").returncode == 0
 
 
 def test_damaged_model_is_refused(finished):
     "One bit of the weights that serve has changed: the assistant does not answer, and says why."
-    weights = next((finished.root / "stores" / "staging" / "artifacts").rglob("*.gguf"))
-    original = weights.read_bytes()
-    damaged = bytearray(original); damaged[len(damaged) // 2] ^= 4
+    weights = next((finished.root / "stores" / "staging" / "artifacts").rglob("SmolLM2*.gguf"))
+    weights.rename(aside := weights.with_suffix(".aside"))      # it may be a hard link: never write through it
+    damaged = bytearray(aside.read_bytes()); damaged[len(damaged) // 2] ^= 4
     weights.write_bytes(damaged)
-    try:
-        done = finished.llmops("ask", "How do I log a metric?", "--env", "staging")
-        assert done.returncode == 1 and "is damaged or was replaced" in done.stderr and "llmops rollback" in done.stderr
-        weights.rename(aside := weights.with_suffix(".aside"))
-        done = finished.llmops("ask", "How do I log a metric?", "--env", "staging")
-        aside.rename(weights)
-        assert done.returncode == 1 and done.stderr.startswith("Error: ") and "missing" in done.stderr
-    finally: weights.write_bytes(original)
+    changed = finished.llmops("ask", "How do I log a metric?", "--env", "staging")
+    weights.unlink()
+    missing = finished.llmops("ask", "How do I log a metric?", "--env", "staging")
+    aside.rename(weights)
+    assert changed.returncode == 1 and "is damaged or was replaced" in changed.stderr and "llmops rollback" in changed.stderr
+    assert missing.returncode == 1 and missing.stderr.startswith("Error: ") and "missing" in missing.stderr
 
 
 def test_two_runs_of_one_environment(project):
