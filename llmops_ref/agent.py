@@ -31,7 +31,7 @@ class AssistantAgent(ResponsesAgent):
         mlflow.langchain.autolog()
         config, files = context.model_config, {name: Path(path) for name, path in context.artifacts.items()}
         for name, digest in config["digests"].items():
-            verify_digest(files[name], digest, "This version cannot serve: go back with `llmops rollback`, or log a new one with `llmops run --from validation --force`.")
+            verify_digest(files[name], digest, "This version cannot serve: go back with `llmops rollback`, or log a new one with `llmops run --from validation --force`, both with the --env that it belongs to.")
         self.stack = contextlib.ExitStack()
         if "model" in files: endpoint = self.stack.enter_context(serve_gguf(files["model"], files.get("adapter"), slots=config["slots"]))
         else: endpoint = Endpoint(config["base_url"], config["model"], os.environ.get(config["secret"]))

@@ -146,7 +146,7 @@ def check_pairs(
     questions: pd.DataFrame,
 ) -> dict[str, int]: # What was counted
     "Refuse pairs that are too few, or that contain a question or a document of the test split; raises `DataError`."
-    fix = "Delete the table training_pairs and run `llmops run --only finetune --force`."
+    fix = "Delete the table training_pairs and run `llmops run --only finetune --force` with the --env that it belongs to."
     counts = pairs.split.value_counts()
     if min(counts.get("train", 0), counts.get("validation", 0)) < 4:
         raise DataError(f"Too few training pairs: {counts.to_dict()}. The corpus has too few usable docstrings; raise `corpus_documents` in settings.ini and run `llmops run --from corpus`.")

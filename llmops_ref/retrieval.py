@@ -165,7 +165,7 @@ def publish_index(
 
 def index_folder(ws: Workspace) -> Path:
     "Folder of the published index, noted as an input of the stage; `DataError` if nothing is published."
-    pointer = ws.path("index", "current.json")
+    pointer = ws.store / "index" / "current.json"
     if not pointer.is_file(): raise DataError(f"No index is published in {ws.config.env}. Run `llmops run --env {ws.config.env} --to retrieval`.")
     ws.reads["store:index/current.json"] = file_digest(pointer)
     return pointer.parent / json.loads(pointer.read_text())["folder"]
