@@ -148,7 +148,8 @@ def publish_index(
     pointer, building = ws.path("index", "current.json"), ws.path("index", f".building-{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
     files = build_index(building, chunks, vectors, table_version)["files"]
-    name = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+    content = [files["vectors.faiss"], files["chunks.parquet"], _tokens(chunks.text.tolist())]   # bm25s numbers its words anew in each process
+    name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
     folder = ws.path("index", name)
     try:
         check_index(folder)                         # the same index is there already, and whole

@@ -177,17 +177,21 @@ def test_damaged_index_is_refused_and_rebuilt(finished):
 
 
 def test_damaged_model_is_refused(finished):
-    "One bit of the weights that serve has changed: the assistant does not answer, and says why."
-    weights = next((finished.root / "stores" / "staging" / "artifacts").rglob("SmolLM2*.gguf"))
-    weights.rename(aside := weights.with_suffix(".aside"))      # it may be a hard link: never write through it
-    damaged = bytearray(aside.read_bytes()); damaged[len(damaged) // 2] ^= 4
-    weights.write_bytes(damaged)
-    changed = finished.llmops("ask", "How do I log a metric?", "--env", "staging")
-    weights.unlink()
-    missing = finished.llmops("ask", "How do I log a metric?", "--env", "staging")
-    aside.rename(weights)
+    "One bit of the weights that serve has changed, or the file is gone: the assistant does not answer, and says why."
+    artifacts = finished.root / "stores" / "staging" / "artifacts"
+    original = {path: path.read_bytes() for path in artifacts.rglob("SmolLM2*.gguf")}
+    def ask(): return finished.llmops("ask", "How do I log a metric?", "--env", "staging")
+    for path, content in original.items():
+        path.unlink()                                           # it may be a hard link: never write through it
+        damaged = bytearray(content); damaged[len(damaged) // 2] ^= 4
+        path.write_bytes(damaged)
+    changed = ask()
+    for path in original: path.unlink()
+    missing = ask()
+    for path, content in original.items(): path.write_bytes(content)
     assert changed.returncode == 1 and "is damaged or was replaced" in changed.stderr and "llmops rollback" in changed.stderr
     assert missing.returncode == 1 and missing.stderr.startswith("Error: ") and "missing" in missing.stderr
+    assert ask().returncode == 0
 
 
 def test_two_runs_of_one_environment(project):
