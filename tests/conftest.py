@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
 # A life cycle that is complete but small: every stage does its real work on little data.
-SMALL = dict(CORPUS_DOCUMENTS="250", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft", HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120",
-             PROMPT_QUESTIONS="3", FINETUNE_EXAMPLES="16", VALIDATION_QUESTIONS="5", MONITORING_REQUESTS="3", SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120")   # no timed assertions: CI machines may be slow
+SMALL = dict(CORPUS_DOCUMENTS="220", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft", HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120",
+             PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16", FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", MONITORING_REQUESTS="3", SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120")   # no timed assertions: CI machines may be slow
 
 
 def no_network() -> list[str]:
