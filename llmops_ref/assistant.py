@@ -6,7 +6,7 @@ Reads the index, a prompt and an endpoint. Leaves the chain that every later sta
 
 # %% auto #0
 __all__ = ['PLAIN_PROMPT', 'REQUIREMENTS', 'cut_words', 'passage_block', 'check_template', 'build_messages', 'make_chain',
-           'as_retriever', 'open_endpoint', 'lowest_cosine', 'open_assistant', 'log_assistant']
+           'as_retriever', 'open_endpoint', 'lowest_cosine', 'open_assistants', 'open_assistant', 'log_assistant']
 
 # %% ../nbs/03a_assistant.ipynb #e2b9e145
 import contextlib, importlib.metadata, json, os, re, time
@@ -63,7 +63,7 @@ def make_chain(
     template: str = PLAIN_PROMPT,
     retriever=None, # A LangChain retriever, or None to ask the model directly
     max_words: int = 60,
-    refuse_below: float = 0.35, # Cosine of the best passage under which the chain refuses by itself
+    refuse_below: float = 0.26, # Cosine of the best passage under which the chain refuses by itself
 ): # A runnable from `{"question": ...}` to a dictionary with the answer
     "Retriever, prompt, model and checks, as LangChain runnables."
     from langchain_core.runnables import RunnableBranch, RunnableLambda, RunnablePassthrough
@@ -79,9 +79,17 @@ def make_chain(
 class _Shown:
     def __init__(self, text): self.text = text
 
+def _follow_names(text, documents):
+    names = [d.metadata["document_id"] for d in documents]
+    def checked(found):
+        name, number = found["name"], int(found["number"])
+        if name not in names or (number <= len(names) and names[number - 1] == name): return found[0]
+        return f"{found['before']}[{names.index(name) + 1}]"
+    return re.sub(r"(?P<before>`?(?P<name>\w+(\.\w+)+)`?(\([^()]*\))?`? ?)\[(?P<number>\d+)\]", checked, text)
+
 def _finish(state):
     reply, documents = state["reply"], state["documents"]
-    text = REFUSAL if reply is None else str(reply.content).strip()
+    text = REFUSAL if reply is None else _follow_names(str(reply.content).strip(), documents)
     usage = (getattr(reply, "usage_metadata", None) or {}) if reply is not None else {}
     cited = [n for n in citations(text) if 1 <= n <= len(documents)]
     for n in set(citations(text)) - set(cited): text = text.replace(f"[{n}]", "").replace("  ", " ")
@@ -107,30 +115,32 @@ def as_retriever(
 
 # %% ../nbs/03a_assistant.ipynb #ff04fb4d
 @contextlib.contextmanager
-def open_endpoint(
-    ws: Workspace,
-    adapter: Path | None = None, # GGUF adapter of a fine-tuned model
-):
+def open_endpoint(ws: Workspace):
     "The endpoint that `app` names: llama.cpp on this machine, or a provider."
     if ws.config.app == "third_party": yield third_party_endpoint(ws)
     else:
-        with serve_gguf(chosen_gguf(ws), adapter, slots=ws.config.chat_slots) as endpoint: yield endpoint
+        with serve_gguf(chosen_gguf(ws), slots=ws.config.chat_slots) as endpoint: yield endpoint
 
 def lowest_cosine(config: Config) -> float:
     "The cosine under which the chain refuses; with BM25 alone there is none to compare."
     return config.refuse_below if config.retrieval in ("hybrid", "dense") else -1.0
 
 @contextlib.contextmanager
-def open_assistant(
+def open_assistants(
     ws: Workspace,
-    template: str = PLAIN_PROMPT,
-    adapter: Path | None = None,
+    templates: dict[str, str], # Name -> prompt
 ):
-    "The chain as the settings describe it, while the `with` block runs."
+    "The chain as the settings describe it, once with each prompt, on one model and one index, while the `with` block runs."
     config = ws.config
     retriever = None if config.retrieval == "off" else as_retriever(open_index(ws), config.retrieval_k, config.retrieval, config.retrieval_candidates)
-    with open_endpoint(ws, adapter) as endpoint:
-        yield make_chain(chat_client(endpoint, config.chat_max_tokens), template, retriever, config.passage_words, lowest_cosine(config))
+    with open_endpoint(ws) as endpoint:
+        client = chat_client(endpoint, config.chat_max_tokens)
+        yield {name: make_chain(client, template, retriever, config.passage_words, lowest_cosine(config)) for name, template in templates.items()}
+
+@contextlib.contextmanager
+def open_assistant(ws: Workspace, template: str = PLAIN_PROMPT):
+    "The chain as the settings describe it, while the `with` block runs."
+    with open_assistants(ws, dict(one=template)) as chains: yield chains["one"]
 
 # %% ../nbs/03a_assistant.ipynb #ccfcb3f0
 REQUIREMENTS = ("mlflow", "langchain-core", "langchain-openai", "xllamacpp", "faiss-cpu", "bm25s", "onnxruntime", "tokenizers", "pandas", "pyarrow", "fastcore")

@@ -6,11 +6,11 @@ Reads the installed packages and `data/questions.jsonl`. Leaves the Delta tables
 
 # %% auto #0
 __all__ = ['SKIP_DIRS', 'HEADING', 'QUESTION_TYPES', 'NOTHING', 'RECORD_SCHEMA', 'installed', 'package_files', 'parse_file',
-           'public_names', 'public_path', 'clean_documents', 'split_text', 'make_chunks', 'sample_documents',
-           'load_questions', 'sample_questions', 'check_corpus', 'parse_batches', 'read_api']
+           'public_names', 'public_path', 'plain_docstring', 'clean_documents', 'split_text', 'make_chunks',
+           'sample_documents', 'load_questions', 'sample_questions', 'check_corpus', 'parse_batches', 'read_api']
 
 # %% ../nbs/02_corpus.ipynb #93fe2e75
-import fnmatch, hashlib, importlib.metadata, importlib.util, json, re
+import fnmatch, gc, hashlib, importlib.metadata, importlib.util, json, re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,6 +118,13 @@ def public_path(
     return min(filter(_is_public, candidates), key=_shortest, default=None)
 
 # %% ../nbs/02_corpus.ipynb #f7a31ff9
+_DIRECTIVE = re.compile(r"^[ \t]*(\.\. (code-block|code|sourcecode|testcode|literalinclude|image|figure|toctree|autosummary)::|:(test|caption|name|linenos|skipif|emphasize-lines):).*\n?", re.M)
+_ROLE = re.compile(r":[a-z][a-z:+-]*:`~?\.?([^`<]+?)(\s*<[^`]*>)?`")
+
+def plain_docstring(text: str) -> str:
+    "A docstring without the marks that only a documentation builder (Sphinx) understands."
+    return _ROLE.sub(r"`\1`", _DIRECTIVE.sub("", text)).strip()
+
 def clean_documents(
     records: pd.DataFrame, # Output of `parse_file` for all files of one package
     exclude: list[str], # Patterns of ids that are left out, such as "*.as_dict"
@@ -129,6 +136,7 @@ def clean_documents(
     objects["id"] = [public_path(path, names) or "" for path in objects.path]
     objects = objects[[bool(i) and not any(fnmatch.fnmatch(i, pat) or fnmatch.fnmatch(p, pat) for pat in exclude)
                        for i, p in zip(objects.id, objects.path)]]
+    objects["text"] = objects.text.map(plain_docstring)
     objects["words"] = objects.text.str.split().str.len()
     objects = objects[objects.words >= min_words].sort_values("id", key=lambda ids: ids.map(_shortest))
     objects = objects.drop_duplicates("id").drop_duplicates("text")
@@ -257,8 +265,10 @@ RECORD_SCHEMA = "path string, kind string, signature string, text string, packag
 def parse_batches(frames):
     "The function for `mapInPandas`: batches of files in, batches of records out."
     columns = [c.split()[0] for c in RECORD_SCHEMA.split(", ")]
-    for frame in frames:
-        yield pd.DataFrame([r for row in frame.itertuples(index=False) for r in parse_file(*row)], columns=columns)
+    gc.disable()                                    # a syntax tree is many objects, and the collector would walk them again and again: a third of the time
+    try:
+        for frame in frames: yield pd.DataFrame([r for row in frame.itertuples(index=False) for r in parse_file(*row)], columns=columns)
+    finally: gc.enable()
 
 def read_api(
     ws: Workspace,

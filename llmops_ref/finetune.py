@@ -93,7 +93,7 @@ def train(
     groups: list[dict], # From `encode`
     validation: list[dict],
     lr: float = 1e-3,
-    groups_per_step: int = 2,
+    groups_per_step: int = 1,
     max_seconds: float = 120.0,
     on_step=None, # Called with (step, steps, text)
 ) -> pd.DataFrame: # One row a step: `step loss validation tokens seconds`

@@ -10,7 +10,7 @@ __all__ = ['MAX_TOKENS', 'RUNNERS', 'LICENCES', 'Candidate', 'reachability', 'pe
            'choose', 'register_choice', 'champion', 'chosen_gguf']
 
 # %% ../nbs/01_hub.ipynb #6c67e85b
-import contextlib, functools, io, json, multiprocessing, os, re, shutil, subprocess, sys, tempfile, threading, time, unittest.mock, urllib.request
+import contextlib, functools, gc, io, json, multiprocessing, os, re, shutil, subprocess, sys, tempfile, threading, time, unittest.mock, urllib.request
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from .llm import BASE_MODEL, BASE_SHA256, Endpoint, base_gguf, chat_client, q8_gguf, serve_gguf, third_party_endpoint
+from .llm import BASE_MODEL, BASE_SHA256, Endpoint, base_gguf, chat_client, gguf_in_memory, q8_gguf, serve_gguf, third_party_endpoint
+from .embedding import TEXT_TOKENS
 from .scoring import mrr_at_k, recall_at_k
 from .workspace import DataError, Workspace, file_digest, verify_digest, write_atomic
 
@@ -138,6 +139,7 @@ def _onnx(job):
 def _sentence_transformers(job):
     from sentence_transformers import SentenceTransformer
     model = SentenceTransformer(job["folder"], device="cpu")
+    model.max_seq_length = TEXT_TOKENS              # as the other runner
     yield lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 RUNNERS = {"llama.cpp": _llama, "endpoint": _endpoint, "transformers": _transformers, "onnxruntime": _onnx, "sentence-transformers": _sentence_transformers}
 def _search(embed, pairs):
@@ -194,7 +196,7 @@ def _save_dequantised(file, folder):
     import gguf, torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     once = {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
-    with unittest.mock.patch.multiple(gguf, **once):    # transformers reads the file three times, and makes one table of names 397 times
+    with gguf_in_memory(), unittest.mock.patch.multiple(gguf, **once):    # transformers reads the file three times, and makes one table of names 397 times
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     model.hf_quantizer, model.is_quantized = None, False
@@ -211,11 +213,13 @@ def weights(ws: Workspace, variant: str) -> Path | None:
     from llmops_ref.embedding import minilm_folder, minilm_onnx
     return minilm_folder() / "model.safetensors" if variant == "minilm-st" else minilm_onnx(ws)
 
-def _silent(): sys.stderr = open(os.devnull, "w")    # conversions draw progress bars
+def _converter():
+    sys.stderr = open(os.devnull, "w")              # conversions draw progress bars
+    gc.disable()                                    # and make a million objects, but no garbage
 
 def prepare_weights(ws: Workspace, variants: list[str]) -> None:
     "Make the conversions that the cache lacks, two at a time, in processes of their own; one that fails is reported when its candidate is probed."
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _silent) as pool: wait([pool.submit(weights, ws, variant) for variant in variants])
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _converter) as pool: wait([pool.submit(weights, ws, variant) for variant in variants])
 
 def _job(ws, candidate, file):
     if file: return dict(file=str(file), folder=str(file.parent), slots=ws.config.chat_slots)

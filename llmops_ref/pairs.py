@@ -76,34 +76,34 @@ def ask_about(
     return "howto", question[0].upper() + question[1:]
 
 # %% ../nbs/04a_pairs.ipynb #21273b01
-def _members(index, query, documents, seed, skip):
+def _members(index, query, documents, seed, skip, n):
     found = [seed] if seed else []
     for passage in index.search(query, 16):
         new = passage.document_id
         if new not in documents or new in found or new in skip: continue
         if all(token_f1(documents[new]["sentence"], documents[old]["sentence"]) < 0.65 for old in found): found.append(new)
-        if len(found) == 4: break
+        if len(found) == n: break
     return found
 
 def answer_from(document_id: str, number: int, sentence: str) -> str:
     "The form of answer that we teach: the name, the citation, one sentence."
     return f"Use `{document_id}` [{number}]. {sentence}"
 
-def _group(index, documents, seed, person, rng):
+def _group(index, documents, seed, person, k, rng):
     asked = (lambda m: ask_about(m, documents[m]["kind"], documents[m]["sentence"], rng))
     first = ("human", person.question) if person is not None else asked(seed)
-    members = _members(index, first[1], documents, seed, set(person.gold) if person is not None else set())
-    if len(members) < 4: return None
+    members = _members(index, first[1], documents, seed, set(person.gold) if person is not None else set(), k + 1)
+    if len(members) <= k: return None
     if seed and person is None and rng.random() < 0.34: members = members[1:] + members[:1]    # the seed itself is the one left out
-    shown = rng.sample(members[:3], 3)
-    def one(m):
-        kind, question = first if m == seed else asked(m)
-        if m not in shown: return kind, question, "", REFUSAL
+    shown, left_out = members[:k], members[k]
+    def answered(m, kind, question):
         number = shown.index(m) + 1
         if kind == "human": return kind, question, m, person.answer.replace(f"`{m}`", f"`{m}` [{number}]", 1)
         return kind, question, m, answer_from(m, number, documents[m]["sentence"])
-    pairs = [one(m) for m in (members if seed else members[:3])]
-    return shown, pairs if seed else [*pairs, (*first, "", REFUSAL)]
+    pairs = [answered(m, *(first if m == seed else asked(m))) for m in (shown[0], rng.choices(shown[1:] or shown, [1 / rank for rank in range(1, max(k, 2))])[0])]
+    again = next((q for q in (asked(shown[0]) for _ in range(9)) if q[1] != pairs[0][1]), asked(shown[0]))
+    refused = first if not seed or left_out == seed else asked(left_out)
+    return shown, [pairs[0], answered(shown[0], *again), pairs[1], (*refused, "", REFUSAL)]
 
 # %% ../nbs/04a_pairs.ipynb #80b3c0aa
 def build_pairs(
@@ -113,6 +113,7 @@ def build_pairs(
     template: str = PLAIN_PROMPT,
     examples: int = 160, # Training pairs; validation pairs come on top
     held_out: int = 24, # Validation pairs; their documents are kept out of training
+    k: int = 3, # Passages shown
     max_words: int = 60,
     seed: int = 17,
 ) -> pd.DataFrame: # `id group split kind question document_id shown messages source`; an empty `document_id` is to be refused
@@ -129,7 +130,7 @@ def build_pairs(
     while objects and len(rows) < examples + held_out:
         document, person = people.pop() if people and number % 3 == 0 else (objects.pop(), None)
         number += 1
-        made = _group(index, documents, document, person, rng) if document is None or document in documents else None
+        made = _group(index, documents, document, person, k, rng) if document is None or document in documents else None
         if made is None: continue
         (shown, pairs), split = made, "validation" if len(rows) < held_out else "train"
         passages = [SimpleNamespace(text=documents[d]["text"]) for d in shown]

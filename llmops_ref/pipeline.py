@@ -198,7 +198,7 @@ def run_stage(
     output, running, outcome = folder / f"{stage.notebook}.ipynb", folder / f".running-{stage.notebook}.ipynb", {}
     def work():
         try: papermill.execute_notebook(str(ws.config.root / "nbs" / output.name), str(running), dict(env=ws.config.env), cwd=str(ws.config.root / "nbs"),
-                                        progress_bar=False, kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=40"])
+                                        progress_bar=False, kernel_name="python3", shutdown_kernel="immediate", extra_arguments=["--IPKernelApp.log_level=40"])
         except BaseException as error: outcome["error"] = error
     started, last, code = time.time(), manifest(ws, stage), stage_code(stage, ws.config.root)
     thread = threading.Thread(target=work, daemon=True); thread.start()

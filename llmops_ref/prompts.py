@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 
-from .assistant import PLAIN_PROMPT, check_template, open_assistant
+from .assistant import PLAIN_PROMPT, check_template, open_assistants
 from .config import Config, SettingsError, load_config
 from .scoring import REFUSAL, Comparison, compare, score_answer
 from .workspace import DataError, Workspace, open_workspace

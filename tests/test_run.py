@@ -71,7 +71,7 @@ def test_prose_does_not_run_a_stage_again_but_code_does(finished):
 def test_a_setting_concerns_only_the_stages_that_read_it(finished):
     def stale(**settings): return [s["stage"] for s in json.loads(finished.llmops("status", "--env", "staging", "--json", **settings).stdout)["stages"] if s["state"] == "stale"]
     assert stale() == []
-    assert "01_hub" not in (changed := stale(RETRIEVAL_K="2")) and "04_prompts" in changed and "02_corpus" not in changed
+    assert "01_hub" not in (changed := stale(RETRIEVAL_K="4")) and "04_prompts" in changed and "02_corpus" not in changed
     assert stale(CHUNK_WORDS="70") == ["02_corpus"]
 
 
