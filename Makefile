@@ -21,7 +21,7 @@ run: .venv/installed
 	$(BIN)/llmops run --env $(ENV)
 
 test: .venv/installed
-	$(BIN)/nbdev-test --n-workers 2
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && TMPDIR=$$scratch $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/pytest
 
 # The same promises with the network cut off: only loopback is left (Linux, needs root or user namespaces)

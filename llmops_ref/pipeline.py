@@ -10,7 +10,7 @@ __all__ = ['STAGES', 'Stage', 'find_stage', 'code_digest', 'stage_code', 'manife
            'run_pipeline', 'notebook_title', 'machine', 'notebook_html']
 
 # %% ../nbs/90_pipeline.ipynb #25457c87
-import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, socket, sys, tempfile, threading, time
+import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, socket, sys, tempfile, threading, time, unittest.mock
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -197,8 +197,11 @@ def run_stage(
     os.environ["LLMOPS_SETTINGS"] = str(ws.config.root / "settings.ini")
     output, running, outcome = folder / f"{stage.notebook}.ipynb", folder / f".running-{stage.notebook}.ipynb", {}
     def work():
-        try: papermill.execute_notebook(str(ws.config.root / "nbs" / output.name), str(running), dict(env=ws.config.env), cwd=str(ws.config.root / "nbs"),
-                                        progress_bar=False, kernel_name="python3", shutdown_kernel="immediate", extra_arguments=["--IPKernelApp.log_level=40"])
+        scratch = tempfile.TemporaryDirectory(prefix="llmops-", ignore_cleanup_errors=True)
+        try:
+            with scratch, unittest.mock.patch.dict(os.environ, TMPDIR=scratch.name):
+                papermill.execute_notebook(str(ws.config.root / "nbs" / output.name), str(running), dict(env=ws.config.env), cwd=str(ws.config.root / "nbs"),
+                                           progress_bar=False, kernel_name="python3", shutdown_kernel="immediate", extra_arguments=["--IPKernelApp.log_level=40"])
         except BaseException as error: outcome["error"] = error
     started, last, code = time.time(), manifest(ws, stage), stage_code(stage, ws.config.root)
     thread = threading.Thread(target=work, daemon=True); thread.start()
