@@ -40,6 +40,7 @@ setup: .venv/installed
 	@$(BIN)/llmops --help >/dev/null && touch $@
 
 torch := $(shell grep '^torch==' requirements.lock)
+# Unlike pip, uv leaves it to Python to compile each module at its first import. We import the largest here, beside each other and beside the downloads.
 # uv does not read pip's configuration, so we hand over what is set there: index, further indexes, folders of wheels
 pip_setting = $$($(BIN)/pip config get global.$(1) 2>/dev/null | tr -s ' \n' '$(2)' | sed 's/$(2)$$//')
 define install_uv
@@ -47,13 +48,15 @@ $(BIN)/pip install -q --disable-pip-version-check uv && \
 export UV_DEFAULT_INDEX="$(call pip_setting,index-url, )" UV_FIND_LINKS="$(call pip_setting,find-links,$(comma))" && \
 { test -n "$$UV_DEFAULT_INDEX" || unset UV_DEFAULT_INDEX; } && { test -n "$$UV_FIND_LINKS" || unset UV_FIND_LINKS; } && \
 uv="$(BIN)/uv pip install -q --python $(BIN)/python" && \
-$$uv $(if $(TORCH),--torch-backend $(TORCH)) $(torch) && $$uv --no-deps -r requirements.lock && $$uv --no-deps -e .
+$$uv $(if $(TORCH),--torch-backend $(TORCH)) $(torch) && $(call compile,import torch) && $$uv --no-deps -r requirements.lock && $$uv --no-deps -e . && \
+$(call compile,import transformers.models.llama.modeling_llama; import peft) && $(call compile,import mlflow.genai; import langchain_openai; import matplotlib.pyplot) && wait
 endef
 define install_pip
 $(BIN)/pip install -q $(torch) $(if $(filter cpu,$(TORCH)),--index-url https://download.pytorch.org/whl/cpu) && \
 $(BIN)/pip install -q --no-deps -r requirements.lock && $(BIN)/pip install -q --no-deps -e .
 endef
 comma := ,
+compile = { $(BIN)/python -W ignore -c "$(1)" >/dev/null 2>&1 & }
 
 # For those who work on the project
 prepare: .venv/installed   # after editing notebooks: export them, clean them, write README.md and environment.yml
