@@ -282,6 +282,6 @@ def read_api(
     if not files: raise DataError(f"The corpus is not usable: {NOTHING}.")
     for package in packages: ws.note_package(package)
     ws.progress(0, 1, f"parsing {len(files):,} files of {len(packages)} packages")
-    records = ws.spark.createDataFrame(pd.DataFrame(files)).repartition(ws.cores).mapInPandas(parse_batches, RECORD_SCHEMA).toPandas()
+    records = ws.map_batches(pd.DataFrame(files), parse_batches, RECORD_SCHEMA)
     frames = [clean_documents(part, exclude, min_words) for _, part in records.groupby("package")]
     return pd.concat(frames, ignore_index=True).drop_duplicates("id").drop_duplicates("text").sort_values("id", ignore_index=True)
