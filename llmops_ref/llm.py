@@ -6,7 +6,8 @@ Reads model weights, or the address of a provider. Leaves an `Endpoint`, which a
 
 # %% auto #0
 __all__ = ['BASE_MODEL', 'BASE_LICENCE', 'BASE_SHA256', 'base_gguf', 'gguf_in_memory', 'reencode_q8', 'q8_gguf', 'Endpoint',
-           'serve_gguf', 'chat_client', 'Completion', 'complete', 'complete_many', 'third_party_endpoint']
+           'openai_client', 'serve_gguf', 'chat_client', 'Completion', 'complete', 'complete_many',
+           'third_party_endpoint']
 
 # %% ../nbs/00b_llm.ipynb #978ecfa6
 import contextlib, importlib.util, os, secrets, time, unittest.mock
@@ -82,6 +83,11 @@ class Endpoint:
     def __repr__(self): return f"Endpoint({self.base_url!r}, {self.model!r})"    # never the key
 
 # %% ../nbs/00b_llm.ipynb #4a7837d6
+def openai_client(endpoint: Endpoint):
+    "The bare `openai.OpenAI` client of an endpoint, for what only the protocol knows, such as timings."
+    from openai import OpenAI
+    return OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none")
+
 @contextlib.contextmanager
 def serve_gguf(
     model: Path, # GGUF file
@@ -104,7 +110,7 @@ def serve_gguf(
     try: server = xllamacpp.Server(params)
     except RuntimeError as error: raise DataError(f"llama.cpp cannot load {model}: {error}. The file is damaged or of an unknown kind.") from None
     endpoint = Endpoint(f"{server.listening_address}/v1", name or Path(model).stem, params.api_keys[0])
-    chat_client(endpoint, max_tokens=1).invoke("Hello")
+    openai_client(endpoint).chat.completions.create(model=endpoint.model, messages=[dict(role="user", content="Hello")], max_tokens=1)
     try: yield endpoint
     finally: del server
 
