@@ -14,7 +14,7 @@ import pandas as pd
 
 from .config import Config, SettingsError, load_config
 from .corpus import sample_questions
-from .deployment import ask_endpoint, serve_version
+from .deployment import ask_endpoint, start_endpoint
 from .scoring import citations, is_refusal
 from .workspace import DataError, Workspace, open_workspace
 

@@ -30,7 +30,7 @@ def load_assistant(
     "Load an assistant from the registry; yields a function from `{'question': ...}` to the answer dictionary."
     mlflow = ws.mlflow()
     if not trace: mlflow.tracing.disable()
-    os.environ |= dict(ASSISTANT_VERSION=version, ASSISTANT_PURPOSE="traffic")
+    os.environ["ASSISTANT_VERSION"] = version
     model = mlflow.pyfunc.load_model(f"models:/{ws.registered('assistant')}/{version}")
     def ask(state):
         reply = model.predict({"input": [{"role": "user", "content": state["question"]}]})
