@@ -23,6 +23,15 @@ def test_every_stage_ran_without_a_network(finished):
     if not no_network(): pytest.skip("the life cycle ran, but this system does not let us cut the network off (unshare -rn)")
 
 
+def test_nothing_keeps_running_after_a_run(finished):
+    "No kernel, no model server, no endpoint: a run cleans up after itself."
+    def of_this_project(process):
+        try: return process.environ().get("LLMOPS_SETTINGS", "").startswith(str(finished.root))
+        except psutil.Error: return False
+    assert [p.cmdline() for p in psutil.process_iter() if of_this_project(p)] == []
+    assert not (finished.root / "stores" / "staging" / "endpoint").exists()
+
+
 def test_second_run_does_nothing(finished):
     start = time.time()
     again = finished.llmops("run", "--env", "staging")
@@ -88,12 +97,11 @@ def test_killed_kernel_then_resume(finished):
     before = metrics(finished)
     (finished.root / "stores" / "staging" / "stages" / "retrieval.json").unlink()          # as if it had never run
     run = finished.start("run", "--env", "staging")
-    kernel = None
-    for _ in range(600):
+    for _ in range(600):                                                                   # the stage's own, and the one that waits for the next stage
         kernels = [p for p in psutil.Process(run.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
-        if kernels and kernels[0].cpu_times().user > 2: kernel = kernels[0]; break
+        if len(kernels) == 2 and min(k.cpu_times().user for k in kernels) > 2: break
         time.sleep(0.05)
-    kernel.send_signal(signal.SIGKILL)
+    for kernel in kernels: kernel.send_signal(signal.SIGKILL)
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 1
     assert "03_retrieval failed" in output and "The kernel died" in output and re.search(r"Resume with: +\S*llmops run --env staging --from 03", output)
