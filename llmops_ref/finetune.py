@@ -9,7 +9,7 @@ __all__ = ['TARGETS', 'pack', 'answer_loss', 'encode', 'load_for_training', 'tra
            'before_and_after', 'register_tuned', 'tuned_adapter']
 
 # %% ../nbs/05_finetune.ipynb #ace5373b
-import importlib.util, json, math, os, re, shutil, tempfile, time
+import importlib.util, json, math, os, re, shutil, tempfile, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +84,10 @@ def load_for_training(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=fastest_dtype(device)).to(device)
     total = model.config.num_hidden_layers
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS),
-                                            layers_to_transform=list(range(max(total - layers, 0) if layers else 0, total)))), AutoTokenizer.from_pretrained(checkpoint)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), layers_to_transform=list(range(max(total - layers, 0) if layers else 0, total)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)      # PEFT asks transformers by a name that is going out of use
+        return get_peft_model(model, lora), AutoTokenizer.from_pretrained(checkpoint)
 
 # %% ../nbs/05_finetune.ipynb #44babd3b
 def train(
