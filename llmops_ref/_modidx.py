@@ -214,6 +214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmops_ref.pipeline._Kernels.__exit__': ('pipeline.html#_kernels.__exit__', 'llmops_ref/pipeline.py'),
                                      'llmops_ref.pipeline._Kernels.__init__': ('pipeline.html#_kernels.__init__', 'llmops_ref/pipeline.py'),
                                      'llmops_ref.pipeline._Kernels.prepare': ('pipeline.html#_kernels.prepare', 'llmops_ref/pipeline.py'),
+                                     'llmops_ref.pipeline._Kernels.stop': ('pipeline.html#_kernels.stop', 'llmops_ref/pipeline.py'),
                                      'llmops_ref.pipeline._Kernels.take': ('pipeline.html#_kernels.take', 'llmops_ref/pipeline.py'),
                                      'llmops_ref.pipeline._cells': ('pipeline.html#_cells', 'llmops_ref/pipeline.py'),
                                      'llmops_ref.pipeline._explain_error': ('pipeline.html#_explain_error', 'llmops_ref/pipeline.py'),

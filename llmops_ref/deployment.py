@@ -57,7 +57,7 @@ def start_endpoint(
     environment = os.environ | {"ASSISTANT_VERSION": version, "TMPDIR": str(scratch), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with log.open("wb") as output: server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     write_atomic(ws.path("endpoint", "endpoint.json"), json.dumps(dict(pid=server.pid, port=port, version=version, owner=owner)))
-    if owner == os.getpid(): atexit.register(stop_endpoint, ws)
+    if owner == os.getpid(): atexit.register(stop_endpoint, ws, owner)
     try: _wait_until_ready(server, port, ws.config.serving_timeout, log)
     except BaseException:
         stop_endpoint(ws)
@@ -84,9 +84,8 @@ def stop_endpoint(
 ) -> None:
     "Stop what this environment serves on this machine, if anything."
     import psutil
-    note = _note(ws)
-    if note and owner not in (None, note["owner"]): return
-    if note:
+    if note := _note(ws):
+        if owner not in (None, note["owner"]): return
         for how in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError): os.killpg(note["pid"], how)
             try: note["process"].wait(10); break

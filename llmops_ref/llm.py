@@ -86,7 +86,7 @@ class Endpoint:
 def openai_client(endpoint: Endpoint):
     "The bare `openai.OpenAI` client of an endpoint, for what only the protocol knows, such as timings."
     from openai import OpenAI
-    return OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none")
+    return OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none", timeout=60.0)
 
 @contextlib.contextmanager
 def serve_gguf(

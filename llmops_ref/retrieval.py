@@ -80,8 +80,7 @@ class Index:
         self.folder, self.manifest, self.embedder = Path(folder), check_index(Path(folder)), embedder
         self.flat = faiss.read_index(str(self.folder / "vectors.faiss"))
         self.bm25 = bm25s.BM25.load(str(self.folder / "bm25"), load_corpus=False)
-        self.chunks = pd.read_parquet(self.folder / "chunks.parquet")
-        self.rows = self.chunks.to_dict("records")      # a search looks at a hundred of them, and pandas takes its time over each
+        self.chunks = pd.read_parquet(self.folder / "chunks.parquet").to_dict("records")      # a search looks at a hundred of them, and pandas takes its time over each
         if not self.flat.ntotal == len(self.chunks) == self.manifest["count"]:
             raise DataError(f"The index in {folder} holds {self.flat.ntotal} vectors for {len(self.chunks)} chunks. Build it again: `llmops run --only retrieval --force` (with the --env that it belongs to).")
 
@@ -130,9 +129,9 @@ def search(
     lexical = self._lexical(question, n) if method != "dense" else {}
     scores = fuse(list(dense), list(lexical)) if method == "hybrid" else dense or lexical
     found, closest = {}, {}
-    for row in dense: closest.setdefault(self.rows[row]["document_id"], dense[row])
+    for row in dense: closest.setdefault(self.chunks[row]["document_id"], dense[row])
     for row, score in scores.items():
-        chunk = self.rows[row]
+        chunk = self.chunks[row]
         if chunk["document_id"] in found: continue
         similarity = float(self.flat.reconstruct(int(row)) @ vector) if vector is not None else 0.0
         found[chunk["document_id"]] = Passage(chunk["id"], chunk["document_id"], chunk["package"], chunk["heading"], chunk["text"], float(score), similarity)

@@ -111,6 +111,22 @@ def test_killed_kernel_then_resume(finished):
     assert metrics(finished) == before
 
 
+def test_a_kernel_that_is_killed_while_it_waits_is_replaced(project):
+    from llmops_ref.config import load_config
+    from llmops_ref.pipeline import _Kernels
+    from llmops_ref.workspace import Workspace
+    with _Kernels(Workspace(load_config("dev", project.root))) as kernels:
+        kernels.prepare(STAGES[1])
+        killed = kernels.waiting[0]
+        os.kill(killed.manager.provisioner.pid, signal.SIGKILL)
+        for _ in range(100):
+            if not killed.alive(): break
+            time.sleep(0.05)
+        taken = kernels.take(STAGES[1])
+        try: assert taken is not killed and taken.alive() and not os.path.exists(killed.scratch.name)
+        finally: taken.stop()
+
+
 def test_environments_are_apart(project):
     "A run in prod leaves no trace in dev, and the kernel really ran prod."
     done = project.llmops("run", "--env", "prod", "--only", "corpus", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft")
