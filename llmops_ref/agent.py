@@ -18,7 +18,8 @@ from mlflow.types.responses import ResponsesAgentRequest, ResponsesAgentResponse
 from .assistant import PLAIN_PROMPT, as_retriever, make_chain
 from .llm import Endpoint, chat_client, serve_gguf
 from .embedding import Embedder
-from .retrieval import Index
+from .retrieval import open_ai_search
+from .vector_index import Index, open_reranker
 from .workspace import verify_digest
 
 # %% ../nbs/03b_agent.ipynb #51d8c026
@@ -33,9 +34,9 @@ class AssistantAgent(ResponsesAgent):
         self.stack = contextlib.ExitStack()
         if "model" in files: endpoint = self.stack.enter_context(serve_gguf(files["model"], files.get("adapter"), slots=config["slots"]))
         else: endpoint = Endpoint(config["base_url"], config["model"], os.environ.get(config["secret"]))
-        retriever = None
-        if "index" in files:
-            retriever = as_retriever(Index(files["index"], Embedder(files["embedder"], files["tokenizer"])), config["k"], config["retrieval"], config["candidates"])
+        embedder = Embedder(files["embedder"], files["tokenizer"], config["precision"]) if "embedder" in files else None
+        index = Index(files["index"], embedder, open_reranker(config["reranker"])) if "index" in files else open_ai_search(config["ai_search"], embedder) if "ai_search" in config else None
+        retriever = None if index is None else as_retriever(index, config["k"], config["retrieval"], config["candidates"])
         self.served_by = endpoint.model + (" + adapter" if "adapter" in files else "")
         self.chain = make_chain(chat_client(endpoint, config["max_tokens"]), config["template"], retriever, config["max_words"], config["refuse_below"])
 

@@ -6,10 +6,11 @@ Reads the index, a prompt and an endpoint. Leaves the chain that every later sta
 
 # %% auto #0
 __all__ = ['PLAIN_PROMPT', 'REQUIREMENTS', 'cut_words', 'passage_block', 'check_template', 'build_messages', 'make_chain',
-           'as_retriever', 'open_endpoint', 'lowest_cosine', 'open_assistants', 'open_assistant', 'log_assistant']
+           'retriever_class', 'as_retriever', 'open_endpoint', 'lowest_cosine', 'open_assistants', 'open_assistant',
+           'log_assistant']
 
 # %% ../nbs/03a_assistant.ipynb #e2b9e145
-import contextlib, importlib.metadata, json, os, re, time
+import contextlib, functools, importlib.metadata, json, os, re, time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from .config import Config, SettingsError, load_config
 from .hub import chosen_gguf
 from .llm import Endpoint, chat_client, serve_gguf, third_party_endpoint
 from .embedding import minilm_folder, minilm_onnx
-from .retrieval import Index, Passage, index_folder, open_index
+from .retrieval import index_folder, index_precision, open_index
+from .vector_index import Index, Passage
 from .scoring import REFUSAL, citations, is_refusal
 from .workspace import DataError, Workspace, file_digest, open_workspace, write_atomic
 
@@ -98,20 +100,32 @@ def _finish(state):
                 prompt_tokens=usage.get("input_tokens", 0), completion_tokens=usage.get("output_tokens", 0))
 
 # %% ../nbs/03a_assistant.ipynb #38b217f7
-def as_retriever(
-    index: Index,
-    k: int = 3,
-    method: str = "hybrid",
-    candidates: int = 50,
-): # A LangChain `BaseRetriever`
-    "The index as a LangChain retriever."
+@functools.cache
+def retriever_class():
+    "The class of `as_retriever`; made on first use, since LangChain takes a second to import."
     from langchain_core.documents import Document
     from langchain_core.retrievers import BaseRetriever
     class IndexRetriever(BaseRetriever):
-        def _get_relevant_documents(self, query, *, run_manager=None):
-            return [Document(page_content=p.text, id=p.chunk_id, metadata={k: v for k, v in asdict(p).items() if k != "text"})
-                    for p in index.search(query, k, method, candidates)]
-    return IndexRetriever()
+        index: object
+        k: int = 3
+        method: str = "hybrid"
+        candidates: int = 50
+        filters: dict | None = None
+
+        def _get_relevant_documents(self, query, *, run_manager=None, k=None):
+            return [Document(page_content=p.text, id=p.chunk_id, metadata={name: value for name, value in asdict(p).items() if name != "text"})
+                    for p in self.index.search(query, k or self.k, self.method, self.candidates, filters=self.filters)]
+    return IndexRetriever
+
+def as_retriever(
+    index, # Anything with `search`, such as an `Index`
+    k: int = 3,
+    method: str = "hybrid",
+    candidates: int = 50,
+    filters: dict | None = None, # Column -> value or values
+): # A LangChain `BaseRetriever`
+    "The index as a LangChain retriever."
+    return retriever_class()(index=index, k=k, method=method, candidates=candidates, filters=filters)
 
 # %% ../nbs/03a_assistant.ipynb #ff04fb4d
 @contextlib.contextmanager
@@ -162,7 +176,7 @@ def log_assistant(
     "Log and register the assistant as a model version that holds all it needs; self-hosted or third-party by `app`."
     from llmops_ref import agent
     config, mlflow = ws.config, ws.mlflow()
-    settings = dict(template=check_template(template), retrieval=config.retrieval, k=config.retrieval_k, candidates=config.retrieval_candidates,
+    settings = dict(template=check_template(template), retrieval=config.retrieval, precision=index_precision(ws) or "fp32", reranker=config.reranker, k=config.retrieval_k, candidates=config.retrieval_candidates,
                     max_words=config.passage_words, refuse_below=lowest_cosine(config), max_tokens=config.chat_max_tokens, slots=config.chat_slots)
     artifacts, shared = {}, {}
     if config.app == "third_party":
@@ -171,8 +185,10 @@ def log_assistant(
     else: shared["model"] = chosen_gguf(ws)
     if adapter and "model" in shared: artifacts["adapter"] = str(adapter)
     if config.retrieval != "off":
-        artifacts |= dict(index=str(index_folder(ws)), tokenizer=str(minilm_folder() / "tokenizer.json"))
-        shared["embedder"] = minilm_onnx(ws)
+        if config.vector_index == "faiss": artifacts["index"] = str(index_folder(ws))
+        else: settings["ai_search"] = ws.registered("chunks_index")
+        if config.vector_index != "delta_sync":     # there, Databricks embeds the questions
+            artifacts["tokenizer"], shared["embedder"] = str(minilm_folder() / "tokenizer.json"), minilm_onnx(ws, settings["precision"])
     artifacts |= {name: str(path) for name, path in shared.items()}
     settings["digests"] = {name: file_digest(path) for name, path in artifacts.items() if Path(path).is_file()}     # an index has its own
     info = mlflow.pyfunc.log_model(name="assistant", python_model=str(write_atomic(ws.path("assistant_model.py"), agent.MODEL_CODE)), model_config=settings,

@@ -31,12 +31,22 @@ class Config:
     seed: int
     hub_probe_questions: int
     hub_max_seconds_per_answer: float
+    corpus: str
     corpus_packages: list[str]
     corpus_exclude: list[str]
     corpus_documents: int
     corpus_min_words: int
+    corpus_max_unreadable: float
+    chunker: str
     chunk_words: int
     questions: str
+    vector_index: Literal["faiss", "delta_sync", "direct_access"]
+    ai_search_endpoint: str
+    ai_search_endpoint_type: Literal["STANDARD", "STORAGE_OPTIMIZED"]
+    ai_search_embedding: str
+    index_kind: str
+    embedder: str
+    reranker: str
     retrieval: Literal["hybrid", "dense", "bm25", "off"]
     retrieval_k: int
     retrieval_candidates: int
@@ -98,7 +108,7 @@ def _check_range(key, value):
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not 0 <= value < float("inf"): raise ValueError("a number of 0 or more")
         if key == "serving_port" and value > 65535: raise ValueError("a port, at most 65535, or 0 for a free one")
-        if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "monitoring_min_cited_share") and value > 1:
+        if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "monitoring_min_cited_share", "corpus_max_unreadable") and value > 1:
             raise ValueError("a share between 0 and 1")
         if key in ("retrieval_k", "chat_slots", "chat_max_tokens", "chunk_words", "passage_words", "finetune_rank", "finetune_groups_per_step", "smoke_questions", "monitoring_requests") and value < 1:
             raise ValueError("a whole number of 1 or more")

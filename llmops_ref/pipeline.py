@@ -105,9 +105,15 @@ def reasons(
     out = [f"{name} changed" for name, digest in code.items() if last["code"].get(name) != digest]
     values = {**ws.config.__dict__}
     out += [f"setting {key}: {_short(old)} → {_short(values.get(key))}" for key, old in last["params"].items() if values.get(key) != old]
-    out += [f"input {name}: {_short(old)} → {_short(now)}" for name, old in last["reads"].items() if (now := ws.current(name)) != old]
+    out += [f"input {name}: {_short(old)} → {_short(now)}{_touched(ws, name, old)}" for name, old in last["reads"].items() if (now := ws.current(name)) != old]
     out += [f"output {name} is gone" for name in last["writes"] if ws.current(name) is None]
     return out
+
+def _touched(ws, name, old):                        # how many rows of a table, where its log says so
+    kind, _, table = name.partition(":")
+    try: changes = ws.changes_since(table, old) if kind == "table" else None
+    except (DataError, ValueError): changes = None
+    return f" ({changes})" if changes else ""
 
 def _short(value): return text if len(text := str(value)) < 40 else text[:12] + "…"
 
@@ -157,6 +163,7 @@ def preflight(
 ) -> None:
     "Check what a run needs before it starts; raises `SettingsError` or `DataError`."
     from llmops_ref.corpus import installed, load_questions
+    from llmops_ref.documents import corpus_source, folder_files
     from llmops_ref.llm import base_gguf, third_party_endpoint
     from llmops_ref.deployment import stop_leftover
     from llmops_ref.embedding import minilm_folder
@@ -165,7 +172,9 @@ def preflight(
         check_parameters(config.root / "nbs" / f"{stage.notebook}.ipynb")
         stage_code(stage, config.root)              # Python can read it
     load_questions(config.root / config.questions)
-    for package in config.corpus_packages: installed(package)
+    if (source := corpus_source(config.corpus, config.root)) == "packages":
+        for package in config.corpus_packages: installed(package)
+    if source == "folder": folder_files(config.root / config.corpus, config.corpus_exclude)
     base_gguf(), minilm_folder()
     if config.app == "third_party": third_party_endpoint(ws)
     stop_leftover(ws)
