@@ -7,7 +7,8 @@ Reads the installed packages and `data/questions.jsonl`. Leaves the Delta tables
 # %% auto #0
 __all__ = ['SKIP_DIRS', 'QUESTION_TYPES', 'NOTHING', 'RECORD_SCHEMA', 'installed', 'package_files', 'parse_file', 'public_names',
            'public_path', 'plain_docstring', 'clean_documents', 'sample_documents', 'chunk_recipe', 'update_chunks',
-           'load_questions', 'sample_questions', 'check_corpus', 'parse_batches', 'read_api', 'read_corpus']
+           'load_questions', 'check_splits', 'sample_questions', 'check_corpus', 'parse_batches', 'read_api',
+           'read_corpus']
 
 # %% ../nbs/02_corpus.ipynb #93fe2e75
 import fnmatch, gc, hashlib, importlib.metadata, importlib.util, json, re
@@ -168,17 +169,18 @@ def update_chunks(
     documents: pd.DataFrame, # All of them
     words: int, # Target length of a chunk
     chunker: str,
-) -> tuple[pd.DataFrame, int]: # Chunks of all documents, as `make_chunks` gives them; and how many documents were cut
-    "Chunks from the last run for documents that are the same, new ones for the others."
+) -> tuple[pd.DataFrame, int]: # Chunks of all documents, as `make_chunks` gives them, and a column `recipe`; and how many documents were cut
+    "Chunks from the tables for documents that are the same, new ones for the others."
+    recipe, old = chunk_recipe(words, chunker), None
     try:
-        recipe = json.loads((ws.store / "stages" / "corpus.result.json").read_text())["details"]["recipe"]
         old, chunks = ws.read("documents"), ws.read("chunks")
-    except (OSError, ValueError, KeyError, DataError): recipe = None         # a first run, or one of another version
-    for table in ("documents", "chunks"): ws.reads.pop(f"table:{table}", None)
-    if recipe != chunk_recipe(words, chunker): return make_chunks(documents, words, chunker), len(documents)
+        if set(chunks.recipe) != {recipe}: old = None
+    except (DataError, AttributeError): old = None  # a first run, or a table of another version
+    for table in ("documents", "chunks"): ws.reads.pop(f"table:{table}", None)     # we are about to write them
+    if old is None: return make_chunks(documents, words, chunker).assign(recipe=recipe), len(documents)
     content = ["id", "package", "kind", "signature", "text"]
     same = set(documents[content].merge(old[content]).id) & set(chunks.document_id)
-    fresh = make_chunks(documents[~documents.id.isin(same)], words, chunker)
+    fresh = make_chunks(documents[~documents.id.isin(same)], words, chunker).assign(recipe=recipe)
     chunks = pd.concat([chunks[chunks.document_id.isin(same)][list(fresh.columns)], fresh])
     place = dict(zip(documents.id, range(len(documents))))
     return chunks.sort_values(["document_id", "position"], key=lambda c: c.map(place) if c.name == "document_id" else c, ignore_index=True), len(documents) - len(same)
@@ -213,6 +215,12 @@ def load_questions(
         rows.append({key: q[key] for key in ("id", "question", "type", "gold", "answer", "split")})
     if not rows: raise DataError(f"{path} holds no question. Write at least one line; the format is described in nbs/02_corpus.ipynb.")
     return pd.DataFrame(rows)
+
+def check_splits(questions: pd.DataFrame, path: str) -> None:
+    "`DataError` if a split has no question that can be answered: the train split chooses, the test split reports, and neither can do without."
+    for split in ("train", "test"):
+        if not ((questions.split == split) & (questions.type != "unanswerable")).any():
+            raise DataError(f"{path} holds no answerable question of the {split} split. Give some of them \"split\": \"{split}\"; the two splits must not share a gold document.")
 
 # %% ../nbs/02_corpus.ipynb #e050bc72
 def sample_questions(

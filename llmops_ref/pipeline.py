@@ -162,7 +162,7 @@ def preflight(
     stages: list[Stage],
 ) -> None:
     "Check what a run needs before it starts; raises `SettingsError` or `DataError`."
-    from llmops_ref.corpus import installed, load_questions
+    from llmops_ref.corpus import check_splits, installed, load_questions
     from llmops_ref.documents import corpus_source, folder_files
     from llmops_ref.llm import base_gguf, third_party_endpoint
     from llmops_ref.deployment import stop_leftover
@@ -171,7 +171,7 @@ def preflight(
     for stage in stages:
         check_parameters(config.root / "nbs" / f"{stage.notebook}.ipynb")
         stage_code(stage, config.root)              # Python can read it
-    load_questions(config.root / config.questions)
+    check_splits(load_questions(config.root / config.questions), config.questions)
     if (source := corpus_source(config.corpus, config.root)) == "packages":
         for package in config.corpus_packages: installed(package)
     if source == "folder": folder_files(config.root / config.corpus, config.corpus_exclude)

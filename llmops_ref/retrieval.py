@@ -10,13 +10,13 @@ __all__ = ['SPARK_ABOVE', 'VECTOR_SCHEMA', 'MEASURES', 'embed_chunks', 'embed_ba
            'open_ai_search', 'publish_to_ai_search', 'evaluate_index', 'plot_retrieval', 'explain_misses']
 
 # %% ../nbs/03_retrieval.ipynb #1262b605
-import functools, hashlib, json, os, shutil, time
+import functools, hashlib, json, os, shutil, threading, time, warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .config import Config, SettingsError, load_config
+from .config import load_config
 from .embedding import PRECISIONS, Embedder, embedder_digest, minilm_folder, minilm_onnx, open_embedder
 from .scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from .vector_index import METHODS, REBUILD, Index, Passage, build_index, check_index, open_reranker, terms
@@ -140,31 +140,42 @@ def index_precision(ws: Workspace) -> str | None:
     finally: ws.reads.pop("store:index/current.json", None)
     return next((p for p in PRECISIONS if embedder_digest(p) == made_by), None)
 
-def open_faiss(ws: Workspace) -> Index:
+def open_faiss(
+    ws: Workspace,
+    embedder: Embedder | None = None, # If one is open already; another is opened where the index wants it
+) -> Index:
     "The published FAISS index, verified and loaded with its embedder; `DataError` if it cannot be used."
-    for attempt in range(3):
-        folder = index_folder(ws)
+    if embedder is None: embedder = open_embedder(ws, index_precision(ws) or "fp32")        # slow, and no index changes it: so it comes first
+    reranker = open_reranker(ws.config.reranker)
+    for attempt in range(10):
+        folder, published = index_folder(ws), _published(ws)
         try:
-            verify_digest(folder / "manifest.json", _published(ws)["manifest"], REBUILD)
-            precision = next((p for p in PRECISIONS if embedder_digest(p) == check_index(folder)["embedder"]), "fp32")
-            return Index(folder, open_embedder(ws, precision), open_reranker(ws.config.reranker))
+            verify_digest(folder / "manifest.json", published["manifest"], REBUILD)
+            made_by = check_index(folder)["embedder"]
+            if made_by != embedder.digest: embedder = open_embedder(ws, next((p for p in PRECISIONS if embedder_digest(p) == made_by), "fp32"))
+            return Index(folder, embedder, reranker)
         except (DataError, OSError, RuntimeError):
-            if folder == index_folder(ws): raise    # else it was replaced while we were reading: take the new one
+            if published == _published(ws) and folder.name == published["folder"]: raise      # else it was replaced while we were reading: take the new one
     raise DataError(f"The index of {ws.config.env} is replaced faster than it can be opened. Look for a second pipeline that runs in {ws.store}.")
 
 # %% ../nbs/03_retrieval.ipynb #6373fa01
 class LiveIndex:
     "The published index, whichever it is: every search is answered by one version, the newest when it began."
     def __init__(self, ws: Workspace):
-        self.ws, self.lock, self.state = ws, threading.Lock(), (None, None)
-        self.current()
+        self.ws, self.lock = ws, threading.Lock()
+        self.state = self._pointer(), open_faiss(ws)
+
+    def _pointer(self): return (self.ws.store / "index" / "current.json").read_bytes()
 
     def current(self) -> Index:
-        "The index that is published now."
-        pointer = (self.ws.store / "index" / "current.json").read_bytes()
-        if pointer != self.state[0]:
+        "The index that is published now; the one before, with a warning, if that cannot be opened."
+        if (pointer := self._pointer()) != self.state[0]:
             with self.lock:
-                if pointer != self.state[0]: self.state = pointer, open_faiss(self.ws)
+                if pointer != self.state[0]:
+                    try: self.state = pointer, open_faiss(self.ws, self.state[1].embedder)
+                    except DataError as error:
+                        warnings.warn(f"A new index was published and cannot be opened, so the old one answers: {error}")
+                        self.state = pointer, self.state[1]
         return self.state[1]
 
     def search(self, question: str, *arguments, **settings) -> list[Passage]:

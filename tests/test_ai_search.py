@@ -11,8 +11,9 @@ from databricks.sdk.service.vectorsearch import (
     QueryVectorIndexResponse, ResultData, ResultManifest, UpsertDataResult, UpsertDataStatus, UpsertDataVectorIndexResponse, VectorIndex)
 
 from llmops_ref.ai_search import COLUMNS, AISearchIndex, create_search_index, delete_chunks, index_body, sync_search_index, upsert_chunks
-from llmops_ref.config import SettingsError
-from llmops_ref.workspace import DataError
+from llmops_ref.config import SettingsError, load_config
+from llmops_ref.retrieval import publish_to_ai_search
+from llmops_ref.workspace import DataError, open_workspace
 
 NAME, TABLE, ENDPOINT = "llmops_dev.reference.chunks_index", "llmops_dev.reference.chunks", "llmops"
 MANAGED = dict(source_table=TABLE, embedding_endpoint="databricks-gte-large-en")
@@ -357,3 +358,21 @@ def test_on_a_real_workspace():
         assert 0 < len(found) <= 3 and len({p.document_id for p in found}) == len(found)
     assert all(-1 <= p.similarity <= 1 for p in index.search("log a metric", method="dense"))
     assert {p.package for p in index.search("log a metric", filters={"package": "mlflow"})} == {"mlflow"}
+
+
+# --- as the retrieval stage uses it
+
+def test_only_chunks_that_changed_are_sent(service, tmp_path):
+    "direct_access: a second publication sends what differs, and takes out what is gone."
+    ws = open_workspace(load_config("dev", store=str(tmp_path / "dev"), vector_index="direct_access", ai_search_endpoint=ENDPOINT))
+    chunks = pd.DataFrame([(f"d{n}#0", f"d{n}", "docs", "text", "", f"Text {n}", f"digest{n}") for n in range(5)], columns=["id", "document_id", "package", "kind", "heading", "text", "digest"])
+    vectors = np.eye(5, 4, dtype=np.float32)
+    assert publish_to_ai_search(ws, service.client, chunks, vectors, **FAST).new == 5
+    changed = chunks.assign(digest=["digest0", "other", *chunks.digest[2:]]).iloc[:4]
+    assert str(publish_to_ai_search(ws, service.client, changed, vectors[:4], **FAST)) == "1 changed, 1 gone"
+    assert [[row["id"] for row in json.loads(body["inputs_json"])] for body in service.requests("upsert-data")] == [[f"d{n}#0" for n in range(5)], ["d1#0"]]
+    assert [query["primary_keys"] for method, path, query, body in service.asked if method == "DELETE"] == [["d4#0"]]
+    service.failed = ["d2#0"]                               # refused: the next publication tries again
+    with pytest.raises(DataError, match="d2#0"): publish_to_ai_search(ws, service.client, changed.assign(digest="new"), vectors[:4], **FAST)
+    service.failed = []
+    assert publish_to_ai_search(ws, service.client, changed.assign(digest="new"), vectors[:4], **FAST).changed == 4
