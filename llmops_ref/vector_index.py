@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'FLAT_UP_TO', 'HNSW_UP_TO', 'BM25_K1', 'BM25_B', 'STOP_WORDS
            'Index', 'fuse', 'Passage', 'open_reranker']
 
 # %% ../nbs/02a_vector_index.ipynb #a4181290
-import functools, json
+import functools, json, os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ def make_faiss(
 ): # A FAISS index that holds them
     "Build a FAISS index of one kind; the order of the rows is kept."
     import faiss
+    faiss.omp_set_num_threads(os.cpu_count() or 1)
     count, dimension = vectors.shape
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if kind == "flat": index = faiss.IndexFlatIP(dimension)
@@ -177,6 +178,7 @@ def _column(self: Index, name):
 @patch
 def _dense(self: Index, vector, n, mask):           # row -> cosine, best first
     import faiss
+    faiss.omp_set_num_threads(1)                    # see below
     index, parameters = self.gpu or self.vectors, None
     if mask is not None:
         index, selector = self.vectors, faiss.IDSelectorBatch(np.flatnonzero(mask))
