@@ -67,6 +67,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmops_ref.bench._torch_embedder': ('bench.html#_torch_embedder', 'llmops_ref/bench.py'),
                                   'llmops_ref.bench.bench_chunkers': ('bench.html#bench_chunkers', 'llmops_ref/bench.py'),
                                   'llmops_ref.bench.bench_embedders': ('bench.html#bench_embedders', 'llmops_ref/bench.py'),
+                                  'llmops_ref.bench.bench_fusion': ('bench.html#bench_fusion', 'llmops_ref/bench.py'),
                                   'llmops_ref.bench.bench_kinds': ('bench.html#bench_kinds', 'llmops_ref/bench.py'),
                                   'llmops_ref.bench.bench_retrieval': ('bench.html#bench_retrieval', 'llmops_ref/bench.py'),
                                   'llmops_ref.bench.our_search': ('bench.html#our_search', 'llmops_ref/bench.py'),

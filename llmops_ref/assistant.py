@@ -65,7 +65,7 @@ def make_chain(
     template: str = PLAIN_PROMPT,
     retriever=None, # A LangChain retriever, or None to ask the model directly
     max_words: int = 60,
-    refuse_below: float = 0.26, # Cosine of the best passage under which the chain refuses by itself
+    refuse_below: float = 0.24, # Cosine of the best passage under which the chain refuses by itself
 ): # A runnable from `{"question": ...}` to a dictionary with the answer
     "Retriever, prompt, model and checks, as LangChain runnables."
     from langchain_core.runnables import RunnableBranch, RunnableLambda, RunnablePassthrough

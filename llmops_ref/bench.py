@@ -6,7 +6,8 @@ Reads `documents`, `chunks` and `questions`. Leaves nothing: it measures, and re
 
 # %% auto #0
 __all__ = ['BENCHES', 'score_search', 'Meter', 'test_questions', 'tutorial_search', 'our_search', 'bench_retrieval',
-           'bench_chunkers', 'bench_embedders', 'plot_embedders', 'shaken', 'bench_kinds', 'plot_kinds', 'run_bench']
+           'bench_chunkers', 'bench_fusion', 'bench_embedders', 'plot_embedders', 'shaken', 'bench_kinds', 'plot_kinds',
+           'run_bench']
 
 # %% ../nbs/03d_bench.ipynb #f8e43fd6
 import gc, tempfile, time, warnings
@@ -20,9 +21,9 @@ from .chunking import CHUNKERS, make_chunks
 from .config import SettingsError, load_config
 from .embedding import PRECISIONS, TEXT_TOKENS, minilm_folder, open_embedder
 from .hub import fastest_dtype
-from .retrieval import embed_chunks, index_precision
+from .retrieval import embed_chunks, index_precision, open_faiss
 from .scoring import mrr_at_k, ndcg_at_k, recall_at_k
-from .vector_index import FLAT_UP_TO, KINDS, Index, build_index, choose_kind, make_faiss
+from .vector_index import FLAT_UP_TO, KINDS, Index, build_index, choose_kind, fuse, make_faiss
 from .workspace import Workspace, open_workspace
 
 # %% ../nbs/03d_bench.ipynb #1e88c5d0
@@ -119,6 +120,26 @@ def bench_chunkers(ws: Workspace) -> pd.DataFrame: # One row a chunker
             row |= {f"{method} {name}": scores[name] for name in ("recall@5", "mrr@10")}
         rows.append(row)
     return pd.DataFrame(rows).set_index("chunker")
+
+# %% ../nbs/03d_bench.ipynb #1340bc98
+def bench_fusion(
+    ws: Workspace,
+    candidates: int = 50, # Chunks of each method
+) -> pd.DataFrame: # One row a setting, best on the train split first
+    "MRR@10 and recall@5 of both splits for constants of the fusion."
+    index, questions = open_faiss(ws), ws.read("questions").query("type != 'unanswerable'")
+    names, found = index.chunks["document_id"].to_pylist(), []
+    for q, vector in zip(questions.question, index.embedder.embed(questions.question.tolist())):
+        rows = index._dense(vector, min(candidates, len(index)), None), index._lexical(q, min(candidates, len(index)), None)
+        found.append([list(dict.fromkeys(names[row] for row in method)) for method in rows])
+    table = []
+    for k in (10, 30, 60):
+        for dense in (0.5, 1.0, 2.0):
+            ranked = [list(fuse(*rankings, k=k, weights=(dense, 1.0)))[:10] for rankings in found]
+            scores = questions.assign(mrr=[mrr_at_k(r, set(g)) for r, g in zip(ranked, questions.gold)], recall=[recall_at_k(r, set(g), 5) for r, g in zip(ranked, questions.gold)])
+            means = scores.groupby("split")[["mrr", "recall"]].mean()
+            table.append(dict(k=k, dense_weight=dense) | {f"{split} {name}": means[column][split] for split in ("train", "test") for column, name in (("mrr", "mrr@10"), ("recall", "recall@5"))})
+    return pd.DataFrame(table).sort_values("train mrr@10", ascending=False).set_index(["k", "dense_weight"])
 
 # %% ../nbs/03d_bench.ipynb #c7f5ae32
 def _torch_embedder(dtype):
@@ -245,7 +266,7 @@ def plot_kinds(
     return figure
 
 # %% ../nbs/03d_bench.ipynb #5c981d28
-BENCHES = ("retrieval", "chunkers", "embedders", "kinds")
+BENCHES = ("retrieval", "chunkers", "fusion", "embedders", "kinds")
 
 def run_bench(
     ws: Workspace,
@@ -254,6 +275,7 @@ def run_bench(
     "Run one of the benchmarks on the tables of an environment; `SettingsError` if there is none of that name."
     if name == "retrieval": return bench_retrieval(ws)
     if name == "chunkers": return bench_chunkers(ws)
+    if name == "fusion": return bench_fusion(ws)
     if name == "embedders": return bench_embedders(ws)
     if name != "kinds": raise SettingsError(f"There is no benchmark {name!r}. There are {', '.join(BENCHES)}.")
     vectors, _ = embed_chunks(ws, ws.read("chunks"), open_embedder(ws, index_precision(ws) or "int8"))

@@ -171,7 +171,7 @@ def _questions(question):
 
 @app.command()
 def search(question: Annotated[Optional[str], typer.Argument()] = None, k: Annotated[int, typer.Option("-k", min=1, help="How many passages")] = 5,
-           env: Env = "dev", as_json: Json = False):
+           package: Annotated[Optional[list[str]], typer.Option(help="Only passages of this package, or folder; may be repeated")] = None, env: Env = "dev", as_json: Json = False):
     "Find passages, without asking a model."
     with _manners():
         from dataclasses import asdict
@@ -180,7 +180,7 @@ def search(question: Annotated[Optional[str], typer.Argument()] = None, k: Annot
         ws = open_workspace(load_config(env))
         index, method = open_index(ws), ws.config.retrieval if ws.config.retrieval != "off" else "hybrid"
         for text in questions:
-            found = index.search(text, k, method, ws.config.retrieval_candidates)
+            found = index.search(text, k, method, ws.config.retrieval_candidates, filters={"package": package} if package else None)
             if as_json or many: _out(dict(question=text, passages=[asdict(p) for p in found]))
             else:
                 for n, p in enumerate(found, 1): typer.echo(f"[{n}] {typer.style(p.document_id, bold=True)}  ({p.heading}, {p.similarity:.2f})\n    {' '.join(p.text.split(chr(10), 1)[-1].split())[:200]}")
@@ -210,7 +210,7 @@ def rollback(env: Env = "dev"):
 
 # %% ../nbs/91_cli.ipynb #732f08fd
 @app.command()
-def bench(name: Annotated[str, typer.Argument(help="retrieval, chunkers, embedders or kinds")], env: Env = "dev", as_json: Json = False):
+def bench(name: Annotated[str, typer.Argument(help="retrieval, chunkers, fusion, embedders or kinds")], env: Env = "dev", as_json: Json = False):
     "Measure a choice of ours beside its alternatives, on the tables of an environment."
     with _manners():
         from llmops_ref.bench import BENCHES, run_bench

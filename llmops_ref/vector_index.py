@@ -151,11 +151,12 @@ RRF_K = 30
 def fuse(
     *rankings, # Of anything, best first
     k: int = RRF_K, # The larger, the less the first ranks stand out
+    weights: tuple | None = None, # What each ranking counts; all the same by default
 ) -> dict: # What was ranked -> score, best first
     "Reciprocal rank fusion of several rankings."
     scores = {}
-    for ranking in rankings:
-        for rank, item in enumerate(ranking, 1): scores[item] = scores.get(item, 0.0) + 1 / (k + rank)
+    for ranking, weight in zip(rankings, weights or (1,) * len(rankings)):
+        for rank, item in enumerate(ranking, 1): scores[item] = scores.get(item, 0.0) + weight / (k + rank)
     return dict(sorted(scores.items(), key=lambda pair: (-pair[1], pair[0])))
 
 # %% ../nbs/02a_vector_index.ipynb #05edeede

@@ -89,3 +89,10 @@ def test_nothing_is_pickled():
     for path in (ROOT / "llmops_ref").glob("*.py"):
         found = re.findall(r"\b(?:pickle|joblib|cloudpickle|allow_dangerous_deserialization|trust_remote_code=True|torch\.load)\b", path.read_text())
         assert not found, f"{path.name} uses {found}"
+
+
+def test_error_lessons_are_run():
+    "`expect_fail` is a context manager: called by itself, with a lambda, it asserts nothing."
+    idle = [path.name for path in NOTEBOOKS for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"
+            for line in "".join(cell["source"]).splitlines() if re.match(r"\s*expect_fail\(", line)]
+    assert idle == []

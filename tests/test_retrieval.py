@@ -148,3 +148,14 @@ def test_filters_hold_in_every_kind_of_index(lesson, tmp_path, kind):
     for method in ("dense", "bm25", "hybrid"):
         passages = index.search("Which valve opens at 7 bar?", 20, method, filters={"package": "silo"})
         assert len(passages) == 20 and {p.package for p in passages} == {"silo"}
+
+
+def test_a_gpu_finds_the_same(lesson, tmp_path):
+    import faiss
+    if not getattr(faiss, "get_num_gpus", int)(): pytest.skip("needs an NVIDIA GPU and faiss-gpu in the place of faiss-cpu: FAISS sees no GPU")
+    _, chunks, embedder = lesson
+    vectors = embedder.embed(chunks.text.tolist())
+    build_index(tmp_path / "index", chunks, vectors, "0", embedder.digest)
+    index = Index(tmp_path / "index", embedder)
+    assert index.gpu is not None
+    assert (index.gpu.search(vectors, 5)[1] == index.vectors.search(vectors, 5)[1]).all()
