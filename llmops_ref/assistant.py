@@ -32,9 +32,9 @@ def cut_words(text: str, max_words: int) -> str:
 def passage_block(
     passages: list, # Anything with a `text`
     max_words: int = 60, # Each passage is cut to this many words
-) -> str: # "[1] ...\n\n[2] ..."; "(none)" if there are none
-    "Number the passages and cut them to length."
-    return "\n\n".join(f"[{n}] {cut_words(p.text, max_words)}" for n, p in enumerate(passages, 1)) or "(none)"
+) -> str: # "[2] ...\n\n[1] ..."; "(none)" if there are none
+    "Number the passages, cut them to length, and put the best last."
+    return "\n\n".join([f"[{n}] {cut_words(p.text, max_words)}" for n, p in enumerate(passages, 1)][::-1]) or "(none)"
 
 def _clean(text): return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text)
 

@@ -24,7 +24,7 @@ PROMPTS = dict(
     plain=PLAIN_PROMPT,
     example=f"""Answer from the numbered passages and cite the one that you use.
 
-Example. Passage: [2] os.remove(path) Remove a file. Question: How do I delete a file? Answer: Use `os.remove` [2]. It removes the file at a path.
+Example. Passage: [1] os.remove(path) Remove a file. Question: How do I delete a file? Answer: Use `os.remove` [1]. It removes the file at a path.
 If no passage answers the question, answer: {REFUSAL}
 
 {{{{passages}}}}
