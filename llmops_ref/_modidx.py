@@ -314,6 +314,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmops_ref.pipeline._three_lines': ('pipeline.html#_three_lines', 'llmops_ref/pipeline.py'),
                                      'llmops_ref.pipeline._touched': ('pipeline.html#_touched', 'llmops_ref/pipeline.py'),
                                      'llmops_ref.pipeline._write_run': ('pipeline.html#_write_run', 'llmops_ref/pipeline.py'),
+                                     'llmops_ref.pipeline.check_databricks': ('pipeline.html#check_databricks', 'llmops_ref/pipeline.py'),
                                      'llmops_ref.pipeline.check_parameters': ('pipeline.html#check_parameters', 'llmops_ref/pipeline.py'),
                                      'llmops_ref.pipeline.check_port': ('pipeline.html#check_port', 'llmops_ref/pipeline.py'),
                                      'llmops_ref.pipeline.code_digest': ('pipeline.html#code_digest', 'llmops_ref/pipeline.py'),

@@ -213,6 +213,7 @@ def rollback(env: Env = "dev"):
 def bench(name: Annotated[str, typer.Argument(help="retrieval, chunkers, fusion, embedders or kinds")], env: Env = "dev", as_json: Json = False):
     "Measure a choice of ours beside its alternatives, on the tables of an environment."
     with _manners():
+        os.environ["TQDM_DISABLE"] = "1"            # bars of other libraries
         from llmops_ref.bench import BENCHES, run_bench
         if name not in BENCHES: raise SettingsError(f"There is no benchmark {name!r}. There are {', '.join(BENCHES)}.")
         table = run_bench(open_workspace(load_config(env)), name)

@@ -37,15 +37,15 @@ class Config:
     corpus_documents: int
     corpus_min_words: int
     corpus_max_unreadable: float
-    chunker: str
+    chunker: Literal["structure", "recursive", "whole"]
     chunk_words: int
     questions: str
     vector_index: Literal["faiss", "delta_sync", "direct_access"]
     ai_search_endpoint: str
     ai_search_endpoint_type: Literal["STANDARD", "STORAGE_OPTIMIZED"]
     ai_search_embedding: str
-    index_kind: str
-    embedder: str
+    index_kind: Literal["auto", "flat", "hnsw", "ivf_pq"]
+    embedder: Literal["auto", "fp32", "int8"]
     reranker: str
     retrieval: Literal["hybrid", "dense", "bm25", "off"]
     retrieval_k: int

@@ -6,8 +6,9 @@ Reads the notebooks, the settings and the books of each stage. Leaves executed n
 
 # %% auto #0
 __all__ = ['STAGES', 'ALONE', 'USUAL_IMPORTS', 'MORE_IMPORTS', 'Stage', 'find_stage', 'code_digest', 'stage_code', 'manifest',
-           'reasons', 'Step', 'make_plan', 'check_parameters', 'preflight', 'check_port', 'StageKernel', 'StageFailed',
-           'run_stage', 'environment_lock', 'Quiet', 'run_pipeline', 'notebook_title', 'machine', 'notebook_html']
+           'reasons', 'Step', 'make_plan', 'check_parameters', 'preflight', 'check_databricks', 'check_port',
+           'StageKernel', 'StageFailed', 'run_stage', 'environment_lock', 'Quiet', 'run_pipeline', 'notebook_title',
+           'machine', 'notebook_html']
 
 # %% ../nbs/90_pipeline.ipynb #25457c87
 import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, socket, sys, tempfile, threading, time
@@ -167,6 +168,7 @@ def preflight(
     from llmops_ref.llm import base_gguf, third_party_endpoint
     from llmops_ref.deployment import stop_leftover
     from llmops_ref.embedding import minilm_folder
+    from llmops_ref.vector_index import open_reranker
     config = ws.config
     for stage in stages:
         check_parameters(config.root / "nbs" / f"{stage.notebook}.ipynb")
@@ -177,8 +179,19 @@ def preflight(
     if source == "folder": folder_files(config.root / config.corpus, config.corpus_exclude)
     base_gguf(), minilm_folder()
     if config.app == "third_party": third_party_endpoint(ws)
+    if config.reranker != "off" and config.reranker.startswith(("/", ".")) and not Path(config.reranker).is_dir(): open_reranker(config.reranker)
+    if config.vector_index != "faiss": check_databricks(config)
     stop_leftover(ws)
     if config.serving_port and any(s.name in ("deployment", "monitoring") for s in stages): check_port(config.serving_port)
+
+def check_databricks(config: Config) -> None:
+    "`SettingsError` if AI Search is asked for and no workspace can be."
+    if config.vector_index == "delta_sync" and config.platform != "databricks":
+        raise SettingsError("vector_index = delta_sync follows a Unity Catalog table, which platform = local does not write. Set platform = databricks, or vector_index = direct_access or faiss.")
+    from databricks.sdk.core import Config as Credentials
+    try: Credentials()
+    except ValueError as error:
+        raise SettingsError(f"vector_index = {config.vector_index} is AI Search on Databricks, and no workspace is configured. Set DATABRICKS_HOST and DATABRICKS_TOKEN, or vector_index = faiss. ({str(error).splitlines()[0][:120]})") from None
 
 def check_port(port: int) -> None:
     "`SettingsError` if something listens on a port of this machine already."

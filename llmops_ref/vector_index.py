@@ -260,7 +260,7 @@ def open_reranker(
 ):
     "A function from a question and passages to scores, or `None`; `SettingsError` if there is no such model."
     if name == "off": return None
-    if Path(name).is_absolute() and not Path(name).is_dir(): raise SettingsError(f"The cross-encoder {name!r} cannot be loaded: there is no such folder. Correct `reranker` in settings.ini, or set it to off.")
+    if name.startswith(("/", ".")) and not Path(name).is_dir(): raise SettingsError(f"The cross-encoder {name!r} cannot be loaded: there is no such folder. Correct `reranker` in settings.ini, or set it to off.")
     from sentence_transformers import CrossEncoder
     try: model = CrossEncoder(name, device=None, model_kwargs=dict(use_safetensors=True))
     except Exception as error: raise SettingsError(f"The cross-encoder {name!r} cannot be loaded: {str(error).splitlines()[0][:200]} Correct `reranker` in settings.ini, or set it to off.") from None

@@ -10,7 +10,7 @@ from llmops_ref.pipeline import STAGES
 QUESTION = "How do I point an alias at a specific model version?"
 
 
-def metrics(project, env="staging", volatile=("version", "second", "ms", "tok_s", "mb", "load", "memory")):
+def metrics(project, env="staging", volatile=("version", "second", "ms", "tok_s", "mb", "load", "memory", "embedded", "cut")):
     "Metrics that must not depend on the machine's mood."
     stages = json.loads(project.llmops("status", "--env", env, "--json").stdout)["stages"]
     return {f"{s['stage']}.{k}": v for s in stages for k, v in s["metrics"].items() if not any(word in k.lower() for word in volatile)}
@@ -145,7 +145,7 @@ def untag(p):
 def old_key(p): (p.root / "settings.ini").write_text((p.root / "settings.ini").read_text().replace("seed = 17", "sead = 17"))
 def garble(p):
     path = p.root / "nbs" / "03_retrieval.ipynb"
-    path.write_text(path.read_text().replace("RRF_K = 60", "RRF_K = = 60"))
+    path.write_text(path.read_text().replace("MEASURES = [", "MEASURES = = ["))
 def nothing(p): pass
 
 BAD = {
@@ -163,6 +163,11 @@ BAD = {
     "a package that is not installed": (nothing, ["run", "--only", "corpus"], dict(CORPUS_PACKAGES="no-such-thing"), "names the package 'no-such-thing' in `corpus_packages`, but it is not installed"),
     "no package": (nothing, ["run"], dict(CORPUS_PACKAGES=" "), "expected the name of at least one installed package"),
     "an empty corpus": (nothing, ["run", "--only", "corpus"], dict(CORPUS_EXCLUDE="*"), "there are no documents"),
+    "a folder that is not there": (nothing, ["run", "--only", "corpus"], dict(CORPUS="no/such/folder"), "names the folder"),
+    "an unknown chunker": (nothing, ["run"], dict(CHUNKER="semantic"), "expected structure or recursive or whole"),
+    "AI Search without a workspace": (nothing, ["run"], dict(VECTOR_INDEX="direct_access"), "no workspace is configured"),
+    "AI Search on a local table": (nothing, ["run"], dict(VECTOR_INDEX="delta_sync"), "vector_index = delta_sync follows a Unity Catalog table"),
+    "an unknown benchmark": (nothing, ["bench", "speed"], {}, "There is no benchmark 'speed'"),
     "a provider without a URL": (nothing, ["run", "--app", "third_party"], {}, "needs `third_party_url`"),
     "nothing deployed": (nothing, ["ask", "Anything?"], {}, "Nothing is deployed in dev yet"),
     "no index": (nothing, ["search", "Anything?"], {}, "No index is published in dev"),
