@@ -24,7 +24,7 @@ from .workspace import DataError, file_digest, verify_digest, write_atomic
 
 # %% ../nbs/02a_vector_index.ipynb #d5c2ae14
 KINDS = ("flat", "hnsw", "ivf_pq")
-FLAT_UP_TO, HNSW_UP_TO = 50_000, 2_000_000
+FLAT_UP_TO, HNSW_UP_TO = 30_000, 2_000_000
 
 def choose_kind(
     count: int, # Vectors
@@ -50,8 +50,9 @@ def make_faiss(
     else:
         lists = max(1, min(int(4 * count ** 0.5), count // 39))         # FAISS wants 39 vectors for each list and each of the 256 codes
         codes = next(m for m in (dimension // 4, dimension // 2, dimension) if m and dimension % m == 0)
-        index = faiss.index_factory(dimension, f"IVF{lists},PQ{codes}x{8 if count >= 39 * 256 else 4}", faiss.METRIC_INNER_PRODUCT)
-        sample = np.random.default_rng(17).choice(count, min(count, 64 * max(lists, 256)), replace=False)
+        index = faiss.index_factory(dimension, f"IVF{lists},PQ{codes}x{8 if count >= 39 * 256 else 4}np", faiss.METRIC_INNER_PRODUCT)
+        # np: without polysemous codes, which the factory trains by default for minutes, and which we do not use
+        sample = np.random.default_rng(17).choice(count, min(count, 39 * max(lists, 256)), replace=False)
         index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1      # no warning on a small index
         index.train(vectors[np.sort(sample)])
         index.nprobe = max(1, lists // 16)
