@@ -1,4 +1,4 @@
-"""The index for other people's chains: a LangChain store and an MLflow model
+"""The index as a LangChain store and as an MLflow model
 
 Reads an index. Leaves a LangChain `VectorStore` over it, and a logged model that takes questions and returns passages."""
 
