@@ -36,7 +36,8 @@ def embed_chunks(
     missing = needed[~needed.digest.isin(known.digest)]
     fresh = pd.DataFrame(dict(digest=missing.digest, embedder=embedder.digest, vector=list(embed_texts(ws, missing.text.tolist(), embedder))))
     table = pd.concat([known[known.digest.isin(needed.digest)], fresh], ignore_index=True) if len(known) else fresh
-    ws.merge("embeddings", table, key="digest")
+    if len(known): ws.merge("embeddings", table, key="digest")
+    else: ws.write("embeddings", table)             # the first ones, or those of another model: the same texts, other vectors
     place = pd.Series(range(len(table)), index=table.digest)
     return np.stack(table.vector.to_list()).astype(np.float32)[place[chunks.digest].to_numpy()], len(missing)
 
@@ -153,7 +154,7 @@ def open_faiss(
     for attempt in range(10):
         folder, published = index_folder(ws), _published(ws)
         try:
-            verify_digest(folder / "manifest.json", published["manifest"], REBUILD)
+            verify_digest(folder / "manifest.json", published.get("manifest", ""), REBUILD)
             made_by = check_index(folder)["embedder"]
             if made_by != embedder.digest: embedder = open_embedder(ws, next((p for p in PRECISIONS if embedder_digest(p) == made_by), "fp32"))
             return Index(folder, embedder, reranker)
