@@ -92,19 +92,25 @@ def test_changed_questions_are_noticed(finished):
     path.write_text(original)
 
 
+def at_work(runner, seconds=60):
+    "The kernel of the stage that a run is in the middle of: the one that has told how far it is. (Another may wait for the next stage.)"
+    for _ in range(int(100 * seconds)):
+        for process in psutil.Process(runner).children(recursive=True):
+            try:
+                progress = Path(process.environ().get("LLMOPS_PROGRESS", "/nowhere"))
+                if "ipykernel_launcher" in " ".join(process.cmdline()) and progress.exists() and json.loads(progress.read_text())["done"] > 0: return process
+            except (psutil.Error, OSError): pass                                           # it just ended
+        time.sleep(0.01)
+    raise AssertionError(f"no stage was at work within {seconds} s")
+
+
 def test_killed_kernel_then_resume(finished):
     "kill -9 of a kernel: the run fails and names the way on; the next run completes with the same numbers."
     before = metrics(finished)
     (finished.root / "stores" / "staging" / "stages" / "retrieval.json").unlink()          # as if it had never run
     shutil.rmtree(finished.root / "stores" / "staging" / "tables" / "embeddings")          # and so that it takes a while
     run = finished.start("run", "--env", "staging")
-    for _ in range(600):                                                                   # the stage's own, and the one that waits for the next stage
-        try:
-            kernels = [p for p in psutil.Process(run.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
-            if len(kernels) == 2 and min(k.cpu_times().user for k in kernels) > 2: break
-        except psutil.NoSuchProcess: pass                                                  # one just ended
-        time.sleep(0.05)
-    for kernel in kernels: kernel.send_signal(signal.SIGKILL)
+    at_work(run.pid).send_signal(signal.SIGKILL)
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 1
     assert "03_retrieval failed" in output and "The kernel died" in output and re.search(r"Resume with: +\S*llmops run --env staging --from 03", output)
