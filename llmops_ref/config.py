@@ -25,6 +25,7 @@ class Config:
     platform: Literal["local", "databricks"]
     app: Literal["self_hosted", "third_party"]
     store: str
+    cache: str
     catalog: str
     schema: str
     secret_scope: str
@@ -54,9 +55,23 @@ class Config:
     passage_words: int
     chat_slots: int
     chat_max_tokens: int
-    third_party_url: str
-    third_party_model: str
-    third_party_secret: str
+    chat_url: str
+    chat_model: str
+    chat_timeout: float
+    chat_retries: int
+    question_words: int
+    prices: list[str]
+    machine_price: float
+    gateway_models: list[str]
+    gateway_fallbacks: list[str]
+    gateway_providers: list[str]
+    gateway_budget: float
+    gateway_requests_per_minute: int
+    gateway_guardrail: str
+    gateway_judge: str
+    gateway_timeout: int
+    gateway_port: int
+    gateway_url: str
     prompt_questions: int
     finetune_examples: int
     finetune_held_out: int
@@ -107,11 +122,11 @@ def _check_range(key, value):
     if key == "corpus_packages" and not value: raise ValueError("the name of at least one installed package")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not 0 <= value < float("inf"): raise ValueError("a number of 0 or more")
-        if key == "serving_port" and value > 65535: raise ValueError("a port, at most 65535, or 0 for a free one")
+        if key in ("serving_port", "gateway_port") and value > 65535: raise ValueError("a port, at most 65535, or 0 for a free one")
         if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "monitoring_min_cited_share", "corpus_max_unreadable") and value > 1:
             raise ValueError("a share between 0 and 1")
-        if key in ("retrieval_k", "chat_slots", "chat_max_tokens", "chunk_words", "passage_words", "finetune_rank", "finetune_groups_per_step", "smoke_questions", "monitoring_requests") and value < 1:
-            raise ValueError("a whole number of 1 or more")
+        if key in ("retrieval_k", "chat_slots", "chat_max_tokens", "chunk_words", "passage_words", "question_words", "chat_timeout", "gateway_timeout", "finetune_rank", "finetune_groups_per_step", "smoke_questions", "monitoring_requests") and value < 1:
+            raise ValueError("a number of 1 or more")
 
 # %% ../nbs/00_config.ipynb #470ab21d
 ENVIRONMENTS = ("dev", "staging", "prod")

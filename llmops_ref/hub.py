@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from .llm import BASE_MODEL, BASE_SHA256, Endpoint, base_gguf, gguf_in_memory, openai_client, q8_gguf, serve_gguf, third_party_endpoint
+from .gateway import gateway_endpoint
+from .llm import BASE_MODEL, BASE_SHA256, Endpoint, base_gguf, gguf_in_memory, openai_client, q8_gguf, serve_gguf
 from .embedding import TEXT_TOKENS
 from .scoring import mrr_at_k, recall_at_k
 from .workspace import DataError, Workspace, file_digest, verify_digest, write_atomic
@@ -31,7 +32,7 @@ class Candidate:
     name: str
     kind: str # chat or embedder
     model: str # As its publisher names it
-    source: str # pip, huggingface, databricks or settings
+    source: str # pip, huggingface, databricks or gateway
     runner: str # The program that runs it, "endpoint" if somebody else does, "none" if it would have to be fetched first
     format: str
     licence: str
@@ -205,7 +206,6 @@ def _measured(process, imported, seconds):
     try: return json.loads(said.strip().rpartition("\n")[2])
     except json.JSONDecodeError: return dict(error="the probe ended without a result")
 
-
 # %% ../nbs/01_hub.ipynb #4832fc5f
 def base_checkpoint(ws: Workspace) -> Path:
     "Folder of the base chat model de-quantised to float32 for transformers (540 MB): made once, verified at each use."
@@ -257,12 +257,12 @@ def prepare_weights(ws: Workspace, variants: list[str]) -> None:
 
 def _job(ws, candidate, file):
     if file: return dict(file=str(file), folder=str(file.parent), slots=ws.config.chat_slots)
-    if candidate.source == "settings": endpoint = third_party_endpoint(ws)
+    if candidate.source == "gateway": endpoint = gateway_endpoint(ws)
     else:
         from databricks.sdk import WorkspaceClient
         me = WorkspaceClient().config
         endpoint = Endpoint(f"{me.host}/serving-endpoints", candidate.model, me.authenticate()["Authorization"].removeprefix("Bearer "))
-    return dict(url=endpoint.base_url, model=endpoint.model, key=endpoint.api_key)
+    return dict(url=endpoint.base_url, model=endpoint.model, key=endpoint.api_key() if callable(endpoint.api_key) else endpoint.api_key)
 
 # %% ../nbs/01_hub.ipynb #e30643b3
 def summarise(kind: str, questions: list, result: dict) -> dict:

@@ -6,11 +6,12 @@ Reads model weights, or the address of a provider. Leaves an `Endpoint`, which a
 
 # %% auto #0
 __all__ = ['BASE_MODEL', 'BASE_LICENCE', 'BASE_SHA256', 'base_gguf', 'gguf_in_memory', 'reencode_q8', 'q8_gguf', 'Endpoint',
-           'openai_client', 'serve_gguf', 'chat_client', 'Completion', 'complete', 'complete_many',
-           'third_party_endpoint']
+           'openai_client', 'serve_gguf', 'serve_main', 'serve_command', 'BadReply', 'chat_class', 'chat_client',
+           'Completion', 'complete', 'complete_many', 'read_prices', 'token_cost']
 
 # %% ../nbs/00b_llm.ipynb #978ecfa6
-import contextlib, importlib.util, os, secrets, time, unittest.mock
+import contextlib, functools, importlib.util, json, os, secrets, sys, time, unittest.mock
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,9 @@ class Endpoint:
     "Where an LLM answers."
     base_url: str # OpenAI-compatible, ends with /v1
     model: str
-    api_key: str = None
+    api_key: str | Callable[[], str] | None = None # A function where keys expire
+    key_name: str = "" # Where the key comes from, for errors
+    backup: "Endpoint | None" = None # Asked when a reply is unusable: what a gateway cannot see
 
     def __repr__(self): return f"Endpoint({self.base_url!r}, {self.model!r})"    # never the key
 
@@ -95,36 +98,117 @@ def serve_gguf(
     slots: int = 2, # Requests answered in parallel
     context: int = 2048, # Tokens that one request may use, prompt and answer together
     name: str | None = None, # Model name to report
+    port: int = 0, # 0 = a free one
+    key: str | None = None, # Key to ask for; a fresh random one by default
 ):
     "Serve a GGUF file over the OpenAI protocol on this machine while the `with` block runs; yields an `Endpoint`."
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")       # read when OpenMP is loaded, so before the import
     import xllamacpp
     for path in filter(None, (model, adapter)):
         if not Path(path).is_file(): raise DataError(f"The model file {path} is missing. Run the stage that makes it: `llmops run`.")
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_parallel, params.n_ctx = str(model), slots, context * slots
-    params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [secrets.token_urlsafe(24)]
+    params, name = xllamacpp.CommonParams(), name or Path(model).stem
+    params.model.path, params.model_alias, params.n_parallel, params.n_ctx = str(model), {name}, slots, context * slots
+    params.hostnames, params.port, params.api_keys = ["127.0.0.1"], port, [key or secrets.token_urlsafe(24)]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 2
     params.verbosity = -1
     if adapter: params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     try: server = xllamacpp.Server(params)
     except RuntimeError as error: raise DataError(f"llama.cpp cannot load {model}: {error}. The file is damaged or of an unknown kind.") from None
-    endpoint = Endpoint(f"{server.listening_address}/v1", name or Path(model).stem, params.api_keys[0])
+    endpoint = Endpoint(f"{server.listening_address}/v1", name, params.api_keys[0])
     openai_client(endpoint).chat.completions.create(model=endpoint.model, messages=[dict(role="user", content="Hello")], max_tokens=1)
     try: yield endpoint
     finally: del server
 
+# %% ../nbs/00b_llm.ipynb #8abdb5d0
+def serve_main() -> None:
+    "Serve a GGUF file until the process is ended: `model name slots adapter port` as JSON in the last argument, the key in LLMOPS_SERVE_KEY."
+    job = json.loads(sys.argv[-1])
+    adapter = Path(job["adapter"]) if job["adapter"] else None
+    with serve_gguf(Path(job["model"]), adapter, slots=job["slots"], name=job["name"], port=job["port"], key=os.environ.pop("LLMOPS_SERVE_KEY")):
+        while True: time.sleep(3600)
+
+def serve_command(
+    model: Path, # GGUF file
+    name: str, # Model name to report
+    slots: int = 2,
+    adapter: Path | None = None, # GGUF adapter
+) -> list[str]: # `{port}` stands for the port
+    "The command line of a process that serves a GGUF file."
+    job = json.dumps(dict(model=str(model), name=name, slots=slots, adapter=str(adapter or "")))
+    return [sys.executable, "-c", "from llmops_ref.llm import serve_main; serve_main()", job[:-1] + ', "port": {port}}']
+
+# %% ../nbs/00b_llm.ipynb #20ca083d
+from langchain_core.exceptions import (ModelAPIError, ModelAuthenticationError, ModelConnectionError, ModelError, ModelInvalidRequestError, ModelNotFoundError,
+                                       ModelPermissionDeniedError, ModelRateLimitError, ModelTimeoutError)
+
+class BadReply(ModelError):
+    "A reply that cannot be used: it is no chat completion, holds no text, or broke off."
+    is_retryable = True
+
+_ADVICE = {
+    ModelAuthenticationError: "The key was refused. Set the right one in {key}.",
+    ModelPermissionDeniedError: "The key in {key} may not use this model. Get it the right to, or name another model in settings.ini.",
+    ModelNotFoundError: "There is no such model there. Correct its name in settings.ini.",
+    ModelInvalidRequestError: "It takes no such request. If the prompt is too long, lower `retrieval_k`, `passage_words` or `question_words`.",
+    ModelRateLimitError: "A rate limit or a budget is used up. Wait, lower `chat_slots`, or raise the limit.",
+    ModelTimeoutError: "It was silent for {timeout:g} s (`chat_timeout`). Ask another model, or wait longer.",
+    ModelConnectionError: "Nothing answers at that address. Start what should, or correct it in settings.ini.",
+    ModelAPIError: "The fault is the provider's. Try again later, or name a fallback in `gateway_fallbacks`.",
+    BadReply: "What answers there is no working chat model. Look at the address, or ask another model."}
+
+@contextlib.contextmanager
+def _in_words(client, timeout):
+    import httpx, openai
+    try: yield
+    except (ModelError, openai.APIError, httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as caught:
+        error = caught if isinstance(caught, ModelError) else BadReply(f"The reply cannot be read: {type(caught).__name__}: {str(caught)[:200]}")
+        advice = next((text for kind, text in _ADVICE.items() if isinstance(error, kind)), "")
+        error.args = (f"{client.model_name} at {client.openai_api_base}: {str(error).rstrip('.')}. {advice.format(key=client.key_name or 'the endpoint', timeout=timeout)}".strip(),)
+        raise error from None
+
 # %% ../nbs/00b_llm.ipynb #f1ea0254
+@functools.cache
+def chat_class():
+    "The class of `chat_client`; made on first use, since LangChain's client takes a second to import."
+    from langchain_openai import ChatOpenAI
+    class Chat(ChatOpenAI):
+        key_name: str = ""                          # where the key comes from
+        silence: float = 60.0                       # seconds without a byte
+
+        def _generate(self, *args, **kwargs):
+            with _in_words(self, self.silence):
+                result = super()._generate(*args, **kwargs)
+                message = result.generations[0].message
+                if not (message.text or message.tool_calls): raise BadReply("The reply holds no text")
+                return result
+
+        def _stream(self, *args, **kwargs):
+            with _in_words(self, self.silence):
+                written, finished = 0, False
+                for chunk in super()._stream(*args, **kwargs):
+                    written += len(chunk.text) + len(getattr(chunk.message, "tool_call_chunks", []))
+                    finished = finished or bool((chunk.generation_info or {}).get("finish_reason"))
+                    yield chunk
+                if not finished: raise BadReply(f"The reply broke off after {written} characters")
+                if not written: raise BadReply("The reply holds no text")
+    return Chat
+
 def chat_client(
     endpoint: Endpoint,
     max_tokens: int = 80,
-    timeout: float = 60.0, # Seconds
+    timeout: float = 60.0, # Seconds without a byte after which a request is given up
+    retries: int = 2, # Of what may pass; in all it takes at most (1 + retries) times the time-out, and what a server asks to wait, a minute at most each time
+    requests_per_minute: int = 0, # Of this process; further ones wait. 0 = no bound
     **kwargs, # More arguments of `ChatOpenAI`
-): # A `langchain_openai.ChatOpenAI`
-    "The one chat client. Greedy (temperature 0), so that the same question gets the same answer."
-    from langchain_openai import ChatOpenAI
-    return ChatOpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none", model=endpoint.model, temperature=0.0,
-                      max_tokens=max_tokens, timeout=timeout, max_retries=2, **kwargs)
+): # A LangChain chat model
+    "The one chat client. Greedy (temperature 0), so that the same question gets the same answer. Raises LangChain's `ModelError`s, and `BadReply`."
+    import httpx
+    from langchain_core.rate_limiters import InMemoryRateLimiter
+    if requests_per_minute: kwargs["rate_limiter"] = InMemoryRateLimiter(requests_per_second=requests_per_minute / 60, max_bucket_size=1)
+    def one(endpoint):
+        return chat_class()(base_url=endpoint.base_url, api_key=endpoint.api_key or "none", model=endpoint.model, key_name=endpoint.key_name, silence=timeout, temperature=0.0,
+                            max_tokens=max_tokens, timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)), max_retries=retries, stream_usage=True, **kwargs)
+    return one(endpoint).with_fallbacks([one(endpoint.backup)], exceptions_to_handle=(BadReply,)) if endpoint.backup else one(endpoint)
 
 # %% ../nbs/00b_llm.ipynb #32fd4e7d
 @dataclass(frozen=True)
@@ -161,14 +245,27 @@ def complete_many(
         return result
     with ThreadPoolExecutor(workers) as pool: return list(pool.map(one, prompts))
 
-# %% ../nbs/00b_llm.ipynb #aae640d9
-def third_party_endpoint(
-    ws: Workspace,
-) -> Endpoint:
-    "The provider that `settings.ini` names; `SettingsError` if its URL, its model or its key is missing."
-    config = ws.config
-    for key in ("third_party_url", "third_party_model"):
-        if not getattr(config, key):
-            raise SettingsError(f"app = third_party needs `{key}` in settings.ini (or LLMOPS_{key.upper()} in the environment): "
-                                "the address and the model of an OpenAI-compatible API.")
-    return Endpoint(config.third_party_url.rstrip("/"), config.third_party_model, ws.secret(config.third_party_secret))
+# %% ../nbs/00b_llm.ipynb #395eb6bc
+def read_prices(
+    config: Config,
+) -> dict[str, tuple[float, float]]: # Model -> US dollars a million tokens, read and written
+    "The prices in `settings.ini`; `SettingsError` names one that cannot be read."
+    out = {}
+    for text in config.prices:
+        try:
+            model, both = text.split()
+            out[model] = tuple(float(price) for price in both.split("/", 1))
+            if len(out[model]) != 2 or min(out[model]) < 0: raise ValueError
+        except ValueError: raise SettingsError(f"`prices` holds {text!r}. Write the model, then US dollars a million tokens read and written: gpt-5-mini 0.25/2.00") from None
+    return out
+
+def token_cost(
+    model: str, # As the reply names it
+    read: int, # Tokens of the prompt
+    written: int, # Tokens of the answer
+    prices: dict, # From `read_prices`
+) -> float | None: # US dollars; None for a model without a price
+    "What a provider charges for an answer."
+    if model in prices: return (read * prices[model][0] + written * prices[model][1]) / 1e6
+    from mlflow.utils.providers import cost_per_token
+    return sum(found) if (found := cost_per_token(model, read, written)) else None

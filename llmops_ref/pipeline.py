@@ -6,12 +6,12 @@ Reads the notebooks, the settings and the books of each stage. Leaves executed n
 
 # %% auto #0
 __all__ = ['STAGES', 'ALONE', 'USUAL_IMPORTS', 'MORE_IMPORTS', 'Stage', 'find_stage', 'code_digest', 'stage_code', 'manifest',
-           'reasons', 'Step', 'make_plan', 'check_parameters', 'preflight', 'check_databricks', 'check_port',
+           'reasons', 'Step', 'not_needed', 'make_plan', 'check_parameters', 'preflight', 'check_databricks',
            'StageKernel', 'StageFailed', 'run_stage', 'environment_lock', 'Quiet', 'run_pipeline', 'notebook_title',
            'machine', 'notebook_html']
 
 # %% ../nbs/90_pipeline.ipynb #25457c87
-import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, socket, sys, tempfile, threading, time
+import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,10 +123,18 @@ def _short(value): return text if len(text := str(value)) < 40 else text[:12] + 
 class Step:
     "One stage in a plan."
     stage: Stage
-    state: str # cached, run, or maybe (an input may change)
+    state: str # cached, run, maybe (an input may change), or skipped (this application has no use for it)
     why: str
     seconds: float | None # Duration of the last good run
     headline: str = ""
+
+def not_needed(
+    config: Config,
+    stage: Stage,
+) -> str: # Why; empty if it is needed
+    "Whether the application that is configured can do without a stage."
+    if stage.name == "finetune" and config.app == "third_party": return "a provider's model is not ours to tune"
+    return ""
 
 def make_plan(
     ws: Workspace,
@@ -140,6 +148,9 @@ def make_plan(
     if not chosen: raise SettingsError(f"No stage is left between --from {(start or only or STAGES[0]).notebook} and --to {(end or only or STAGES[-1]).notebook}: they are in the wrong order.")
     steps, written = [], {}
     for stage in chosen:
+        if idle := not_needed(ws.config, stage):
+            steps.append(Step(stage, "skipped", idle, None))
+            continue
         last, why = manifest(ws, stage), reasons(ws, stage)
         touched = sorted({written[name] for name in (last or {}).get("reads", {}) if name in written})
         state = "run" if force or why else "maybe" if touched else "cached"
@@ -165,9 +176,10 @@ def preflight(
     "Check what a run needs before it starts; raises `SettingsError` or `DataError`."
     from llmops_ref.corpus import check_splits, installed, load_questions
     from llmops_ref.documents import corpus_source, folder_files
-    from llmops_ref.llm import base_gguf, third_party_endpoint
-    from llmops_ref.deployment import stop_leftover
     from llmops_ref.embedding import minilm_folder
+    from llmops_ref.gateway import read_keys
+    from llmops_ref.llm import base_gguf, read_prices
+    from llmops_ref.services import free_port, stop_leftovers
     from llmops_ref.vector_index import open_reranker
     config = ws.config
     for stage in stages:
@@ -178,11 +190,13 @@ def preflight(
         for package in config.corpus_packages: installed(package)
     if source == "folder": folder_files(config.root / config.corpus, config.corpus_exclude)
     base_gguf(), minilm_folder()
-    if config.app == "third_party": third_party_endpoint(ws)
+    read_prices(config)
+    if config.app == "third_party" and not config.gateway_url: read_keys(ws)
     if config.reranker != "off" and config.reranker.startswith(("/", ".")) and not Path(config.reranker).is_dir(): open_reranker(config.reranker)
     if config.vector_index != "faiss": check_databricks(config)
-    stop_leftover(ws)
-    if config.serving_port and any(s.name in ("deployment", "monitoring") for s in stages): check_port(config.serving_port)
+    stop_leftovers(ws)
+    if any(s.name in ("deployment", "monitoring") for s in stages): free_port(config.serving_port)
+    if config.app == "third_party": free_port(config.gateway_port, "gateway_port")
 
 def check_databricks(config: Config) -> None:
     "`SettingsError` if AI Search is asked for and no workspace can be."
@@ -192,12 +206,6 @@ def check_databricks(config: Config) -> None:
     try: Credentials()
     except ValueError as error:
         raise SettingsError(f"vector_index = {config.vector_index} is AI Search on Databricks, and no workspace is configured. Set DATABRICKS_HOST and DATABRICKS_TOKEN, or vector_index = faiss. ({str(error).splitlines()[0][:120]})") from None
-
-def check_port(port: int) -> None:
-    "`SettingsError` if something listens on a port of this machine already."
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise SettingsError(f"Port {port} (`serving_port`) is in use. Stop what listens there, or set serving_port = 0 to take a free one.")
 
 # %% ../nbs/90_pipeline.ipynb #9d1bcad8
 ALONE = {"hub"}                                     # it measures the machine: nothing may start up beside it until it says that it is done
@@ -315,15 +323,19 @@ def run_pipeline(
     command: str = "llmops run", # For the report
 ) -> dict: # The record of the run, as the report takes it
     "Run the steps of a plan in order and write the report; `StageFailed` after the report when a stage fails."
-    from llmops_ref.deployment import stop_endpoint
+    from llmops_ref.services import stop_services
     view, started = view or Quiet(), time.time()
     run_id = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
     folder = ws.config.root / "runs" / ws.config.env / run_id
     states, failure, pages = {}, None, []
     with environment_lock(ws), contextlib.ExitStack() as to_do:
         kernels, printer = to_do.enter_context(_Kernels(ws)), to_do.enter_context(ThreadPoolExecutor(1))
-        to_do.callback(stop_endpoint, ws, owner=os.getpid())
+        to_do.callback(stop_services, ws, owner=os.getpid())
         for number, step in enumerate(steps):
+            if step.state == "skipped":
+                states[step.stage.name] = dict(state="skipped", why=step.why)
+                view.stage_ended(step.stage, "skipped", dict(headline=step.why))
+                continue
             why = ["forced"] if force else reasons(ws, step.stage)
             if failure or not why:
                 states[step.stage.name] = dict(state="pending" if failure else "cached", why=step.why)
@@ -332,7 +344,7 @@ def run_pipeline(
             folder.mkdir(parents=True, exist_ok=True)
             clock = time.time()
             view.stage_started(step.stage, "; ".join(why))
-            later, kernel = next((s.stage for s in steps[number + 1:] if s.state != "cached"), None), kernels.take(step.stage)
+            later, kernel = next((s.stage for s in steps[number + 1:] if s.state not in ("cached", "skipped")), None), kernels.take(step.stage)
             def heard(progress):
                 if step.stage.name not in ALONE or progress.get("done", 0) >= progress.get("total", 1): kernels.prepare(later)
                 view.stage_progress(step.stage, progress, time.time() - clock)

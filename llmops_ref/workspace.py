@@ -95,7 +95,7 @@ class Workspace:
     "Tables, files, secrets and registry of one environment, embedded on this machine."
     def __init__(self, config: Config):
         self.config, self.reads, self.writes, self.started = config, {}, {}, time.time()
-        self.store = Path(config.store) if Path(config.store).is_absolute() else config.root / config.store
+        self.store = config.root / config.store
 
     def path(self, *parts: str) -> Path:
         "A path in this environment's store; the folder above it exists."
@@ -105,7 +105,7 @@ class Workspace:
 
     def cache(self, digest: str, name: str) -> Path:
         "A path for something computed only from weights with this digest; all environments share it."
-        path = self.store.parent / "cache" / digest[:16] / name
+        path = self.config.root / self.config.cache / digest[:16] / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -371,7 +371,7 @@ def git_commit(root: Path) -> str:
 def used(self: Workspace) -> dict:
     "Settings that were read so far, with their values: the parameters that this stage depends on."
     values = object.__getattribute__(self.config, "__dict__")
-    where = {"env", "root", "store", "catalog", "schema", "secret_scope", "platform"}
+    where = {"env", "root", "store", "cache", "catalog", "schema", "secret_scope", "platform"}
     return {key: values[key] for key in sorted(self.config.used - where)}
 
 def _plain(value):                                  # JSON knows no NaN

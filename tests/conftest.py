@@ -3,7 +3,7 @@
 The lessons of a notebook are tested in the notebook (`nbdev-test`). Here is what needs another process: the command,
 kernels that get killed, servers, a machine without a network.
 """
-import os, shutil, subprocess, sys, time
+import atexit, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,9 @@ BIN = Path(sys.executable).parent
 # A life cycle that is complete but small: every stage does its real work on little data.
 SMALL = dict(CORPUS_DOCUMENTS="220", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft", HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120",
              PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16", FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", MONITORING_REQUESTS="3", SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120")   # no timed assertions: CI machines may be slow
+
+CACHE = tempfile.mkdtemp(prefix="llmops-cache-")        # converted weights, made once for all projects
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
 def no_network() -> list[str]:
@@ -32,7 +35,7 @@ class Project:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOPS_", "MLFLOW_"))}
-        self.environment = keep | {f"LLMOPS_{k}": v for k, v in settings.items()} | dict(PYTHONPATH=str(folder), HF_HUB_OFFLINE="1")
+        self.environment = keep | {f"LLMOPS_{k}": v for k, v in (dict(CACHE=CACHE) | settings).items()} | dict(PYTHONPATH=str(folder), HF_HUB_OFFLINE="1")
 
     def llmops(self, *args: str, stdin: str | None = None, timeout: float = 900, offline: bool = False, **settings) -> subprocess.CompletedProcess:
         "Run the command to its end."

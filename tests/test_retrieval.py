@@ -1,10 +1,10 @@
 """Retrieval as a team meets it: documents of its own, one that changes, readers while an index is published, Spark."""
-import json, multiprocessing, shutil, time
+import json, multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np, pandas as pd, pytest
 
-from conftest import ROOT, Project
+from conftest import Project
 from llmops_ref.config import load_config
 from llmops_ref.embedding import minilm_folder, open_embedder
 from llmops_ref.retrieval import LiveIndex, embed_texts, publish_index
@@ -40,7 +40,6 @@ def own(tmp_path) -> Project:
     pdf(project.root / "documents" / "wages.pdf", "Nobody may read this page.", password="secret")
     (project.root / "questions.jsonl").write_text("".join(json.dumps(dict(id=f"q{n}", question=q, type="howto", gold=[gold], answer="See there.", split="test" if n % 2 else "train")) + "\n"
                                                           for n, (q, gold) in enumerate(QUESTIONS)))
-    if (ROOT / "stores" / "cache").is_dir(): shutil.copytree(ROOT / "stores" / "cache", project.root / "stores" / "cache")      # converted weights
     return project
 
 
@@ -86,9 +85,7 @@ def test_too_many_unreadable_files_stop_the_stage(own):
 
 @pytest.fixture
 def lesson(tmp_path):
-    "A workspace with chunks to publish; converted weights are shared with the project."
-    (tmp_path / "cache").symlink_to(ROOT / "stores" / "cache")
-    (ROOT / "stores" / "cache").mkdir(parents=True, exist_ok=True)
+    "A workspace with chunks to publish."
     ws = open_workspace(load_config("dev", store=str(tmp_path / "dev")))
     texts = [f"Valve {n} opens at {n} bar and closes at {n - 1}." for n in range(40)]
     chunks = pd.DataFrame(dict(id=[f"v{n}#0" for n in range(40)], document_id=[f"v{n}" for n in range(40)], package="mill", kind="markdown", heading="", text=texts))

@@ -140,7 +140,7 @@ def test_environments_are_apart(project):
     "A run in prod leaves no trace in dev, and the kernel really ran prod."
     done = project.llmops("run", "--env", "prod", "--only", "corpus", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft")
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (project.root / "stores").iterdir() if p.name != "cache") == ["prod"]
+    assert sorted(p.name for p in (project.root / "stores").iterdir()) == ["prod"]
     assert not (project.root / "runs" / "dev").exists()
     executed = json.loads((project.root / "runs" / "prod" / "latest" / "02_corpus.ipynb").read_text())
     injected = [c for c in executed["cells"] if "injected-parameters" in c["metadata"].get("tags", [])]
