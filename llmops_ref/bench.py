@@ -7,7 +7,7 @@ Reads `documents`, `chunks` and `questions`. Leaves nothing: it measures, and re
 # %% auto #0
 __all__ = ['BENCHES', 'score_search', 'Meter', 'test_questions', 'tutorial_search', 'our_search', 'bench_retrieval',
            'bench_chunkers', 'bench_fusion', 'bench_embedders', 'plot_embedders', 'shaken', 'bench_kinds', 'plot_kinds',
-           'run_bench']
+           'bench_backends', 'run_bench']
 
 # %% ../nbs/03d_bench.ipynb #f8e43fd6
 import gc, tempfile, time, warnings
@@ -20,7 +20,7 @@ import psutil
 from .chunking import CHUNKERS, make_chunks
 from .config import SettingsError, load_config
 from .embedding import PRECISIONS, TEXT_TOKENS, minilm_folder, open_embedder
-from .hub import fastest_dtype
+from .hub import base_checkpoint, fastest_dtype, run_probes, weights
 from .retrieval import embed_chunks, index_precision, open_faiss
 from .scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from .vector_index import FLAT_UP_TO, KINDS, Index, build_index, choose_kind, fuse, make_faiss
@@ -265,8 +265,32 @@ def plot_kinds(
     figure.tight_layout()
     return figure
 
+# %% ../nbs/03d_bench.ipynb #8c7944f2
+def bench_backends(
+    ws: Workspace,
+    times: int = 3, # Answers; the median counts
+) -> pd.DataFrame: # One row a backend
+    "Reading and writing speed, memory and loading time of each backend, and how many times transformers fp32 it writes."
+    chunks = ws.read("chunks").text.head(6 * times).tolist()
+    asks = ["\n\n".join(chunks[6 * n:6 * n + 6])[:2000] + "\n\nWrite a long and detailed summary of these passages." for n in range(times)]        # each is new to a cache
+    names = {"llama.cpp Q4_1": "smollm2-q4_1", "llama.cpp Q8_0": "smollm2-q8_0"}
+    jobs = {name: dict(runner="llama.cpp", file=str(weights(ws, variant)), slots=1) for name, variant in names.items()}
+    checkpoint = base_checkpoint(ws)
+    import torch
+    for dtype in ("float32", "bfloat16")[:1 + (fastest_dtype() == torch.bfloat16)]: jobs[f"transformers {dtype}"] = dict(runner="transformers", folder=str(checkpoint), dtype=dtype)
+    rows = []
+    for number, (name, job) in enumerate(jobs.items()):
+        ws.progress(number, len(jobs), name)
+        result = run_probes([dict(kind="chat", asks=asks) | job], seconds=300)[0]
+        if "error" in result: rows.append(dict(backend=name, note=result["error"]))
+        else:
+            answers = pd.DataFrame(result["answers"])
+            rows.append(dict(backend=name, read_tps=(answers["read"] / answers.read_s).median(), write_tps=(answers.written / answers.write_s).median(), load_s=result["load_s"], peak_mb=result["peak_mb"], note=""))
+    table = pd.DataFrame(rows).set_index("backend")
+    return table.assign(times_fp32=table.write_tps / table.write_tps["transformers float32"])[["read_tps", "write_tps", "times_fp32", "load_s", "peak_mb", "note"]]
+
 # %% ../nbs/03d_bench.ipynb #5c981d28
-BENCHES = ("retrieval", "chunkers", "fusion", "embedders", "kinds")
+BENCHES = ("retrieval", "chunkers", "fusion", "embedders", "kinds", "backends")
 
 def run_bench(
     ws: Workspace,
@@ -277,6 +301,7 @@ def run_bench(
     if name == "chunkers": return bench_chunkers(ws)
     if name == "fusion": return bench_fusion(ws)
     if name == "embedders": return bench_embedders(ws)
+    if name == "backends": return bench_backends(ws)
     if name != "kinds": raise SettingsError(f"There is no benchmark {name!r}. There are {', '.join(BENCHES)}.")
     vectors, _ = embed_chunks(ws, ws.read("chunks"), open_embedder(ws, index_precision(ws) or "int8"))
     return bench_kinds(vectors, progress=ws.progress).set_index(["vectors", "kind"])

@@ -6,7 +6,7 @@ Reads arguments. Leaves the work to `pipeline`, and its results on the screen or
 
 # %% auto #0
 __all__ = ['app', 'Env', 'Json', 'SERVED', 'duration', 'Screen', 'run', 'status', 'why', 'config', 'search', 'ask', 'rollback',
-           'bench', 'serve']
+           'bench', 'compare', 'batch', 'serve']
 
 # %% ../nbs/91_cli.ipynb #351b98b2
 import hashlib, json, os, secrets, shlex, shutil, signal, sys, time
@@ -210,16 +210,52 @@ def rollback(env: Env = "dev"):
         typer.echo(f"Version {back(open_workspace(load_config(env)))} of the assistant is champion of {env} again.")
 
 # %% ../nbs/91_cli.ipynb #732f08fd
+def _watched(ws):                                   # tells on standard error how far long work is
+    live, beat = sys.stderr.isatty(), time.time()
+    def progress(done, total, text=""):
+        nonlocal beat
+        if not live and time.time() - beat < 30: return
+        beat = time.time()
+        print(f"{chr(13)}{chr(27)}[K" * live + f"  {100 * done / max(total, 1e-9):3.0f}%  {text[:80]}", end="" if live and done < total else "\n", file=sys.stderr, flush=True)
+    ws.progress = progress
+    return ws
+
+def _show_table(table, as_json):
+    if as_json: _out(json.loads(table.reset_index().to_json(orient="records")))
+    else: typer.echo(table.to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
+
 @app.command()
-def bench(name: Annotated[str, typer.Argument(help="retrieval, chunkers, fusion, embedders or kinds")], env: Env = "dev", as_json: Json = False):
+def bench(name: Annotated[str, typer.Argument(help="retrieval, chunkers, fusion, embedders, kinds or backends")], env: Env = "dev", as_json: Json = False):
     "Measure a choice of ours beside its alternatives, on the tables of an environment."
     with _manners():
         os.environ["TQDM_DISABLE"] = "1"            # bars of other libraries
         from llmops_ref.bench import BENCHES, run_bench
         if name not in BENCHES: raise SettingsError(f"There is no benchmark {name!r}. There are {', '.join(BENCHES)}.")
-        table = run_bench(open_workspace(load_config(env)), name)
-        if as_json: _out(json.loads(table.reset_index().to_json(orient="records")))
-        else: typer.echo(table.to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
+        _show_table(run_bench(_watched(open_workspace(load_config(env))), name), as_json)
+
+@app.command()
+def compare(env: Env = "dev", as_json: Json = False):
+    "Let the applications answer the same test questions: quality, time, size and price on one table."
+    with _manners():
+        from llmops_ref.applications import break_even, compare_applications
+        ws = _watched(open_workspace(load_config(env)))
+        table, answers = compare_applications(ws)
+        ws.write("applications", table.reset_index())
+        _show_table(table.drop(columns="app").T, False) if not as_json else _show_table(table, True)
+        if not as_json: typer.echo(f"\n{len(next(iter(answers.values())))} questions. A machine of {ws.config.machine_price:g} US dollars an hour costs as much as the provider from "
+                                   f"{break_even(ws.config, table.usd_per_1000.iloc[0]):,.0f} questions an hour on.")
+
+@app.command()
+def batch(source: Annotated[str, typer.Argument(help="Table with the columns id and question")], target: Annotated[str, typer.Argument(help="Table of answers; made if it is not there")],
+          version: Annotated[Optional[str], typer.Option(help="Of the assistant; the champion by default")] = None, env: Env = "dev", as_json: Json = False):
+    "Answer the questions of a table with the logged assistant; run again, it goes on where it stopped."
+    with _manners():
+        from llmops_ref.batch import answer_table
+        ws = _watched(open_workspace(load_config(env)))
+        counts = answer_table(ws, source, target, version)
+        if as_json: return _out(counts)
+        typer.echo(f"{counts['answered']:,} answered, {counts['failed']:,} failed, {counts['before']:,} had an answer before. They are in the table {target}.")
+        if counts["failed"]: raise typer.Exit(1)
 
 # %% ../nbs/91_cli.ipynb #5264a867
 SERVED = ("assistant", "chat_model", "gateway")

@@ -116,7 +116,7 @@ def _transformers(job):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(job["folder"])
-    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=fastest_dtype()).eval()
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=getattr(torch, job["dtype"]) if "dtype" in job else fastest_dtype()).eval()
     @torch.inference_mode()
     def ask(prompt, limit=MAX_TOKENS):
         start, written = time.perf_counter(), []

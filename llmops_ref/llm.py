@@ -109,7 +109,8 @@ def serve_gguf(
     params, name = xllamacpp.CommonParams(), name or Path(model).stem
     params.model.path, params.model_alias, params.n_parallel, params.n_ctx = str(model), {name}, slots, context * slots
     params.hostnames, params.port, params.api_keys = ["127.0.0.1"], port, [key or secrets.token_urlsafe(24)]
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 2
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 2)
+    params.cache_ram_mib = 0                        # else it keeps the prompts of idle slots, up to 8 GB of them
     params.verbosity = -1
     if adapter: params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     try: server = xllamacpp.Server(params)

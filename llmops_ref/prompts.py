@@ -92,7 +92,7 @@ def answer_all(
         if on_done: on_done(done, len(questions))
         scores = score_answer(reply["answer"], [p["document_id"] for p in reply["passages"]], list(q.gold), q.answer, q.question)
         return dict(id=q.id, question=q.question, type=q.type, gold=list(q.gold), reference=q.answer, answer=reply["answer"], citations=reply["citations"],
-                    passages=reply["passages"], prompt_tokens=reply["prompt_tokens"], completion_tokens=reply["completion_tokens"], seconds=seconds) | scores
+                    passages=reply["passages"], served_by=reply.get("served_by", ""), first_token_seconds=reply.get("first_token_seconds"), prompt_tokens=reply["prompt_tokens"], completion_tokens=reply["completion_tokens"], seconds=seconds) | scores
     with ThreadPoolExecutor(workers) as pool: return pd.DataFrame(list(pool.map(one, list(questions.itertuples()))))
 
 MEASURES = ["correct", "names_gold", "citation_precision", "token_f1", "cited", "refused", "refused_wrongly"]
