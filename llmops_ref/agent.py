@@ -121,9 +121,9 @@ from mlflow.models import set_model
 set_model(AssistantAgent())
 """
 
-CHAIN_CODE = """from pathlib import Path
-from llmops_ref.agent import chain_of_files
+CHAIN_CODE = """from llmops_ref.agent import chain_of_files
 from mlflow.models import ModelConfig, set_model
+from pathlib import Path
 
 here = Path(__file__).parent
 set_model(chain_of_files(ModelConfig().to_dict(), here / "code" / "files" if (here / "code").is_dir() else here / "files"))

@@ -39,21 +39,21 @@ class System:
 SYSTEMS = (System("provider, passages", "third_party"), System("provider, direct", "third_party", passages=False), System("own base, passages", "self_hosted"),
            System("own tuned, passages", "self_hosted", tuned=True), System("own tuned, direct", "self_hosted", tuned=True, passages=False))
 
-# %% ../nbs/06a_applications.ipynb #9771fc36
+# %% ../nbs/06a_applications.ipynb #fd10ca82
 @contextlib.contextmanager
 def open_system(ws: Workspace, system: System):
-    "Yields the endpoint of a system and the names of the services that we keep up for it."
-    if system.app == "third_party": yield gateway_endpoint(ws), ["gateway"]
+    "Yields the endpoint of a system, and how the names of the services begin that we keep up for it."
+    if system.app == "third_party": yield gateway_endpoint(ws), "gateway-"
     else:
         adapter = tuned_adapter(ws)[0] if system.tuned else None
         service = start_service(ws, "chat_model", serve_command(chosen_gguf(ws), "chat_model", ws.config.chat_slots, adapter), f"{adapter}", environment=dict(LLMOPS_SERVE_KEY="none"))
-        try: yield Endpoint(f"{service.url}/v1", "chat_model"), ["chat_model"]
+        try: yield Endpoint(f"{service.url}/v1", "chat_model"), "chat_model"
         finally: stop_service(ws, service)
 
-def memory_mb(ws: Workspace, names: list[str]) -> float:
-    "Resident memory of services with their children, in megabytes."
+def memory_mb(ws: Workspace, name: str) -> float:
+    "Resident memory of the services whose name begins so, with their children, in megabytes."
     import psutil
-    processes = [p for s in running_services(ws) if s.name in names for p in (psutil.Process(s.pid), *psutil.Process(s.pid).children(recursive=True))]
+    processes = [p for s in running_services(ws) if s.name.startswith(name) for p in (psutil.Process(s.pid), *psutil.Process(s.pid).children(recursive=True))]
     return sum(p.memory_info().rss for p in processes) / 1e6
 
 # %% ../nbs/06a_applications.ipynb #a040cb21
@@ -85,7 +85,7 @@ def break_even(
     "How many questions make a machine of our own as cheap as the provider."
     return config.machine_price / provider_per_1000 * 1000 if provider_per_1000 > 0 else float("inf")
 
-# %% ../nbs/06a_applications.ipynb #178e9b63
+# %% ../nbs/06a_applications.ipynb #1de2f555
 def compare_applications(
     ws: Workspace,
     systems: tuple[System, ...] = SYSTEMS,
@@ -96,14 +96,14 @@ def compare_applications(
     rows, answers, index = [], {}, open_index(ws)
     for number, system in enumerate(systems):
         retriever = as_retriever(index, config.retrieval_k, "hybrid" if config.retrieval == "off" else config.retrieval, config.retrieval_candidates) if system.passages else None
-        with open_system(ws, system) as (endpoint, services):
+        with open_system(ws, system) as (endpoint, kept_up):
             client = chat_client(endpoint, config.chat_max_tokens, config.chat_timeout, config.chat_retries)
             chain = make_chain(client, template if system.passages else None, retriever, config.passage_words, lowest_cosine(config), config.question_words)
             chain.invoke({"question": "Hello, how are you?"})               # the first answer of a client also loads what the others find loaded
             found = answers[system.name] = answer_all(streamed(chain), questions, config.chat_slots, lambda done, n: ws.progress(number * n + done, len(systems) * n, system.name))
             means = summarise(found)
             rows.append(dict(system=system.name, app=system.app) | {m: means[m] for m in ("correct", "names_gold", "citation_precision", "token_f1", "refused", "p50_seconds", "p95_seconds")}
-                        | dict(first_token=found.first_token_seconds.median(), tokens_read=found.prompt_tokens.mean(), tokens_written=found.completion_tokens.mean(), memory_mb=memory_mb(ws, services), usd_per_1000=price_per_1000(config, system, found)))
+                        | dict(first_token=found.first_token_seconds.median(), tokens_read=found.prompt_tokens.mean(), tokens_written=found.completion_tokens.mean(), memory_mb=memory_mb(ws, kept_up), usd_per_1000=price_per_1000(config, system, found)))
     return pd.DataFrame(rows).set_index("system"), answers
 
 # %% ../nbs/06a_applications.ipynb #1e302afd

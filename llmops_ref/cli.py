@@ -30,8 +30,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program ins
 @contextmanager
 def _manners():
     "Turn the errors that people can mend into one paragraph and exit code 1."
+    from langchain_core.exceptions import ModelError
     try: yield
-    except (SettingsError, DataError) as error:
+    except (SettingsError, DataError, ModelError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
 
@@ -247,17 +248,17 @@ def compare(env: Env = "dev", as_json: Json = False):
 
 @app.command()
 def batch(source: Annotated[str, typer.Argument(help="Table with the columns id and question")], target: Annotated[str, typer.Argument(help="Table of answers; made if it is not there")],
-          version: Annotated[Optional[str], typer.Option(help="Of the assistant; the champion by default")] = None, env: Env = "dev", as_json: Json = False):
+          version: Annotated[Optional[str], typer.Option(help="Of the assistant; the champion by default")] = None, slice_rows: Annotated[int, typer.Option("--slice", min=1, help="Questions a commit")] = 200, env: Env = "dev", as_json: Json = False):
     "Answer the questions of a table with the logged assistant; run again, it goes on where it stopped."
     with _manners():
         from llmops_ref.batch import answer_table
         ws = _watched(open_workspace(load_config(env)))
-        counts = answer_table(ws, source, target, version)
+        counts = answer_table(ws, source, target, version, slice_rows)
         if as_json: return _out(counts)
         typer.echo(f"{counts['answered']:,} answered, {counts['failed']:,} failed, {counts['before']:,} had an answer before. They are in the table {target}.")
         if counts["failed"]: raise typer.Exit(1)
 
-# %% ../nbs/91_cli.ipynb #5264a867
+# %% ../nbs/91_cli.ipynb #a89c36de
 SERVED = ("assistant", "chat_model", "gateway")
 
 def _serve(ws, what, port):                         # its URL, and a request to try
@@ -269,8 +270,11 @@ def _serve(ws, what, port):                         # its URL, and a request to 
         url = start_endpoint(ws, version, port)
         return url, f"""curl {url}/invocations -H 'Content-Type: application/json' -d '{{"input": [{{"role": "user", "content": "How do I log a metric?"}}]}}'"""
     if what == "gateway":
-        from llmops_ref.gateway import start_gateway
-        endpoint = start_gateway(ws)
+        from llmops_ref.gateway import gateway_endpoint, publish_gateway
+        if ws.config.platform == "databricks":
+            from databricks.sdk import WorkspaceClient
+            for name, state in publish_gateway(WorkspaceClient(), ws.config).items(): typer.echo(f"{state:9} {name}")
+        endpoint = gateway_endpoint(ws)
     else:
         from llmops_ref.finetune import tuned_adapter
         from llmops_ref.hub import chosen_gguf
@@ -280,19 +284,23 @@ def _serve(ws, what, port):                         # its URL, and a request to 
         service = start_service(ws, "chat_model", serve_command(chosen_gguf(ws), ws.config.chat_model, ws.config.chat_slots, adapter), f"{version} {hashlib.sha256(key.encode()).hexdigest()[:16]}", port=port, environment=dict(LLMOPS_SERVE_KEY=key))
         typer.echo(f"export CHAT_API_KEY={key} LLMOPS_CHAT_URL={service.url}/v1")
         endpoint = Endpoint(f"{service.url}/v1", ws.config.chat_model, key)
-    key = " -H \"Authorization: Bearer $CHAT_API_KEY\"" if endpoint.api_key else ""
+    key = f" -H \"Authorization: Bearer ${'DATABRICKS_TOKEN' if callable(endpoint.api_key) else 'CHAT_API_KEY'}\"" if endpoint.api_key else ""
     return endpoint.base_url, f"""curl {endpoint.base_url}/chat/completions -H 'Content-Type: application/json'{key} -d '{{"model": "{endpoint.model}", "max_tokens": 20, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
 
 @app.command()
 def serve(what: Annotated[str, typer.Argument(help="assistant, chat_model or gateway")] = "assistant", port: Annotated[int, typer.Option(help="0 = a free one")] = 0, env: Env = "dev"):
     "Bring the assistant, the fine-tuned model or the gateway up, until Ctrl-C."
     with _manners():
-        from llmops_ref.services import running_services
+        from llmops_ref.services import running_services, stop_leftovers
         if what not in SERVED: raise SettingsError(f"There is no {what!r} to serve. There are {', '.join(SERVED)}.")
         settings = {"gateway_port": port} if what == "gateway" and port else {}
         ws = open_workspace(load_config(env, **settings))
+        stop_leftovers(ws)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))          # what we started ends with us, however politely we are asked
         url, example = _serve(ws, what, port)
-        typer.echo(f"The {what} of {env} is at {url}\nTry:  {example}\nCtrl-C ends it.")
+        typer.echo(f"The {what} of {env} is at {url}\nTry:  {example}")
+        if not any(s.owner == os.getpid() for s in running_services(ws)): return        # it was up, or is somebody else's to keep up
+        typer.echo("Ctrl-C ends it.")
         try:
             while any(s.owner == os.getpid() for s in running_services(ws)): time.sleep(1)
             typer.echo("It has ended.")

@@ -9,7 +9,7 @@ __all__ = ['ROUTE', 'LOCAL', 'LOCAL_MODELS', 'PROVIDERS', 'ON_DATABRICKS', 'Dest
            'start_gateway', 'route_endpoint', 'gateway_endpoint', 'route_settings', 'open_route', 'workspace_services',
            'publish_gateway']
 
-# %% ../nbs/00g_gateway.ipynb #ee9c0a9a
+# %% ../nbs/00g_gateway.ipynb #fc74decf
 import hashlib, json, os, re, secrets, sys
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from .config import Config, SettingsError, load_config
 from .llm import Endpoint, base_gguf, chat_client, q8_gguf, read_prices, serve_command
-from .services import find_service, free_port, running_services, start_service, stop_service, stop_services
-from .workspace import MLFLOW_SWITCHES, DataError, Workspace, open_workspace, write_atomic
+from .services import find_service, owner, running_services, start_service, stop_service, stop_services
+from .workspace import MLFLOW_SWITCHES, DataError, Workspace, hush_pyspark, open_workspace, write_atomic
 
 # %% ../nbs/00g_gateway.ipynb #c856cc12
 ROUTE, LOCAL = "assistant", "local"
@@ -93,7 +93,7 @@ def price_list(
     catalog["models"] |= {model: dict(mode="chat", pricing=dict(input_per_million_tokens=read, output_per_million_tokens=written)) for model, (read, written) in read_prices(ws.config).items()}
     return write_atomic(ws.path("prices", "openai.json"), json.dumps(catalog)).parent.as_uri()
 
-# %% ../nbs/00g_gateway.ipynb #e6309b72
+# %% ../nbs/00g_gateway.ipynb #8fbb7716
 def _forget(store):                                 # what an earlier start declared: its keys cannot be read any more
     for endpoint in store.list_gateway_endpoints(): store.delete_gateway_endpoint(endpoint.endpoint_id)
     for definition in store.list_gateway_model_definitions(): store.delete_gateway_model_definition(definition.model_definition_id)
@@ -102,6 +102,7 @@ def _forget(store):                                 # what an earlier start decl
 
 def _declare(url, config, targets):
     "Declare the route; `targets` has provider, address and key of each destination."
+    hush_pyspark()
     from mlflow import MlflowClient
     from mlflow.entities import FallbackConfig, FallbackStrategy, GatewayEndpointModelConfig as Linked, GatewayModelLinkageType as Linkage, RoutingStrategy
     from mlflow.entities.gateway_budget_policy import BudgetAction, BudgetDuration, BudgetDurationUnit, BudgetTargetScope, BudgetUnit
@@ -136,22 +137,23 @@ def _guard(store, rule, endpoints):
     made = store.create_gateway_guardrail("rule", scorer.scorer_id, scorer.scorer_version, GuardrailStage.BEFORE, GuardrailAction.VALIDATION)
     for endpoint in endpoints: store.add_guardrail_to_endpoint(endpoint, made.guardrail_id)
 
-# %% ../nbs/00g_gateway.ipynb #545cc5eb
+# %% ../nbs/00g_gateway.ipynb #660717f8
 def start_gateway(ws: Workspace) -> Endpoint:
     "Start the gateway with its stand-ins for providers, unless it is up; `SettingsError` or `DataError` says why it cannot be."
     config, keys = ws.config, read_keys(ws)
     names = ("gateway_models", "gateway_fallbacks", "gateway_providers", "gateway_budget", "gateway_guardrail", "gateway_judge", "gateway_timeout", "gateway_port", "prices", "chat_slots")
     digest = hashlib.sha256(json.dumps([[getattr(config, name) for name in names], keys]).encode()).hexdigest()[:16]
-    service = find_service(ws, "gateway", digest)
+    name = f"gateway-{digest[:6]}"                  # another declaration is another gateway: that of somebody else stays up
+    service = find_service(ws, name, digest)
     if service is None:
         for other in running_services(ws):
-            if other.name == "gateway" or other.name.startswith("provider-"): stop_service(ws, other)
+            if other.owner == owner() and other.name.startswith(("gateway-", "provider-")): stop_service(ws, other)
         targets = {d.name: ("openai", d.base_url, keys[d.key_name]) if d.base_url else (d.provider, "", keys.get(d.key_name)) for d in _all(config)}
         for d in {d.name: d for d in _all(config) if d.provider == LOCAL}.values():
             key = secrets.token_urlsafe(24)
-            standin = start_service(ws, f"provider-{d.model}", serve_command(LOCAL_MODELS[d.model](ws), d.model, config.chat_slots), digest=hashlib.sha256(key.encode()).hexdigest()[:16], environment=dict(LLMOPS_SERVE_KEY=key))
+            standin = start_service(ws, f"provider-{digest[:6]}-{d.model}", serve_command(LOCAL_MODELS[d.model](ws), d.model, config.chat_slots), digest=hashlib.sha256(key.encode()).hexdigest()[:16], environment=dict(LLMOPS_SERVE_KEY=key))
             targets[d.name] = "openai", f"{standin.url}/v1", key
-        service = start_service(ws, "gateway", _server_command(ws), digest, port=config.gateway_port, environment=_server_environment(ws, targets), prepare=lambda url: _declare(url, config, targets))
+        service = start_service(ws, name, _server_command(ws), digest, port=config.gateway_port, environment=_server_environment(ws, targets), prepare=lambda url: _declare(url, config, targets))
     return route_endpoint(f"{service.url}/gateway/mlflow/v1", ROUTE, bool(config.gateway_fallbacks), key_name=", ".join(keys) or "nothing: our stand-ins have keys of their own")
 
 def _server_command(ws):
@@ -161,7 +163,7 @@ def _server_command(ws):
 def _server_environment(ws, targets):
     inside = dict(MLFLOW_GATEWAY_API_BASE_ALLOWED_SCHEMES="http,https", MLFLOW_GATEWAY_API_BASE_ALLOW_PRIVATE_IPS="true") if any(address.startswith("http://") for _, address, _ in targets.values()) else {}
     return MLFLOW_SWITCHES | inside | dict(MLFLOW_CRYPTO_KEK_PASSPHRASE=secrets.token_urlsafe(32), MLFLOW_MODEL_CATALOG_URI=price_list(ws), MLFLOW_GATEWAY_ROUTE_TIMEOUT_SECONDS=str(ws.config.gateway_timeout),
-                                           MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_TRACKING_URI="", MLFLOW_REGISTRY_URI="", MLFLOW_EXPERIMENT_NAME="")
+                                           MLFLOW_GATEWAY_URI="http://127.0.0.1:{port}", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_TRACKING_URI="", MLFLOW_REGISTRY_URI="", MLFLOW_EXPERIMENT_NAME="")
 
 def route_endpoint(
     base_url: str, # Of the gateway, ends with /v1

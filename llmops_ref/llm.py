@@ -138,7 +138,7 @@ def serve_command(
     job = json.dumps(dict(model=str(model), name=name, slots=slots, adapter=str(adapter or "")))
     return [sys.executable, "-c", "from llmops_ref.llm import serve_main; serve_main()", job[:-1] + ', "port": {port}}']
 
-# %% ../nbs/00b_llm.ipynb #20ca083d
+# %% ../nbs/00b_llm.ipynb #2d2d15c3
 from langchain_core.exceptions import (ModelAPIError, ModelAuthenticationError, ModelConnectionError, ModelError, ModelInvalidRequestError, ModelNotFoundError,
                                        ModelPermissionDeniedError, ModelRateLimitError, ModelTimeoutError)
 
@@ -163,8 +163,9 @@ def _in_words(client, timeout):
     try: yield
     except (ModelError, openai.APIError, httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as caught:
         error = caught if isinstance(caught, ModelError) else BadReply(f"The reply cannot be read: {type(caught).__name__}: {str(caught)[:200]}")
-        advice = next((text for kind, text in _ADVICE.items() if isinstance(error, kind)), "")
-        error.args = (f"{client.model_name} at {client.openai_api_base}: {str(error).rstrip('.')}. {advice.format(key=client.key_name or 'the endpoint', timeout=timeout)}".strip(),)
+        advice, said = next((text for kind, text in _ADVICE.items() if isinstance(error, kind)), ""), str(error).rstrip(".")
+        if isinstance(body := getattr(error, "body", None), dict) and (detail := str(body.get("detail") or "")) not in said: said += f": {detail.rstrip('.')}"       # as MLflow's gateway says it
+        error.args = (f"{client.model_name} at {client.openai_api_base}: {said}. {advice.format(key=client.key_name or 'the endpoint', timeout=timeout)}".strip(),)
         raise error from None
 
 # %% ../nbs/00b_llm.ipynb #f1ea0254

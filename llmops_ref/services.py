@@ -102,11 +102,11 @@ def stop_leftovers(ws: Workspace) -> None:
     for service in running_services(ws):
         if not psutil.pid_exists(service.owner): stop_service(ws, service)
 
-# %% ../nbs/00f_services.ipynb #78ef6260
+# %% ../nbs/00f_services.ipynb #09b9c82b
 def start_service(
     ws: Workspace,
     name: str,
-    command: list[str], # `{port}` stands for the port
+    command: list[str], # `{port}` stands for the port, here and in the environment
     digest: str, # Of what it serves: one that serves this already is taken
     ready: str = "/health", # Path that answers 200 when it is up
     port: int = 0, # 0 = a free one
@@ -121,7 +121,7 @@ def start_service(
         if other.name == name: stop_service(ws, other)
     port, log, scratch = free_port(port), ws.path("logs", f"{name}.log"), ws.path("services", name)
     scratch.mkdir(exist_ok=True)                    # its own: that of a stage ends with the stage
-    variables = os.environ | {"TMPDIR": str(scratch), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | (environment or {})
+    variables = os.environ | {"TMPDIR": str(scratch), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | {key: value.replace("{port}", str(port)) for key, value in (environment or {}).items()}
     with log.open("wb") as output:
         process = subprocess.Popen([part.replace("{port}", str(port)) for part in command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
     service = Service(name, process.pid, psutil.Process(process.pid).create_time(), port, "", owner())      # serves nothing yet

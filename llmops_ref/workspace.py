@@ -6,7 +6,7 @@ Reads a `Config`. Leaves a `Workspace`: tables, files, secrets and the model reg
 
 # %% auto #0
 __all__ = ['MLFLOW_SWITCHES', 'DataError', 'file_digest', 'verify_digest', 'write_atomic', 'visible_files', 'folder_digest',
-           'Card', 'Workspace', 'Changes', 'git_commit', 'DatabricksWorkspace', 'open_workspace']
+           'Card', 'Workspace', 'hush_pyspark', 'Changes', 'git_commit', 'DatabricksWorkspace', 'open_workspace']
 
 # %% ../nbs/00a_workspace.ipynb #62c9b988
 import atexit, functools, hashlib, importlib.metadata, json, math, multiprocessing, os, subprocess, threading, time, warnings
@@ -115,10 +115,14 @@ class Workspace:
         raise SettingsError(f"The secret {name} is not set. Set it in the environment (`export {name}=...`); it is never written to a file.")
 
 # %% ../nbs/00a_workspace.ipynb #ba379e34
+def hush_pyspark() -> None:
+    "Silence what PySpark says of pandas 3 at each import; MLflow imports it too."
+    warnings.filterwarnings("ignore", category=FutureWarning, module="pyspark")
+
 @functools.cache
 def _sail():
     "Start Sail in this process."
-    warnings.filterwarnings("ignore", category=FutureWarning, module="pyspark")
+    hush_pyspark()
     os.environ.setdefault("RUST_LOG", "error")
     from pyspark.sql import SparkSession
     from pysail.spark import SparkConnectServer
@@ -265,7 +269,7 @@ def mlflow(self: Workspace):
     os.environ |= MLFLOW_SWITCHES
     database = f"sqlite:///{self.path('mlflow.db')}"
     os.environ |= {"MLFLOW_TRACKING_URI": database, "MLFLOW_REGISTRY_URI": database, "MLFLOW_EXPERIMENT_NAME": self.experiment}
-    warnings.filterwarnings("ignore", category=FutureWarning, module="pyspark")     # of pandas 3; MLflow imports pyspark
+    hush_pyspark()
     import mlflow
     mlflow.set_tracking_uri(database)
     mlflow.set_registry_uri(database)               # else MLflow looks for a Spark session to ask

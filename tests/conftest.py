@@ -25,6 +25,11 @@ def no_network() -> list[str]:
     return ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"] if probe and probe.returncode == 0 else []
 
 
+def pytest_collection_modifyitems(items):
+    "Two processes share the work (`-n 2 --dist loadgroup`): what asks the finished life cycle stays together, and so does each other file."
+    for item in items: item.add_marker(pytest.mark.xdist_group("life cycle" if "finished" in item.fixturenames else item.path.stem))
+
+
 class Project:
     "A copy of the tracked files in a folder of its own, and the `llmops` command in it."
     def __init__(self, folder: Path, **settings):
@@ -43,9 +48,9 @@ class Project:
         command = [*(no_network() if offline else []), str(BIN / "llmops"), *args]
         return subprocess.run(command, cwd=self.root, env=environment, input=stdin or "", capture_output=True, text=True, timeout=timeout)
 
-    def start(self, *args: str) -> subprocess.Popen:
+    def start(self, *args: str, **settings) -> subprocess.Popen:
         "Start the command and come back at once."
-        return subprocess.Popen([str(BIN / "llmops"), *args], cwd=self.root, env=self.environment,
+        return subprocess.Popen([str(BIN / "llmops"), *args], cwd=self.root, env=self.environment | {f"LLMOPS_{k}": v for k, v in settings.items()} | dict(PYTHONUNBUFFERED="1"),
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -11,6 +11,7 @@ class Provider:
     "Answers `answer` as `model`; `fault` makes every request fail in that way, `faults` the next ones in turn."
     def __init__(self, model="acme-large", answer="Use `mlflow.log_metric` [1]. It logs a metric.", key="sk-right", pace=0.0):
         self.model, self.answer, self.key, self.pace, self.fault, self.faults, self.asked, self.released = model, answer, key, pace, None, [], [], threading.Event()
+        self.answer_to = lambda text: self.answer   # from the text of the request
 
     @property
     def url(self): return f"http://127.0.0.1:{self.server.server_port}/v1"
@@ -50,7 +51,7 @@ class Provider:
         if fault == "hang": return self.released.wait(60)
         if fault == "html": return self.send(handler, 200, "<html><body><h1>Welcome to the corporate proxy</h1></body></html>", "text/html")
         if body.get("stream"): return self.stream(handler, body, fault)
-        message = dict(role="assistant", content=None if fault == "null-content" else self.answer)
+        message = dict(role="assistant", content=None if fault == "null-content" else self.answer_to(str(body["messages"])))
         choice = dict(index=0, message=message, finish_reason="length" if fault == "length" else "stop")
         content = json.dumps(dict(id="chatcmpl-1", object="chat.completion", created=1, model=self.model, choices=[] if fault == "empty-choices" else [choice], usage=self.usage(body)))
         if fault == "cut-json": return self.send(handler, 200, content[:len(content) // 2])

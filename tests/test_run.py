@@ -29,7 +29,7 @@ def test_nothing_keeps_running_after_a_run(finished):
         try: return process.environ().get("LLMOPS_SETTINGS", "").startswith(str(finished.root))
         except psutil.Error: return False
     assert [p.cmdline() for p in psutil.process_iter() if of_this_project(p)] == []
-    assert not (finished.root / "stores" / "staging" / "endpoint").exists()
+    assert list((finished.root / "stores" / "staging" / "services").iterdir()) == []
 
 
 def test_second_run_does_nothing(finished):
@@ -177,7 +177,11 @@ BAD = {
     "AI Search without a workspace": (nothing, ["run"], dict(VECTOR_INDEX="direct_access"), "no workspace is configured"),
     "AI Search on a local table": (nothing, ["run"], dict(VECTOR_INDEX="delta_sync"), "vector_index = delta_sync follows a Unity Catalog table"),
     "an unknown benchmark": (nothing, ["bench", "speed"], {}, "There is no benchmark 'speed'"),
-    "a provider without a URL": (nothing, ["run", "--app", "third_party"], {}, "needs `third_party_url`"),
+    "a provider without a key": (nothing, ["run", "--app", "third_party"], dict(GATEWAY_MODELS="openai/gpt-5-mini"), "The secret OPENAI_API_KEY is not set. Set it in the environment"),
+    "an unknown provider": (nothing, ["run", "--app", "third_party"], dict(GATEWAY_MODELS="opnai/gpt-5-mini"), "the provider 'opnai', which the gateway does not know"),
+    "a price that cannot be read": (nothing, ["run"], dict(PRICES="gpt-5-mini"), "`prices` holds 'gpt-5-mini'"),
+    "an unknown thing to serve": (nothing, ["serve", "model"], {}, "There is no 'model' to serve. There are assistant, chat_model, gateway"),
+    "a batch without a table": (nothing, ["batch", "tickets", "answers", "--version", "1"], {}, "The table 'tickets' does not exist"),
     "nothing deployed": (nothing, ["ask", "Anything?"], {}, "Nothing is deployed in dev yet"),
     "no index": (nothing, ["search", "Anything?"], {}, "No index is published in dev"),
 }

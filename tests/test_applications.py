@@ -1,0 +1,185 @@
+"""The two applications as a user meets them: a provider behind the gateway from the first stage to the last, streaming, batches, and both flavours of the logged model."""
+import json, os, re, secrets, signal, sqlite3, subprocess, sys, time
+from pathlib import Path
+
+import pandas as pd, psutil, pytest
+
+from conftest import CACHE, SMALL
+from langchain_core.exceptions import ModelAuthenticationError
+
+from llmops_ref.assistant import log_chain, open_assistant
+from llmops_ref.config import load_config
+from llmops_ref.finetune import tuned_adapter
+from llmops_ref.prompts import champion_prompt
+from llmops_ref.workspace import open_workspace
+from provider import Provider
+
+KEY = f"sk-canary-{secrets.token_hex(12)}"
+QUESTION = "How do I point an alias at a specific model version?"
+
+
+@pytest.fixture(scope="module")
+def third(finished):
+    "The finished project, with the life cycle of the other application in dev: a provider of its own, and our stand-in as the fallback."
+    with Provider("acme-large", key=KEY) as acme:
+        settings = dict(APP="third_party", GATEWAY_MODELS="acme/acme-large", GATEWAY_FALLBACKS="local/smollm2-q8_0", GATEWAY_PROVIDERS=f"acme={acme.url}", PRICES="acme-large 2/8, smollm2-q8_0 0.02/0.08")
+        def llmops(*args, **more): return finished.llmops(*args, **(settings | more))
+        finished.environment["ACME_API_KEY"] = KEY
+        done = llmops("run", "--env", "dev")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        gateway = finished.start("serve", "gateway", "--env", "dev", **settings)       # for those who ask afterwards
+        assert any("The gateway of dev is at" in line for line in gateway.stdout)
+        yield finished, llmops, acme, done.stdout
+        gateway.terminate(); gateway.wait()
+        del finished.environment["ACME_API_KEY"]
+
+
+def traces(project):
+    rows = sqlite3.connect(project.root / "stores" / "dev" / "mlflow.db").execute("select request_id, key, value from trace_tags").fetchall()
+    return pd.DataFrame(rows, columns=["trace", "key", "value"]).pivot(index="trace", columns="key", values="value")
+
+
+def test_the_life_cycle_of_a_provider(third):
+    project, llmops, acme, said = third
+    assert "skipped 05_finetune" in said and "a provider's model is not ours to tune" in said and len(acme.asked) > 10
+    states = {s["stage"]: s["state"] for s in json.loads(llmops("status", "--env", "dev", "--json").stdout)["stages"]}
+    assert states.pop("05_finetune") == "skipped" and set(states.values()) == {"up to date"}
+    assert "Everything is up to date" in llmops("run", "--env", "dev").stdout
+    page = (project.root / "runs" / "dev" / "latest" / "report.html").read_text()
+    assert "Without passages" in page and "Tuned model" not in page
+
+
+def test_each_trace_says_who_served_at_what_price_with_which_prompt(third):
+    project, *_ = third
+    tags = traces(project)
+    tags = tags[tags.purpose == "traffic"]
+    assert len(tags) and set(tags.served_by) <= {"acme-large", ""} and set(tags.app) == {"third_party"} and tags.cost_usd.astype(float).max() > 0
+    assert tags["mlflow.linkedPrompts"].str.contains("answer_prompt").all()
+    spans = sqlite3.connect(project.root / "stores" / "dev" / "mlflow.db").execute("select distinct type from spans").fetchall()
+    assert {"AGENT", "RETRIEVER", "CHAT_MODEL"} <= {kind for kind, in spans}
+
+
+def test_a_planted_key_is_in_nothing_that_a_run_wrote(third):
+    "Notebooks and their metadata, logs, MLflow, traces, tables, the report."
+    project, *_ = third
+    searched = 0
+    for path in project.root.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            searched += 1
+            assert KEY.encode() not in path.read_bytes(), f"the key is in {path}"
+    assert searched > 300
+
+
+def test_the_fallback_answers_when_the_provider_is_down(third):
+    project, llmops, acme, _ = third
+    acme.fault = "503"
+    reply = json.loads(llmops("ask", QUESTION, "--env", "dev", "--json").stdout)
+    acme.fault = None
+    assert reply["served_by"] == "smollm2-q8_0" and reply["answer"]
+
+
+def test_streamed_and_whole_are_the_same_answer(third):
+    project, llmops, acme, _ = third
+    acme.answer, before = "Use `mlflow.MlflowClient.set_registered_model_alias` [1]. It moves an alias [9] to a version.", acme.answer
+    whole, streamed = (json.loads(llmops("ask", QUESTION, "--env", "dev", "--json", *more).stdout) for more in ([], ["--stream"]))
+    printed = llmops("ask", QUESTION, "--env", "dev", "--stream").stdout
+    acme.answer = before
+    assert whole["answer"] == streamed["answer"] and "[9]" not in whole["answer"]
+    assert printed.splitlines()[0] == whole["answer"]
+    assert 0 < streamed["first_token_seconds"] < streamed["seconds"]
+
+
+def test_a_key_that_is_refused_is_one_clear_error(third):
+    project, llmops, acme, _ = third
+    acme.fault = "401"
+    done = llmops("ask", QUESTION, "--env", "dev", GATEWAY_FALLBACKS="")
+    acme.fault = None
+    assert done.returncode == 1 and "The key was refused. Set the right one in" in done.stderr and "Traceback" not in done.stderr and KEY not in done.stderr
+
+
+def test_without_an_index(third):
+    "retrieval = off: the same stages, prompts of their own, no passages."
+    project, llmops, acme, _ = third
+    done = llmops("run", "--env", "dev", "--from", "prompts", "--to", "validation", "--set", "retrieval=off")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    details = json.loads((project.root / "stores" / "dev" / "stages" / "validation.json").read_text())["details"]
+    assert len(details["examples"]) == 4 and all(e["passages"] == [] and e["candidate"]["text"] and e["candidate"]["citations"] == [] for e in details["examples"])
+
+
+def test_one_table_compares_the_applications(finished):
+    table = {row["system"]: row for row in json.loads(finished.llmops("compare", "--env", "staging", "--json").stdout)}
+    assert list(table) == ["provider, passages", "provider, direct", "own base, passages", "own tuned, passages", "own tuned, direct"]
+    assert table["provider, direct"]["tokens_read"] < table["provider, passages"]["tokens_read"] and table["own tuned, direct"]["citation_precision"] is None
+    assert all(row["memory_mb"] > 50 and row["usd_per_1000"] > 0 and row["p50_seconds"] > row["first_token"] > 0 for row in table.values())
+
+
+def batch_rows(project): return open_workspace(load_config("staging", project.root)).read("answers")
+
+
+def test_a_batch_that_is_killed_goes_on_where_it_stopped(finished):
+    ws = open_workspace(load_config("staging", finished.root))
+    ws.write("tickets", pd.DataFrame(dict(id=[f"t{n}" for n in range(12)], question=[f"How do I log metric number {n}?" for n in range(12)])))
+    run = finished.start("batch", "tickets", "answers", "--env", "staging", "--slice", "4")
+    for _ in range(1200):
+        if ws.current("table:answers") or run.poll() is not None: break
+        time.sleep(0.05)
+    for process in psutil.Process(run.pid).children(recursive=True) + [psutil.Process(run.pid)]: process.send_signal(signal.SIGKILL)
+    run.wait()
+    first = batch_rows(finished)
+    assert len(first) in (4, 8)
+    again = json.loads(finished.llmops("batch", "tickets", "answers", "--env", "staging", "--json").stdout)
+    assert again == dict(answered=12 - len(first), failed=0, before=len(first))
+    rows = batch_rows(finished)
+    assert sorted(rows.id) == sorted(f"t{n}" for n in range(12)) and (rows.answer.str.len() > 0).all() and rows.served_by.str.contains("adapter").all()
+    assert json.loads(finished.llmops("batch", "tickets", "answers", "--env", "staging", "--json").stdout)["answered"] == 0
+
+
+LOAD = """
+import json, sys, warnings
+warnings.filterwarnings("ignore")
+import mlflow
+assert "llmops_ref" not in sys.modules
+flavour, uri, questions = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+if flavour == "langchain":
+    chain = mlflow.langchain.load_model(uri)
+    answers = [chain.invoke(dict(question=q)) for q in questions]
+    print(json.dumps([[a["answer"], a["citations"]] for a in answers]))
+else:
+    model = mlflow.pyfunc.load_model(uri)
+    answers = [model.predict(dict(input=[dict(role="user", content=q)])) for q in questions]
+    print(json.dumps([[a["output"][0]["content"][0]["text"], a["custom_outputs"]["citations"]] for a in answers]))
+"""
+
+
+def test_both_flavours_answer_alike_in_a_clean_process(finished):
+    "Logged as code, loaded by a process that knows only where the registry is, with unpickling forbidden."
+    ws = open_workspace(load_config("staging", finished.root, cache=CACHE, chat_max_tokens=int(SMALL["CHAT_MAX_TOKENS"])))
+    template, prompt = champion_prompt(ws)
+    version = ws.alias("assistant", "champion", record=False)
+    log_chain(ws, template, tuned_adapter(ws)[0], f"{ws.registered('answer_prompt')}/{prompt}")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LLMOPS_")} | dict(MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false", MLFLOW_TRACKING_URI=f"sqlite:///{ws.path('mlflow.db')}", MLFLOW_REGISTRY_URI=f"sqlite:///{ws.path('mlflow.db')}", PYTHONPATH="", HF_HUB_OFFLINE="1")
+    script = finished.root.parent / "load.py"
+    script.write_text(LOAD)
+    def load(flavour, uri):
+        done = subprocess.run([sys.executable, "-P", str(script), flavour, uri, json.dumps([QUESTION, "How do I log a metric?"])], cwd=finished.root.parent, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{flavour}: {done.stderr[-3000:]}"
+        return json.loads(done.stdout.splitlines()[-1])
+    agent, chain = load("pyfunc", f"models:/{ws.registered('assistant')}/{version}"), load("langchain", f"models:/{ws.registered('assistant_chain')}/1")
+    assert agent == chain and all(answer for answer, _ in agent)
+    assert not [path for path in ws.store.rglob("*") if path.suffix in (".pkl", ".pickle")]
+
+
+def test_the_fine_tuned_model_on_an_endpoint_of_its_own(finished):
+    "Another process serves base and adapter over the OpenAI protocol, with a key; the chain is pointed at it by a setting."
+    serving = finished.start("serve", "chat_model", "--env", "staging")
+    try:
+        key, url = next(found.groups() for line in serving.stdout if (found := re.fullmatch(r"export CHAT_API_KEY=(\S+) LLMOPS_CHAT_URL=(\S+)\n", line)))
+        os.environ["CHAT_API_KEY"] = key
+        with open_assistant(open_workspace(load_config("staging", finished.root, chat_url=url)), champion_prompt(open_workspace(load_config("staging", finished.root)))[0]) as chain:
+            assert chain.invoke({"question": QUESTION})["served_by"] == "chat_model"
+        os.environ["CHAT_API_KEY"] = "sk-wrong"
+        with open_assistant(open_workspace(load_config("staging", finished.root, chat_url=url))) as chain, pytest.raises(ModelAuthenticationError, match="Set the right one in CHAT_API_KEY"):
+            chain.invoke({"question": QUESTION})
+    finally:
+        os.environ.pop("CHAT_API_KEY", None)
+        serving.terminate(); serving.wait()
