@@ -10,7 +10,7 @@ __all__ = ['BASE_MODEL', 'BASE_LICENCE', 'BASE_SHA256', 'base_gguf', 'gguf_in_me
            'Completion', 'complete', 'complete_many', 'read_prices', 'token_cost']
 
 # %% ../nbs/00b_llm.ipynb #978ecfa6
-import contextlib, functools, importlib.util, json, os, secrets, sys, time, unittest.mock
+import contextlib, functools, importlib.util, json, os, re, secrets, sys, time, unittest.mock
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -262,12 +262,12 @@ def read_prices(
     return out
 
 def token_cost(
-    model: str, # As the reply names it
+    model: str, # As the reply names it; the date of a snapshot does not count: gpt-5-mini-2025-08-07
     read: int, # Tokens of the prompt
     written: int, # Tokens of the answer
     prices: dict, # From `read_prices`
 ) -> float | None: # US dollars; None for a model without a price
     "What a provider charges for an answer."
-    if model in prices: return (read * prices[model][0] + written * prices[model][1]) / 1e6
+    if price := prices.get(model) or prices.get(re.sub(r"-(\d{8}|\d{4}-\d\d-\d\d)$", "", model)): return (read * price[0] + written * price[1]) / 1e6
     from mlflow.utils.providers import cost_per_token
     return sum(found) if (found := cost_per_token(model, read, written)) else None
