@@ -22,7 +22,7 @@ run: .venv/installed
 
 test: .venv/installed
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && TMPDIR=$$scratch $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest
 
 # The same promises with the network cut off: only loopback is left (Linux, needs root or user namespaces)
 offline: .venv/installed

@@ -153,11 +153,12 @@ def start_gateway(ws: Workspace) -> Endpoint:
             key = secrets.token_urlsafe(24)
             standin = start_service(ws, f"provider-{digest[:6]}-{d.model}", serve_command(LOCAL_MODELS[d.model](ws), d.model, config.chat_slots), digest=hashlib.sha256(key.encode()).hexdigest()[:16], environment=dict(LLMOPS_SERVE_KEY=key))
             targets[d.name] = "openai", f"{standin.url}/v1", key
-        service = start_service(ws, name, _server_command(ws), digest, port=config.gateway_port, environment=_server_environment(ws, targets), prepare=lambda url: _declare(url, config, targets))
+        alone = not any(other.name.startswith("gateway-") for other in running_services(ws))
+        service = start_service(ws, name, _server_command(ws, "gateway.db" if alone else f"{name}.db"), digest, port=config.gateway_port, environment=_server_environment(ws, targets), prepare=lambda url: _declare(url, config, targets))
     return route_endpoint(f"{service.url}/gateway/mlflow/v1", ROUTE, bool(config.gateway_fallbacks), key_name=", ".join(keys) or "nothing: our stand-ins have keys of their own")
 
-def _server_command(ws):
-    return [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{ws.path('gateway.db')}", "--default-artifact-root", ws.path("gateway-artifacts").as_uri(),
+def _server_command(ws, database):
+    return [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{ws.path(database)}", "--default-artifact-root", ws.path("gateway-artifacts").as_uri(),
             "--host", "127.0.0.1", "--port", "{port}", "--workers", "1"]
 
 def _server_environment(ws, targets):

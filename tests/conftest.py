@@ -25,12 +25,6 @@ def no_network() -> list[str]:
     return ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"] if probe and probe.returncode == 0 else []
 
 
-@pytest.hookimpl(tryfirst=True)     # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    "Two processes share the work (`-n 2 --dist loadgroup`): what asks the finished life cycle stays together, and so does each other file."
-    for item in items: item.add_marker(pytest.mark.xdist_group("life cycle" if "finished" in item.fixturenames else item.path.stem))
-
-
 class Project:
     "A copy of the tracked files in a folder of its own, and the `llmops` command in it."
     def __init__(self, folder: Path, **settings):

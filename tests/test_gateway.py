@@ -1,6 +1,7 @@
 """Providers and the gateway over real sockets: every fault that a provider has, a real one that is killed, and Unity Gateway in the SDK's own types."""
 import json, os, signal, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -150,6 +151,18 @@ def test_keys_are_nowhere_to_be_read(two):
         for process in (psutil.Process(service.pid), *psutil.Process(service.pid).children(recursive=True)): assert "sk-planted" not in " ".join(process.cmdline())
     listed = httpx.get(endpoint.base_url.replace("/gateway/mlflow/v1", "/api/3.0/mlflow/gateway/secrets/list")).text
     assert "first/large" in listed and "sk-planted" not in listed
+
+
+def test_another_declaration_beside_it_takes_nothing_away(two, route, monkeypatch):
+    ws, (endpoint, first, second) = two[0], route
+    monkeypatch.setenv("LLMOPS_RUN", str(os.getppid()))        # another process, which lives
+    other = open_workspace(replace(ws.config, gateway_fallbacks=[]))
+    try:
+        assert (there := gateway_endpoint(other)).base_url != endpoint.base_url and chat_client(there).invoke("Hi").text == first.answer
+        assert chat_client(endpoint).invoke("Hi").text == first.answer
+    finally: stop_services(other, os.getppid())
+    first.fault = "503"
+    assert chat_client(endpoint).invoke("Hi").text == "The small one answers."
 
 
 def test_a_budget_that_is_used_up_refuses(route):
