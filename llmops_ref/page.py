@@ -182,17 +182,17 @@ head="""
 # %% ../nbs/00d_page.ipynb #f5cb6ce8
 PARTS |= dict(time="""
 <h2>Where the time went</h2>{% for s in stages %}<div class="row"><span><a href="#{{ s.name }}">{{ s.number }} {{ s.name }}</a></span><div class="track">
-{% if s.state != 'pending' %}<i class="{{ s.state }}" style="left:min({{ '%.2f' | format(s.left) }}%, 100% - 4px);width:{{ '%.2f' | format(s.width) }}%"></i>{% endif %}</div>
-<span>{% if s.state == 'ran' %}{{ s.seconds | duration }}{% elif s.state == 'failed' %}<span class="bad">failed, {{ s.seconds | duration }}</span>{% else %}<span class="soft">{{ 'up to date' if s.state == 'cached' else 'not run' }}</span>{% endif %}</span></div>{% endfor %}
+{% if s.state not in ('pending', 'skipped') %}<i class="{{ s.state }}" style="left:min({{ '%.2f' | format(s.left) }}%, 100% - 4px);width:{{ '%.2f' | format(s.width) }}%"></i>{% endif %}</div>
+<span>{% if s.state == 'ran' %}{{ s.seconds | duration }}{% elif s.state == 'failed' %}<span class="bad">failed, {{ s.seconds | duration }}</span>{% else %}<span class="soft">{{ 'up to date' if s.state == 'cached' else 'skipped' if s.state == 'skipped' else 'not run' }}</span>{% endif %}</span></div>{% endfor %}
 <div class="row"><span></span><div class="axis">{% for t in ticks if t.left < 97 %}<span style="left:{{ '%.2f' | format(t.left) }}%">{{ t.text }}</span>{% endfor %}</div><span></span></div>""",
 numbers="""
 <h2>{{ 'Numbers against the last run' if compared else 'Numbers of this first run' }}</h2>{{ m.numbers(keys, compared, true) }}
 {% if compared %}<p class="soft small">Green is better and red is worse. The colour gives the direction, not the significance. Counts, and timings that moved by less than a tenth, have none.</p>{% endif %}""",
 answers="""
-{% if cards %}<h2>{{ cards | length }} question{{ 's' if cards | length > 1 }}, answered by both models</h2><p>{{ tally }}</p>{% if comparison %}{{ m.table(comparison) }}{% endif %}
+{% if cards %}<h2>{{ cards | length }} question{{ 's' if cards | length > 1 }}, answered by both</h2><p>{{ tally }}</p>{% if comparison %}{{ m.table(comparison) }}{% endif %}
 {% for c in cards %}<article class="card" id="{{ c.anchor }}"><h3>{{ loop.index }}. {{ c.question }}{% if c.type %} <span class="tag">{{ c.type }}</span>{% endif %}</h3>
 {% if c.expected %}<p class="soft small">Expected: {{ c.expected }}</p>{% endif %}{{ m.sides(c) }}
-{% if c.passages %}<details><summary>{{ c.passages | length }} passage{{ 's' if c.passages | length > 1 }} shown to both models, {{ c.cited or 'none' }} cited</summary>
+{% if c.passages %}<details><summary>{{ c.passages | length }} passage{{ 's' if c.passages | length > 1 }} shown, {{ c.cited or 'none' }} cited</summary>
 {% for p in c.passages %}<div class="passage{{ ' cited' if p.by }}" id="{{ c.anchor }}p{{ p.number }}"><b>[{{ p.number }}] {{ p.document }}</b>{% if p.gold %}<span class="tag good">answers the question</span>{% endif %}
 {% for by in p.by %}<span class="tag">cited by the {{ by | lower }}</span>{% endfor %}<div>{{ p.text }}</div></div>{% endfor %}</details>{% endif %}</article>{% endfor %}{% endif %}""")
 
