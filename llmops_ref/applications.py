@@ -22,7 +22,8 @@ from .finetune import tuned_adapter
 from .gateway import gateway_endpoint
 from .hub import chosen_gguf
 from .llm import Endpoint, chat_client, read_prices, serve_command, token_cost
-from .prompts import answer_all, champion_prompt, summarise
+from .evaluation import answer_all, summarise
+from .prompts import champion_prompt
 from .retrieval import open_index
 from .services import running_services, start_service, stop_service
 from .workspace import DataError, Workspace, open_workspace

@@ -111,7 +111,7 @@ def _facts(state, reply, text):
     documents, usage, said = state["documents"], (reply is not None and reply.usage_metadata) or {}, getattr(reply, "response_metadata", {})
     return dict(question=state["question"], citations=citations(text), refused=is_refusal(text), asked_model=reply is not None, cut=state["cut"] + (["answer"] if said.get("finish_reason") == "length" else []),
                 passages=[dict(number=n, text=d.page_content, **d.metadata) for n, d in enumerate(documents, 1)],
-                prompt_tokens=usage.get("input_tokens", 0), completion_tokens=usage.get("output_tokens", 0), served_by=said.get("model_name", ""))
+                prompt_tokens=usage.get("input_tokens", 0), completion_tokens=usage.get("output_tokens", 0), served_by=said.get("model_name", ""), kept_seconds=said.get("kept_seconds", 0.0))
 
 # %% ../nbs/03a_assistant.ipynb #8bb98611
 def make_chain(
@@ -170,12 +170,12 @@ def as_retriever(
 
 # %% ../nbs/03a_assistant.ipynb #ff04fb4d
 @contextlib.contextmanager
-def open_endpoint(ws: Workspace):
+def open_endpoint(ws: Workspace, slots: int = 0):
     "Where the model answers: the gateway, the endpoint that `chat_url` names, or llama.cpp on this machine."
     if ws.config.app == "third_party": yield gateway_endpoint(ws)
     elif ws.config.chat_url: yield served_endpoint(ws)
     else:
-        with serve_gguf(chosen_gguf(ws), slots=ws.config.chat_slots) as endpoint: yield endpoint
+        with serve_gguf(chosen_gguf(ws), slots=slots or ws.config.chat_slots) as endpoint: yield endpoint
 
 def served_endpoint(ws: Workspace) -> Endpoint:
     "An endpoint that serves the model already, as `chat_url` and `chat_model` say; its key is the secret CHAT_API_KEY, on Databricks the caller's own."
@@ -194,12 +194,16 @@ def open_assistants(
     ws: Workspace,
     templates: dict[str, str | None], # Name -> prompt
     passages: bool = True, # False: ask the model directly, whatever the settings say
+    wrap=None, # A function from the chat client to what is asked in its place, such as `keeper` gives
+    slots: int = 0, # Requests that the model of this machine answers in parallel; 0 = `chat_slots`
+    wrap_retriever=None, # A function from the retriever to what is searched in its place
 ):
     "The chain as the settings describe it, once with each prompt, on one model and one index, while the `with` block runs."
     config = ws.config
     retriever = None if config.retrieval == "off" or not passages else as_retriever(open_index(ws), config.retrieval_k, config.retrieval, config.retrieval_candidates)
-    with open_endpoint(ws) as endpoint:
-        client = chat_client(endpoint, config.chat_max_tokens, config.chat_timeout, config.chat_retries, requests_per_minute=config.gateway_requests_per_minute if config.app == "third_party" else 0)
+    if retriever is not None and wrap_retriever: retriever = wrap_retriever(retriever)
+    with open_endpoint(ws, slots) as endpoint:
+        client = (wrap or (lambda client: client))(chat_client(endpoint, config.chat_max_tokens, config.chat_timeout, config.chat_retries, requests_per_minute=config.gateway_requests_per_minute if config.app == "third_party" else 0))
         yield {name: make_chain(client, template, retriever, config.passage_words, lowest_cosine(config), config.question_words) for name, template in templates.items()}
 
 @contextlib.contextmanager

@@ -72,7 +72,14 @@ class Config:
     gateway_timeout: int
     gateway_port: int
     gateway_url: str
+    prompts: str
     prompt_questions: int
+    prompt_report_questions: int
+    prompt_slots: int
+    prompt_behaviour: int
+    gate_prompt_grounded: float
+    gate_prompt_readable: float
+    gate_prompt_in_language: float
     finetune_examples: int
     finetune_held_out: int
     finetune_seconds: float
@@ -123,9 +130,9 @@ def _check_range(key, value):
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not 0 <= value < float("inf"): raise ValueError("a number of 0 or more")
         if key in ("serving_port", "gateway_port") and value > 65535: raise ValueError("a port, at most 65535, or 0 for a free one")
-        if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "monitoring_min_cited_share", "corpus_max_unreadable") and value > 1:
+        if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language", "monitoring_min_cited_share", "corpus_max_unreadable") and value > 1:
             raise ValueError("a share between 0 and 1")
-        if key in ("retrieval_k", "chat_slots", "chat_max_tokens", "chunk_words", "passage_words", "question_words", "chat_timeout", "gateway_timeout", "finetune_rank", "finetune_groups_per_step", "smoke_questions", "monitoring_requests") and value < 1:
+        if key in ("retrieval_k", "chat_slots", "prompt_slots", "chat_max_tokens", "chunk_words", "passage_words", "question_words", "chat_timeout", "gateway_timeout", "finetune_rank", "finetune_groups_per_step", "smoke_questions", "monitoring_requests") and value < 1:
             raise ValueError("a number of 1 or more")
 
 # %% ../nbs/00_config.ipynb #470ab21d

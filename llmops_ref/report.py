@@ -87,6 +87,7 @@ KEY_NUMBERS = [ # Stage, metric (a regular expression; {best} is the stage's win
     ("validation", r"base_correct", "Right answers, {base}"),
     ("validation", r"(candidate_)?(refused|refusal_recall)", "Unanswerable questions refused"),
     ("prompts", r"{best}_correct", "Right answers with the best prompt"),
+    ("prompts", r"test_grounded", "Words of its answers that stand in the passages"),
     ("finetune", r"final_loss", "Loss of held-out answers after training"),
     ("corpus", r"documents", "Documents in the corpus"),
     ("hub", r"{best}\.decode_tps", "Tokens a second, base model"),
@@ -150,7 +151,8 @@ def _card(example, anchor, names=SIDES):
     return example | dict(anchor=anchor, sides=sides, passages=shown, expected=answer_html(example.get("reference") or refusal), cited=sum(bool(p["by"]) for p in shown))
 
 # %% ../nbs/90a_report.ipynb #aa093cae
-CAPTIONS = dict(scorecard="The candidates", packages="Where the documents come from", by_method="Ways to search, on the test questions", misses="Questions that the search misses",
+CAPTIONS = dict(decision="Decision", gates="Gates", test_split="The winner on the test split, beside what it would replace", by_type="Right answers by type of question", registry="The prompt registry", behaviour="Behaviour of the winner",
+                scorecard="The candidates", packages="Where the documents come from", by_method="Ways to search, on the test questions", misses="Questions that the search misses",
                 smoke="Smoke test of the endpoint", alerts="Signals and their thresholds", url="Endpoint", rollback="To go back")
 SCORECARD = ("name", "format", "licence", "size_mb", "quality", "seconds", "decode_tps", "mrr", "verdict") # Of its many columns, those to show
 

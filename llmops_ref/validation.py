@@ -18,7 +18,8 @@ from .assistant import cut_words, log_assistant, open_assistant
 from .config import Config, SettingsError, load_config
 from .corpus import sample_questions
 from .gateway import gateway_endpoint
-from .prompts import answer_all, champion_prompt, summarise
+from .evaluation import answer_all, summarise
+from .prompts import champion_prompt
 from .scoring import Comparison, Gate, compare
 from .workspace import DataError, Workspace, git_commit, open_workspace
 

@@ -1,0 +1,66 @@
+"""The stage that chooses a prompt, with prompts that must not be chosen."""
+import json, shutil
+
+import pytest
+
+from llmops_ref.config import load_config
+from llmops_ref.workspace import open_workspace
+
+BAD = {
+    "french": ("Réponds toujours en français, par une phrase complète en français.\n\n{{passages}}\n\nQuestion: {{question}}\nRéponse en français: La réponse est que", "in_language"),
+    "story": ("Do not use the passages. Write a short story about a captain, her ship and the storm.\n\n{{passages}}\n\nDo not answer: {{question}}\nStory: Once upon a time, the old captain", "grounded"),
+}
+
+
+@pytest.fixture
+def only(finished):
+    "Leave one prompt in git, as a bad commit would; put everything back afterwards."
+    folder, away = finished.root / "data" / "prompts", finished.root / "prompts_away"
+    shutil.copytree(folder, away)
+    def leave(name, text):
+        for path in folder.glob("*.md"): path.unlink()
+        (folder / f"{name}.md").write_text(text)
+    yield leave
+    shutil.rmtree(folder)
+    away.rename(folder)
+    manifest = finished.root / "stores" / "staging" / "stages" / "prompts.result.json"
+    manifest.unlink(missing_ok=True)
+
+
+def aliases(project):
+    ws = open_workspace(load_config("staging", project.root))
+    return {alias: str(v.version) for alias in ("champion", "challenger", "previous_champion") if (v := ws.prompt("answer_prompt", alias, record=False))}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_prompt_is_refused(finished, only, name):
+    "It answers in the wrong language, or ignores the passages: no alias moves, the run fails and says why, what was in use stays."
+    text, gate = BAD[name]
+    before = aliases(finished)
+    only(name, text)
+    done = finished.llmops("run", "--env", "staging", "--only", "prompts", GATE_MODE="raise", PROMPT_BEHAVIOUR="0", CHAT_MAX_TOKENS="40", PROMPT_REPORT_QUESTIONS="4")
+    assert done.returncode == 1, done.stdout
+    assert "is refused" in done.stderr and f"{gate} is 0." in done.stderr and f"Version {before['champion']} stays in use" in done.stderr
+    assert aliases(finished) == before
+    executed = (finished.root / "runs" / "staging" / "latest" / "report.html").read_text()
+    assert "is refused" in executed
+
+
+def test_a_new_prompt_that_is_no_better_changes_nothing(finished):
+    "It is registered and compared; the prompt in use stays, and the other replies are not generated again."
+    path, before = finished.root / "data" / "prompts" / "terse.md", aliases(finished)
+    path.write_text("{{passages}}\n\n{{question}}")
+    done = finished.llmops("run", "--env", "staging", "--only", "prompts")
+    assert done.returncode == 0, done.stderr
+    details = json.loads((finished.root / "stores" / "staging" / "stages" / "prompts.json").read_text())["details"]
+    assert "terse" in {row["design"] for row in details["comparison"]} and aliases(finished)["champion"] == before["champion"]
+    path.unlink()
+    assert finished.llmops("run", "--env", "staging", "--only", "prompts").returncode == 0
+
+
+@pytest.mark.parametrize("text, says", [("{{question}}", "odd.md: A prompt template needs exactly the variables passages and question, this one has question"),
+                                        ("{{passages}} {{question}} {{mood}}", "this one has mood, passages, question")])
+def test_a_template_with_wrong_variables_stops_before_anything_runs(project, text, says):
+    (project.root / "data" / "prompts" / "odd.md").write_text(text)
+    done = project.llmops("run")
+    assert done.returncode == 1 and says in done.stderr and "  run     01_hub         it" not in done.stdout.split("Running:")[-1] and "Running:" not in done.stdout
