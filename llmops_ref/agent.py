@@ -16,6 +16,7 @@ from mlflow.pyfunc import ResponsesAgent
 from mlflow.types.responses import ResponsesAgentRequest, ResponsesAgentResponse, ResponsesAgentStreamEvent
 
 from .assistant import as_retriever, make_chain
+from .examples import read_examples
 from .gateway import open_route
 from .llm import Endpoint, chat_client, serve_gguf, token_cost
 from .embedding import Embedder
@@ -51,7 +52,7 @@ def open_chain(
     embedder = Embedder(files["embedder"], files["tokenizer"], config["precision"]) if "embedder" in files else None
     index = Index(files["index"], embedder, open_reranker(config["reranker"])) if "index" in files else open_ai_search(config["ai_search"], embedder) if "ai_search" in config else None
     retriever = None if index is None else as_retriever(index, config["k"], config["retrieval"], config["candidates"])
-    return make_chain(client, config["template"], retriever, config["max_words"], config["refuse_below"], config["question_words"])
+    return make_chain(client, config["template"], retriever, config["max_words"], config["refuse_below"], config["question_words"], read_examples(files["examples"]) if "examples" in files else None)
 
 # %% ../nbs/03b_agent.ipynb #7d6a7cdb
 class AssistantAgent(ResponsesAgent):

@@ -18,6 +18,7 @@ import pandas as pd
 from .assistant import as_retriever, lowest_cosine, make_chain
 from .config import Config, load_config
 from .corpus import sample_questions
+from .examples import open_examples
 from .finetune import tuned_adapter
 from .gateway import gateway_endpoint
 from .hub import chosen_gguf
@@ -99,7 +100,7 @@ def compare_applications(
         retriever = as_retriever(index, config.retrieval_k, "hybrid" if config.retrieval == "off" else config.retrieval, config.retrieval_candidates) if system.passages else None
         with open_system(ws, system) as (endpoint, kept_up):
             client = chat_client(endpoint, config.chat_max_tokens, config.chat_timeout, config.chat_retries)
-            chain = make_chain(client, template if system.passages else None, retriever, config.passage_words, lowest_cosine(config), config.question_words)
+            chain = make_chain(client, template if system.passages else None, retriever, config.passage_words, lowest_cosine(config), config.question_words, open_examples(ws, template))
             chain.invoke({"question": "Hello, how are you?"})               # the first answer of a client also loads what the others find loaded
             found = answers[system.name] = answer_all(streamed(chain), questions, config.chat_slots, lambda done, n: ws.progress(number * n + done, len(systems) * n, system.name))
             means = summarise(found)

@@ -7,8 +7,8 @@ Reads the index, a prompt and an endpoint. Leaves the chain that every later sta
 # %% auto #0
 __all__ = ['FENCE', 'PLAIN_PROMPT', 'DIRECT_PROMPT', 'REQUIREMENTS', 'cut_words', 'passage_block', 'check_template',
            'build_messages', 'check_citations', 'make_chain', 'retriever_class', 'as_retriever', 'open_endpoint',
-           'served_endpoint', 'lowest_cosine', 'open_assistants', 'open_assistant', 'assistant_parts', 'log_assistant',
-           'log_chain']
+           'served_endpoint', 'lowest_cosine', 'open_chains', 'open_assistants', 'open_assistant', 'assistant_parts',
+           'log_assistant', 'log_chain']
 
 # %% ../nbs/03a_assistant.ipynb #e2b9e145
 import contextlib, functools, importlib.metadata, os, re, shutil, tempfile
@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .config import Config, SettingsError, load_config
+from .examples import open_examples, wants_examples, write_examples
 from .gateway import gateway_endpoint, route_settings
 from .hub import chosen_gguf
 from .llm import Endpoint, chat_client, read_prices, serve_gguf
@@ -58,7 +59,8 @@ def check_template(
 ) -> str:
     "The template, if it has the holes that it needs and no others; `SettingsError` otherwise."
     holes, needed = sorted(set(re.findall(r"\{\{\s*(\w+)\s*\}\}", template))), ["passages", "question"] if passages else ["question"]
-    if holes != needed: raise SettingsError(f"A prompt template needs exactly the variables {' and '.join(needed)}, this one has {', '.join(holes) or 'none'}: {template[:80]!r}...")
+    if set(holes) - ({"examples"} if passages else set()) != set(needed):
+        raise SettingsError(f"A prompt template needs exactly the variables {' and '.join(needed)}{' (and may have examples)' if passages else ''}, this one has {', '.join(holes) or 'none'}: {template[:80]!r}...")
     return template
 
 def build_messages(
@@ -66,10 +68,11 @@ def build_messages(
     question: str,
     passages: list,
     max_words: int = 60,
+    examples=None, # A function from the question to the text that fills `{{examples}}`, such as an `Examples`
 ) -> list[dict]: # Messages for the chat client
     "Fill a template; nothing in a question or a passage is interpreted."
-    values = dict(passages=passage_block(passages, max_words), question=_clean(question).strip())
-    return [dict(role="user", content=re.sub(r"\{\{\s*(passages|question)\s*\}\}", lambda m: values[m[1]], template))]
+    values = dict(passages=passage_block(passages, max_words), question=_clean(question).strip(), examples=_clean(examples(question)) if wants_examples(template) else "")
+    return [dict(role="user", content=re.sub(r"\{\{\s*(passages|question|examples)\s*\}\}", lambda m: values[m[1]], template))]
 
 # %% ../nbs/03a_assistant.ipynb #782bc9ba
 def _follow_names(text, documents):
@@ -121,16 +124,18 @@ def make_chain(
     max_words: int = 60, # Of a passage in the prompt
     refuse_below: float = 0.24, # Cosine of the best passage under which the chain refuses by itself
     question_words: int = 200, # Longer questions are cut
+    examples=None, # What fills `{{examples}}`, from `open_examples`; needed only by a template that has it
 ): # A runnable from `{"question": ...}` to a dictionary with the answer; streamed, the answer comes in pieces
     "Retriever, prompt, model and checks, as LangChain runnables. `SettingsError` for an empty question; errors of the model as they come."
     from langchain_core.runnables import RunnableBranch, RunnableGenerator, RunnableLambda, RunnablePassthrough
     template = check_template(template or (PLAIN_PROMPT if retriever is not None else DIRECT_PROMPT), passages=retriever is not None)
+    if examples is None and wants_examples(template): raise SettingsError("The prompt template has the variable examples, but no examples were given. Hand `open_examples(ws, template)` on, or take it out.")
     def read(state):
         if not _clean(state["question"]).strip(): raise SettingsError("The question is empty. Ask something.")
         return cut_words(state["question"], question_words)
     def retrieve(state): return retriever.invoke(state["asked"]) if retriever is not None else []
     def cut(state): return (["question"] if state["asked"].endswith(" ...") and not state["question"].rstrip().endswith("...") else []) + [f"passage {n}" for n, d in enumerate(state["documents"], 1) if cut_words(d.page_content, max_words).endswith(" ...")]
-    def prompt(state): return build_messages(template, state["asked"], [_Shown(d.page_content) for d in state["documents"]], max_words)
+    def prompt(state): return build_messages(template, state["asked"], [_Shown(d.page_content) for d in state["documents"]], max_words, examples)
     def irrelevant(state): return retriever is not None and max([d.metadata["similarity"] for d in state["documents"]], default=0.0) < refuse_below
     ask = RunnablePassthrough.assign(reply=RunnableLambda(prompt, name="prompt") | client)
     refuse = RunnablePassthrough.assign(reply=RunnableLambda(lambda _: None, name="refuse"))
@@ -190,21 +195,26 @@ def lowest_cosine(config: Config) -> float:
     return config.refuse_below if config.retrieval in ("hybrid", "dense") else -1.0
 
 @contextlib.contextmanager
-def open_assistants(
+def open_chains(
     ws: Workspace,
-    templates: dict[str, str | None], # Name -> prompt
+    examples=None, # What fills `{{examples}}`, from `open_examples`
     passages: bool = True, # False: ask the model directly, whatever the settings say
     wrap=None, # A function from the chat client to what is asked in its place, such as `keeper` gives
     slots: int = 0, # Requests that the model of this machine answers in parallel; 0 = `chat_slots`
     wrap_retriever=None, # A function from the retriever to what is searched in its place
 ):
-    "The chain as the settings describe it, once with each prompt, on one model and one index, while the `with` block runs."
+    "A function from a prompt (`None`: the default) to the chain as the settings describe it, all on one model and one index, while the `with` block runs."
     config = ws.config
     retriever = None if config.retrieval == "off" or not passages else as_retriever(open_index(ws), config.retrieval_k, config.retrieval, config.retrieval_candidates)
     if retriever is not None and wrap_retriever: retriever = wrap_retriever(retriever)
     with open_endpoint(ws, slots) as endpoint:
         client = (wrap or (lambda client: client))(chat_client(endpoint, config.chat_max_tokens, config.chat_timeout, config.chat_retries, requests_per_minute=config.gateway_requests_per_minute if config.app == "third_party" else 0))
-        yield {name: make_chain(client, template, retriever, config.passage_words, lowest_cosine(config), config.question_words) for name, template in templates.items()}
+        yield lambda template: make_chain(client, template, retriever, config.passage_words, lowest_cosine(config), config.question_words, examples)
+
+@contextlib.contextmanager
+def open_assistants(ws: Workspace, templates: dict[str, str | None], passages: bool = True, **options):
+    "The chains of several prompts by name, while the `with` block runs; `options` as for `open_chains`."
+    with open_chains(ws, open_examples(ws, *templates.values()), passages, **options) as chain: yield {name: chain(template) for name, template in templates.items()}
 
 @contextlib.contextmanager
 def open_assistant(ws: Workspace, template: str | None = None, passages: bool = True):
@@ -230,6 +240,7 @@ def assistant_parts(
         settings["machine_price"] = config.machine_price
         if config.chat_url: settings["served"] = dict(url=config.chat_url, model=config.chat_model, workspace=config.platform == "databricks")
         else: files |= dict(model=chosen_gguf(ws)) | (dict(adapter=adapter) if adapter else {})
+    if wants_examples(template): files["examples"] = write_examples(ws)
     if config.retrieval != "off":
         if config.vector_index == "faiss": files["index"] = index_folder(ws)
         else: settings["ai_search"] = ws.registered("chunks_index")

@@ -77,9 +77,14 @@ class Config:
     prompt_report_questions: int
     prompt_slots: int
     prompt_behaviour: int
+    prompt_shots: int
+    prompt_search: int
     gate_prompt_grounded: float
     gate_prompt_readable: float
     gate_prompt_in_language: float
+    judge_model: str
+    judge_url: str
+    judge_questions: int
     finetune_examples: int
     finetune_held_out: int
     finetune_seconds: float

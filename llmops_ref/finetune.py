@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .config import Config, SettingsError, load_config
+from .examples import open_examples
 from .hub import base_checkpoint, chosen_gguf, fastest_dtype
 from .llm import BASE_LICENCE, BASE_MODEL, BASE_SHA256, chat_client, complete_many, serve_gguf
 from .pairs import build_pairs, check_pairs

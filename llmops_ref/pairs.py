@@ -116,6 +116,7 @@ def build_pairs(
     k: int = 3, # Passages shown
     max_words: int = 60,
     seed: int = 17,
+    worked=None, # What fills `{{examples}}` of a template that has it, from `open_examples`
 ) -> pd.DataFrame: # `id group split kind question document_id shown messages source`; an empty `document_id` is to be refused
     "Make training pairs in groups of four that share their passages; every third group holds a person's question."
     rng = random.Random(seed)
@@ -135,7 +136,7 @@ def build_pairs(
         (shown, pairs), split = made, "validation" if len(rows) < held_out else "train"
         passages = [SimpleNamespace(text=documents[d]["text"]) for d in shown]
         for kind, question, target, answer in pairs:
-            messages = build_messages(template, question, passages, max_words) + [dict(role="assistant", content=answer)]
+            messages = build_messages(template, question, passages, max_words, worked) + [dict(role="assistant", content=answer)]
             rows.append(dict(id=f"p{len(rows):05}", group=number, split=split, kind=kind, question=question, document_id=target, shown=shown,
                              messages=json.dumps(messages), source=f"question {person.id}" if kind == "human" else "docstring"))
         if split == "validation": documents = {d: v for d, v in documents.items() if d not in shown}

@@ -58,7 +58,7 @@ def test_a_new_prompt_that_is_no_better_changes_nothing(finished):
     assert finished.llmops("run", "--env", "staging", "--only", "prompts").returncode == 0
 
 
-@pytest.mark.parametrize("text, says", [("{{question}}", "odd.md: A prompt template needs exactly the variables passages and question, this one has question"),
+@pytest.mark.parametrize("text, says", [("{{question}}", "odd.md: A prompt template needs exactly the variables passages and question (and may have examples), this one has question"),
                                         ("{{passages}} {{question}} {{mood}}", "this one has mood, passages, question")])
 def test_a_template_with_wrong_variables_stops_before_anything_runs(project, text, says):
     (project.root / "data" / "prompts" / "odd.md").write_text(text)
