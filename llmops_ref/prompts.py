@@ -87,7 +87,7 @@ def choose_prompt(
     "Rank the designs; the one in use stays unless another is better beyond doubt."
     base = current or next(iter(answers))
     against = {design: paired(answer, answers[base]) for design, answer in answers.items()}
-    table = pd.DataFrame([dict(design=design) | summarise(answer) | dict(against=str(against[design]) if design != base else "–") for design, answer in answers.items()])
+    table = pd.DataFrame([dict(design=design) | summarise(answer) | dict(against=f"{(c := against[design]).difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}]" if design != base else "–") for design, answer in answers.items()])
     best = table.design[(table.correct.fillna(0).round(6) + 1e-3 * table.citation_precision.fillna(0) - 1e-9 * table.tokens).idxmax()]
     return (best if current is None or against[best].verdict == "better" else current), table
 

@@ -53,7 +53,7 @@ def test_a_new_prompt_that_is_no_better_changes_nothing(finished):
     done = finished.llmops("run", "--env", "staging", "--only", "prompts")
     assert done.returncode == 0, done.stderr
     details = json.loads((finished.root / "stores" / "staging" / "stages" / "prompts.json").read_text())["details"]
-    assert "terse" in {row["design"] for row in details["comparison"]} and aliases(finished)["champion"] == before["champion"]
+    assert "terse" in {row["design"] for row in details["designs"]} and aliases(finished)["champion"] == before["champion"]
     path.unlink()
     assert finished.llmops("run", "--env", "staging", "--only", "prompts").returncode == 0
 
