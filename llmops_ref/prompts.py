@@ -18,7 +18,7 @@ from .assistant import PLAIN_PROMPT, check_template, open_assistants
 from .config import Config, SettingsError, load_config
 from .evaluation import MEASURES, answer_all, by_type, evaluate_in_mlflow, keeper, summarise
 from .scoring import REFUSAL, Comparison, Gate, compare
-from .workspace import DataError, Workspace, git_commit, open_workspace
+from .workspace import DataError, Workspace, folder_digest, git_commit, open_workspace
 
 # %% ../nbs/04_prompts.ipynb #7c0a5a54
 def designs(
@@ -29,8 +29,9 @@ def designs(
     folder = Path(config.prompts) / ("direct" if config.retrieval == "off" else "")
     files, out = sorted((config.root / folder).glob("*.md")), {}
     if not files: raise SettingsError(f"`prompts` names the folder {config.root / folder}, which holds no template. Put a file such as plain.md there, with {{{{passages}}}} and {{{{question}}}}.")
+    ws.reads[f"folder:{folder.as_posix()}"] = folder_digest(config.root / folder)       # a new file is a change, too
     for path in files:
-        template = ws.read_file((folder / path.name).as_posix()).read_text(encoding="utf-8").strip()
+        template = path.read_text(encoding="utf-8").strip()
         try: out[path.stem] = check_template(template, passages=config.retrieval != "off")
         except SettingsError as error: raise SettingsError(f"{folder / path.name}: {error}") from None
         if twin := next((name for name in out if name != path.stem and out[name] == template), None): raise SettingsError(f"{folder / path.name} has the same text as {twin}.md. Delete one of them.")
