@@ -178,6 +178,7 @@ def preflight(
     from llmops_ref.documents import corpus_source, folder_files
     from llmops_ref.embedding import minilm_folder
     from llmops_ref.gateway import read_keys
+    from llmops_ref.judges import check_judges
     from llmops_ref.llm import base_gguf, read_prices
     from llmops_ref.prompts import designs
     from llmops_ref.services import free_port, stop_leftovers
@@ -192,7 +193,9 @@ def preflight(
     if source == "folder": folder_files(config.root / config.corpus, config.corpus_exclude)
     base_gguf(), minilm_folder()
     read_prices(config)
-    if any(s.name == "prompts" for s in stages): designs(open_workspace(config))
+    if any(s.name == "prompts" for s in stages):
+        designs(open_workspace(config))
+        check_judges(open_workspace(config))
     if config.app == "third_party" and not config.gateway_url: read_keys(ws)
     if config.reranker != "off" and config.reranker.startswith(("/", ".")) and not Path(config.reranker).is_dir(): open_reranker(config.reranker)
     if config.vector_index != "faiss": check_databricks(config)

@@ -42,7 +42,7 @@ class Provider:
 
     def reply(self, handler, body):
         fault = self.faults.pop(0) if self.faults else self.fault
-        self.asked.append(dict(body=body, fault=fault, at=time.monotonic(), headers={name.lower(): value for name, value in handler.headers.items()}))
+        self.asked.append(dict(body=body, path=handler.path, fault=fault, at=time.monotonic(), headers={name.lower(): value for name, value in handler.headers.items()}))
         if handler.headers.get("Authorization") != f"Bearer {self.key}" and self.key: fault = "401"
         if fault in STATUS:
             status, message = STATUS[fault]
