@@ -73,7 +73,7 @@ def by_type(
 # %% ../nbs/03e_evaluation.ipynb #267f39eb
 def failures(
     answers: pd.DataFrame, # From `answer_all`
-) -> pd.DataFrame: # Those that are not correct: `id type question wanted answer reason`
+) -> pd.DataFrame: # Those that are not correct: `id type reason question wanted answer`
     "The wrong answers, each with its reason."
     def reason(a):
         shown = {p["document_id"] for p in a.passages} & set(a.gold)
@@ -83,8 +83,8 @@ def failures(
         if len(a.passages) and not shown: return "search showed no passage that answers it"
         if not a.readable: return "runs in circles"
         return "repeats the question" if names_gold(a.answer, list(a.gold), a.question) else "names no object, or another one"
-    rows = [dict(id=a.id, type=a.type, question=a.question, wanted=a.gold[0] if len(a.gold) else "a refusal", answer=a.answer[:200], reason=reason(a)) for a in answers.itertuples() if a.correct != 1]
-    return pd.DataFrame(rows, columns=["id", "type", "question", "wanted", "answer", "reason"])
+    rows = [dict(id=a.id, type=a.type, reason=reason(a), question=a.question, wanted=a.gold[0] if len(a.gold) else "a refusal", answer=a.answer[:160]) for a in answers.itertuples() if a.correct != 1]
+    return pd.DataFrame(rows, columns=["id", "type", "reason", "question", "wanted", "answer"])
 
 # %% ../nbs/03e_evaluation.ipynb #86e89ac0
 def model_digest(
