@@ -58,7 +58,7 @@ def check_template(
     passages: bool = True, # Without an index there are none to show
 ) -> str:
     "The template, if it has the holes that it needs and no others; `SettingsError` otherwise."
-    holes, needed = sorted(set(re.findall(r"\{\{\s*(\w+)\s*\}\}", template))), ["passages", "question"] if passages else ["question"]
+    holes, needed = sorted(set(re.findall(r"\{\{\s*(.*?)\s*\}\}", template))), ["passages", "question"] if passages else ["question"]
     if set(holes) - ({"examples"} if passages else set()) != set(needed):
         raise SettingsError(f"A prompt template needs exactly the variables {' and '.join(needed)}{' (and may have examples)' if passages else ''}, this one has {', '.join(holes) or 'none'}: {template[:80]!r}...")
     return template

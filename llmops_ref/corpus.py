@@ -7,8 +7,8 @@ Reads the installed packages, or documents of your own, and `data/questions.json
 # %% auto #0
 __all__ = ['SKIP_DIRS', 'QUESTION_TYPES', 'NOTHING', 'RECORD_SCHEMA', 'installed', 'package_files', 'parse_file', 'public_names',
            'public_path', 'plain_docstring', 'clean_documents', 'sample_documents', 'chunk_recipe', 'update_chunks',
-           'load_questions', 'check_splits', 'sample_questions', 'check_corpus', 'parse_batches', 'read_api',
-           'read_corpus']
+           'question_problem', 'load_questions', 'check_splits', 'sample_questions', 'check_corpus', 'parse_batches',
+           'read_api', 'read_corpus']
 
 # %% ../nbs/02_corpus.ipynb #93fe2e75
 import fnmatch, gc, hashlib, importlib.metadata, importlib.util, json, re
@@ -188,32 +188,39 @@ def update_chunks(
 # %% ../nbs/02_corpus.ipynb #f1f6fdb1
 QUESTION_TYPES = ("lookup", "howto", "paraphrase", "symptom", "unanswerable")
 
-def _question_problem(q):
+def question_problem(
+    q: dict, # One line of the file
+) -> str | None: # What is wrong with its form, to follow "the question"
+    "Check the form of a question."
     if not isinstance(q, dict): return "is not a JSON object"
     for key, kind in dict(id=str, question=str, type=str, gold=list, answer=str, split=str).items():
         if not isinstance(q.get(key), kind): return f"needs the key {key!r} of type {kind.__name__}"
     if not q["question"].strip(): return "has an empty question"
     if q["type"] not in QUESTION_TYPES: return f"has type {q['type']!r}, expected one of {', '.join(QUESTION_TYPES)}"
     if q["split"] not in ("train", "test"): return f"has split {q['split']!r}, expected train or test"
+    if q.get("status", "draft") != "draft": return f"has status {q['status']!r}, expected draft, or no status once it is reviewed"
+    if not all(isinstance(g, str) and g.strip() for g in q["gold"]): return "has a gold object that is not a name"
     if bool(q["gold"]) == (q["type"] == "unanswerable"): return "must name gold objects, unless it is unanswerable"
 
 def load_questions(
     path: Path | str, # A JSON Lines file
-) -> pd.DataFrame: # Columns: `id question type gold answer split`
+    drafts: bool = False, # Also those that nobody has reviewed yet
+) -> pd.DataFrame: # Columns: `id question type gold answer split`, and `draft` with `drafts`
     "Read and check the evaluation questions; `DataError` names the first bad line, a repeated id, or a leak between splits."
     rows, seen, gold_split = [], {}, {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip(): continue
         try: q = json.loads(line)
         except json.JSONDecodeError as error: raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}). Each line must hold one JSON object.") from None
-        if problem := _question_problem(q): raise DataError(f"{path}, line {number}: the question {problem}.")
+        if problem := question_problem(q): raise DataError(f"{path}, line {number}: the question {problem}.")
         if q["id"] in seen: raise DataError(f"{path}, line {number}: the id {q['id']!r} was already used in line {seen[q['id']]}. Give it a new one.")
         for gold in q["gold"]:
             if gold_split.setdefault(gold, q["split"]) != q["split"]:
                 raise DataError(f"{path}, line {number}: {gold} is gold in both splits. Move the question to the {gold_split[gold]} split, or training would see test documents.")
         seen[q["id"]] = number
-        rows.append({key: q[key] for key in ("id", "question", "type", "gold", "answer", "split")})
-    if not rows: raise DataError(f"{path} holds no question. Write at least one line; the format is described in nbs/02_corpus.ipynb.")
+        draft = q.get("status") == "draft"
+        if drafts or not draft: rows.append({key: q[key] for key in ("id", "question", "type", "gold", "answer", "split")} | (dict(draft=draft) if drafts else {}))
+    if not rows: raise DataError(f"{path} holds no question{', only drafts' if seen else ''}. {'Review one (`llmops questions review`)' if seen else 'Write at least one line'}; the format is described in nbs/02_corpus.ipynb.")
     return pd.DataFrame(rows)
 
 def check_splits(questions: pd.DataFrame, path: str) -> None:

@@ -8,13 +8,13 @@ Reads templates, questions of the train split and the model. Leaves a proposal: 
 __all__ = ['neighbour', 'building_blocks', 'line_search', 'propose']
 
 # %% ../nbs/03h_optimizer.ipynb #580c0126
-import contextlib, functools, io, random, re, warnings
+import functools, random, re, warnings
 
 import pandas as pd
 
 from .assistant import check_template, open_chains
 from .config import SettingsError
-from .evaluation import keeper
+from .evaluation import keeper, quietly
 from .examples import open_examples
 from .scoring import score_answer
 from .workspace import Workspace
@@ -84,7 +84,6 @@ def propose(
     "Search for a better prompt with `mlflow.genai.optimize_prompts`; `SettingsError` if there is a budget and no question of the train split."
     if set(questions.split) - {"train"} or questions.empty: raise SettingsError("A prompt is searched on questions of the train split alone; hand over some of those.")
     mlflow, config, name = ws.mlflow(), ws.config, ws.registered("prompt_search")
-    from mlflow.environment_variables import MLFLOW_GENAI_EVAL_MAX_WORKERS as workers
     from mlflow.genai.scorers import scorer
     optimizer = optimizer or line_search()(building_blocks(templates.values()), budget, config.seed, on_done)
     start = mlflow.genai.register_prompt(name, template)
@@ -99,11 +98,8 @@ def propose(
             scores = score_answer(outputs["answer"], [p["document_id"] for p in outputs["passages"]], list(q.gold), q.answer, q.question)
             return scores["correct"] + 1e-3 * scores.get("citation_precision", 0.0)
         data = [dict(inputs=dict(question=q.question), expectations=dict(expected_response=q.answer)) for q in questions.itertuples()]
-        workers.set(config.prompt_slots)
-        try:
-            with mlflow.start_run(run_name="prompt search", nested=mlflow.active_run() is not None), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The specified dataset source")
-                found = mlflow.genai.optimize_prompts(predict_fn=answer, train_data=data, prompt_uris=[start.uri], optimizer=optimizer, scorers=[correct])
-        finally: workers.unset()
+        with mlflow.start_run(run_name="prompt search", nested=mlflow.active_run() is not None), quietly(config.prompt_slots), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The specified dataset source")
+            found = mlflow.genai.optimize_prompts(predict_fn=answer, train_data=data, prompt_uris=[start.uri], optimizer=optimizer, scorers=[correct])
     tried = pd.DataFrame(getattr(optimizer, "tried", []), columns=["step", "score", "failed", "template"])
     return found.optimized_prompts[0].template, tried

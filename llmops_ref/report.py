@@ -151,7 +151,7 @@ def _card(example, anchor, names=SIDES):
     return example | dict(anchor=anchor, sides=sides, passages=shown, expected=answer_html(example.get("reference") or refusal), cited=sum(bool(p["by"]) for p in shown))
 
 # %% ../nbs/90a_report.ipynb #aa093cae
-CAPTIONS = dict(decision="Decision", gates="Gates", test_split="The winner on the test split, beside what it would replace", designs="Every design, on the train split", by_type="Right answers by type of question", registry="The prompt registry", behaviour="Behaviour of the winner", failures="What the winner gets wrong on the test split", judges="Judges beside the scorers", judge_failures="What the judge could not say", search="Search for a better prompt", proposal="Its proposal",
+CAPTIONS = dict(decision="Decision", gates="Gates", test_split="The winner on the test split, beside what it would replace", designs="Every design, on the train split", questions="Problems of the questions", left_out="Left out", datasets="Evaluation datasets", by_type="Right answers by type of question", registry="The prompt registry", behaviour="Behaviour of the winner", failures="What the winner gets wrong on the test split", judges="Judges beside the scorers", judge_failures="What the judge could not say", search="Search for a better prompt", proposal="Its proposal",
                 scorecard="The candidates", packages="Where the documents come from", by_method="Ways to search, on the test questions", misses="Questions that the search misses",
                 smoke="Smoke test of the endpoint", alerts="Signals and their thresholds", url="Endpoint", rollback="To go back")
 SCORECARD = ("name", "format", "licence", "size_mb", "quality", "seconds", "decode_tps", "mrr", "verdict") # Of its many columns, those to show

@@ -6,12 +6,12 @@ Reads questions, passages and answers. Leaves scores that need no judge, paired 
 
 # %% auto #0
 __all__ = ['REFUSAL', 'FUNCTION_WORDS', 'AGREEMENT', 'recall_at_k', 'mrr_at_k', 'ndcg_at_k', 'is_refusal', 'citations', 'words',
-           'token_f1', 'names_gold', 'citation_precision', 'citation_recall', 'groundedness', 'language', 'in_language',
-           'readable', 'personal_data', 'score_answer', 'similarities', 'score_labelled', 'agreement',
+           'token_f1', 'names_gold', 'citation_precision', 'citation_recall', 'groundedness', 'language', 'script',
+           'in_language', 'readable', 'personal_data', 'score_answer', 'similarities', 'score_labelled', 'agreement',
            'agreement_with_people', 'Comparison', 'mcnemar', 'compare', 'Gate']
 
 # %% ../nbs/00c_scoring.ipynb #8f4e9a6a
-import json, math, re
+import json, math, re, unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +124,13 @@ def groundedness(
     passages: list[str], # Texts that were shown
     question: str = "", # Its words may be repeated without being made up
 ) -> float: # 0 to 1; 1 for an answer without content words, such as a refusal
-    "K-precision: share of the answer's content words that stand in the passages or the question."
-    said = [w for w in words(re.sub(r"\[[\d,\s]+\]", "", answer)) if w not in FUNCTION_WORDS["en"] and len(w) > 1]
-    known = set(words(" ".join([*passages, question])))
+    "K-precision: share of the answer's content words that stand in the passages or the question; words of any script count."
+    said, known = _content_words(answer), set(_content_words(" ".join([*passages, question])))
     return sum(w in known for w in said) / len(said) if said and not is_refusal(answer) else 1.0
+
+def _content_words(text):
+    spread = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", re.sub(r"\[[\d,\s]+\]", "", text)).lower()
+    return [w for w in re.findall(r"[^\W_]+", spread) if w not in FUNCTION_WORDS["en"] and len(w) > 1]
 
 # %% ../nbs/00c_scoring.ipynb #74e13979
 def language(
@@ -139,10 +142,15 @@ def language(
     first, second = sorted(hits.values(), reverse=True)[:2]
     return max(hits, key=hits.get) if first >= 3 and first > second else None
 
+def script(text: str) -> str | None: # LATIN, CYRILLIC, CJK, ARABIC ...; None without letters
+    "The script of most letters of a text, outside code."
+    found = Counter(unicodedata.name(c, "?").split()[0] for c in re.sub(r"`[^`]*`|\S*[._]\S+", " ", text) if c.isalpha())
+    return found.most_common(1)[0][0] if found else None
+
 def in_language(answer: str, question: str) -> float: # 1.0 or 0.0
-    "Whether an answer is in the language of its question, as far as that can be told."
+    "Whether an answer is in the script of its question, and in its language as far as function words tell; an answer without a word is in none."
     asked, said = language(question) or "en", language(answer)
-    return float(said in (None, asked))
+    return float(bool(re.search(r"[^\W\d_]", answer)) and said in (None, asked) and script(answer) in (None, script(question) or "LATIN"))
 
 def readable(
     answer: str,
@@ -176,10 +184,10 @@ def score_answer(
     "All scores of one answer. `correct`: the right object is named first (and cited, if the question named it already), or the question is rightly refused."
     refused = is_refusal(answer)
     form = dict(readable=readable(answer), in_language=in_language(answer, question), personal_data=float(bool(personal_data(answer))), words=float(len(answer.split())))
-    if passages and not refused: form["grounded"] = groundedness(answer, passages, question)
+    if passages and not refused and _content_words(answer): form["grounded"] = groundedness(answer, passages, question)
     if not gold: return dict(refused=float(refused), correct=float(refused)) | form
     precision, named = citation_precision(answer, shown, gold), names_gold(answer, gold, question)
-    echo = any(_mentions(question, g) for g in gold) and not precision
+    echo = bool(shown) and any(_mentions(question, g) for g in gold) and not precision
     scores = dict(names_gold=named, token_f1=token_f1(answer, reference), cited=float(bool(citations(answer))),
                   refused_wrongly=float(refused), correct=0.0 if echo else named) | form
     return scores | (dict(citation_precision=precision, citation_recall=citation_recall(answer, shown, gold)) if set(shown) & set(gold) else {})
@@ -205,9 +213,9 @@ def score_labelled(
     "Score the answers that people have labelled."
     rows = []
     for q in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()):
-        documents, texts = zip(*((p["document_id"], p["text"]) for p in q["passages"]))
+        documents, texts = [p["document_id"] for p in q["passages"]], [p["text"] for p in q["passages"]]
         rows += [dict(question_id=q["question_id"], answer=a["answer"]) | {f"label_{name}": a[name] for name in ("helpful", "grounded", "readable")}
-                 | score_answer(a["answer"], list(documents), q["gold"], q["reference"], q["question"], list(texts)) for a in q["answers"]]
+                 | score_answer(a["answer"], documents, q["gold"], q["reference"], q["question"], texts) for a in q["answers"]]
     return pd.DataFrame(rows)
 
 def agreement(
@@ -229,7 +237,7 @@ def agreement_with_people(
     for label, score, bound in pairs:
         both = scored[scored[f"label_{label}"].notna() & scored[score].notna()]
         wanted = both[f"label_{label}"].astype(bool)
-        rows.append((label, score, len(both), *agreement(both[score] >= bound, wanted), float(roc_auc_score(wanted, both[score]))))
+        rows.append((label, score, len(both), *agreement(both[score] >= bound, wanted), float(roc_auc_score(wanted, both[score])) if wanted.nunique() == 2 else float("nan")))
     return pd.DataFrame(rows, columns=["label", "score", "n", "agree", "kappa", "auc"])
 
 # %% ../nbs/00c_scoring.ipynb #db056fd1
@@ -242,10 +250,11 @@ class Comparison:
     n: int
     detectable: float = float("nan") # Smallest true difference that this many questions would find in four of five cases
     p_value: float | None = None # McNemar's exact test; only of scores that are 0 or 1
+    confidence: float = 0.95
 
     @property
     def verdict(self) -> str:
-        if self.n < 6: return "not enough evidence"                         # five that all go one way have a p value of 0.06 in a sign test
+        if self.n < 6 or (self.p_value is not None and self.p_value >= 1 - self.confidence): return "not enough evidence"     # five that all go one way have a p value of 0.06 in a sign test
         return "better" if self.low > 0 else "worse" if self.high < 0 else "not enough evidence"
 
     def __str__(self): return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], n = {self.n}: {self.verdict}"
@@ -273,10 +282,10 @@ def compare(
     d = a - b
     means = np.random.default_rng(seed).choice(d, (resamples, d.size)).mean(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    spread = max(d.std(ddof=1) if d.size > 1 else 1.0, 1 / math.sqrt(d.size))       # differences that are all the same say little when they are few
-    normal = NormalDist()
-    detectable = (normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(0.8)) * spread / math.sqrt(d.size)
-    return Comparison(float(d.mean()), float(low), float(high), int(d.size), float(detectable), mcnemar(a, b) if set(np.unique([a, b])) <= {0.0, 1.0} else None)
+    binary, z = set(np.unique([a, b])) <= {0.0, 1.0}, NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(0.8)
+    detectable = z * max(d.std(ddof=1) if d.size > 1 else 1.0, 1 / math.sqrt(d.size)) / math.sqrt(d.size)       # differences that are all the same say little when they are few
+    if binary: detectable = max(detectable, z * z / (d.size + z * z))       # a difference of x spreads by x (1 - x) at least
+    return Comparison(float(d.mean()), float(low), float(high), int(d.size), float(detectable), mcnemar(a, b) if binary else None, confidence)
 
 # %% ../nbs/00c_scoring.ipynb #1514f87d
 @dataclass(frozen=True)
