@@ -204,9 +204,13 @@ def ask(question: Annotated[Optional[str], typer.Argument()] = None, stream: Ann
                         if p["number"] in reply["citations"]: typer.echo(typer.style(f"  [{p['number']}] {p['document_id']}", dim=True))
 
 @app.command()
-def rollback(env: Env = "dev"):
+def rollback(env: Env = "dev", prompt: Annotated[bool, typer.Option("--prompt", help="The prompt instead of the assistant: it is used from the next run on")] = False):
     "Make the previous champion serve again."
     with _manners():
+        if prompt:
+            from llmops_ref.prompts import rollback_prompt
+            typer.echo(f"Version {rollback_prompt(open_workspace(load_config(env)))} of the prompt is champion of {env} again. Give it to the assistant: {_me()} run --env {env} --from finetune")
+            return
         from llmops_ref.deployment import rollback as back
         typer.echo(f"Version {back(open_workspace(load_config(env)))} of the assistant is champion of {env} again.")
 

@@ -183,7 +183,8 @@ def score_answer(
 ) -> dict[str, float]: # Only the scores that make sense for this question
     "All scores of one answer. `correct`: the right object is named first (and cited, if the question named it already), or the question is rightly refused."
     refused = is_refusal(answer)
-    form = dict(readable=readable(answer), in_language=in_language(answer, question), personal_data=float(bool(personal_data(answer))), words=float(len(answer.split())))
+    form = dict(readable=readable(answer), personal_data=float(bool(personal_data(answer))), words=float(len(answer.split())))
+    if re.search(r"[^\W\d_]", answer): form["in_language"] = in_language(answer, question)
     if passages and not refused and _content_words(answer): form["grounded"] = groundedness(answer, passages, question)
     if not gold: return dict(refused=float(refused), correct=float(refused)) | form
     precision, named = citation_precision(answer, shown, gold), names_gold(answer, gold, question)

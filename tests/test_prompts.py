@@ -58,6 +58,21 @@ def test_a_new_prompt_that_is_no_better_changes_nothing(finished):
     assert finished.llmops("run", "--env", "staging", "--only", "prompts").returncode == 0
 
 
+def test_going_back_to_the_previous_prompt(finished):
+    "By one command, and forth again; the next run keeps what was gone back to, since nothing is clearly better."
+    ws, before = open_workspace(load_config("staging", finished.root)), aliases(finished)
+    other = next(str(v) for v in range(1, 9) if str(v) != before["champion"])
+    if "previous_champion" not in before:
+        nothing = finished.llmops("rollback", "--prompt", "--env", "staging")
+        assert nothing.returncode == 1 and "There is no previous prompt in staging" in nothing.stderr
+    ws.set_prompt_alias("answer_prompt", "previous_champion", other)
+    done = finished.llmops("rollback", "--prompt", "--env", "staging")
+    assert done.returncode == 0 and f"Version {other} of the prompt is champion" in done.stdout
+    assert (aliases(finished)["champion"], aliases(finished)["previous_champion"]) == (other, before["champion"])
+    assert finished.llmops("run", "--env", "staging", "--only", "prompts", "--force").returncode == 0 and aliases(finished)["champion"] == other
+    assert finished.llmops("rollback", "--prompt", "--env", "staging").returncode == 0 and aliases(finished)["champion"] == before["champion"]
+
+
 @pytest.mark.parametrize("text, says", [("{{question}}", "odd.md: A prompt template needs exactly the variables passages and question (and may have examples), this one has question"),
                                         ("{{passages}} {{question}} {{mood}}", "this one has mood, passages, question")])
 def test_a_template_with_wrong_variables_stops_before_anything_runs(project, text, says):
