@@ -97,17 +97,17 @@ def contenders(
     prompts: dict[str, str], # From `designs`
     versions: dict[str, str], # From `register_prompts`
     noun: str = "answer_prompt",
-) -> tuple[dict[str, str], str | None, dict[str, str]]: # Templates by name; which of them is in use; and who was left out, with the reason
-    "The prompts to compare: the designs, and the one in use as `IN_USE` if no file holds it."
-    champion, left_out = ws.prompt(noun, "champion", record=False), {}
-    current = next((design for design, version in versions.items() if champion is not None and version == str(champion.version)), None)
-    if champion is not None and current is None:
-        try: prompts, current = prompts | {IN_USE: check_template(champion.template, ws.config.retrieval != "off")}, IN_USE
+) -> tuple[dict[str, str], str | None, str | None, dict[str, str]]: # Templates by design; the design to beat; the text in use, if it can be asked; and who was left out, with the reason
+    "What is compared, and with what."
+    champion, left_out, in_use, current = ws.prompt(noun, "champion", record=False), {}, None, None
+    if champion is not None:
+        current = next((design for design, version in versions.items() if version == str(champion.version)), champion.tags.get("design"))
+        try: in_use = check_template(champion.template, ws.config.retrieval != "off")
         except (SettingsError, TypeError) as error: left_out[IN_USE] = f"version {champion.version} does not fit the settings: {error}"[:300]
-    try: open_examples(ws, *prompts.values())
-    except DataError as error: left_out |= {design: str(error) for design, template in prompts.items() if wants_examples(template)}
-    if current in left_out: current = None
-    return {design: template for design, template in prompts.items() if design not in left_out}, current, left_out
+    try: open_examples(ws, *prompts.values(), in_use)
+    except DataError as error: left_out |= {design: str(error) for design, template in (prompts | {IN_USE: in_use}).items() if wants_examples(template)}
+    designs = {design: template for design, template in prompts.items() if design not in left_out}
+    return designs, current if current in designs else None, None if IN_USE in left_out else in_use, left_out
 
 # %% ../nbs/04_prompts.ipynb #c1697727
 def choose_prompt(
