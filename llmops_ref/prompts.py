@@ -118,7 +118,9 @@ def choose_prompt(
     base = current or next(iter(answers))
     against = {design: paired(answer, answers[base], confidence=1 - 0.05 / max(len(answers) - 1, 1)) for design, answer in answers.items()}
     table = pd.DataFrame([dict(design=design) | summarise(answer) | dict(against=f"{(c := against[design]).difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}]" if design != base else "–") for design, answer in answers.items()])
-    best = table.design[(table.correct.fillna(0).round(6) + 1e-3 * table.citation_precision.fillna(0) - 1e-9 * table.tokens).idxmax()]
+    level = table[table.correct.fillna(0) >= table.correct.fillna(0).max() - 1 / len(answers[base]) - 1e-9]
+    form = level[["citation_precision", "grounded", "readable"]].fillna(0).mean(axis=1)
+    best = table.design[(form + 1e-3 * level.correct.fillna(0) - 1e-9 * level.tokens).idxmax()]
     return (best if current is None or against[best].verdict == "better" else current), table
 
 def paired(candidate: pd.DataFrame, base: pd.DataFrame, measure: str = "correct", confidence: float = 0.95) -> Comparison | None: # `None` where no question has the score on both sides
