@@ -12,7 +12,7 @@ import functools, random, re, warnings
 
 import pandas as pd
 
-from .assistant import check_template, open_chains
+from .assistant import open_chains
 from .config import SettingsError
 from .evaluation import keeper, quietly
 from .examples import open_examples

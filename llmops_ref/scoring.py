@@ -249,7 +249,7 @@ class Comparison:
     low: float
     high: float
     n: int
-    detectable: float = float("nan") # Smallest true difference that this many questions would find in four of five cases
+    detectable: float = float("nan") # Smallest true difference that this many questions would find in four of five cases; NaN where they are too few for any
     p_value: float | None = None # McNemar's exact test; only of scores that are 0 or 1
     confidence: float = 0.95
 
@@ -286,6 +286,7 @@ def compare(
     binary, z = set(np.unique([a, b])) <= {0.0, 1.0}, NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(0.8)
     detectable = z * max(d.std(ddof=1) if d.size > 1 else 1.0, 1 / math.sqrt(d.size)) / math.sqrt(d.size)       # differences that are all the same say little when they are few
     if binary: detectable = max(detectable, z * z / (d.size + z * z))       # a difference of x spreads by x (1 - x) at least
+    if d.size < 6 or binary and detectable > 1: detectable = float("nan")   # `verdict` calls none of five, and shares differ by 1 at most
     return Comparison(float(d.mean()), float(low), float(high), int(d.size), float(detectable), mcnemar(a, b) if binary else None, confidence)
 
 # %% ../nbs/00c_scoring.ipynb #1514f87d

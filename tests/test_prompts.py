@@ -1,5 +1,5 @@
 """The stage that chooses a prompt, with prompts that must not be chosen."""
-import json, shutil
+import copy, json, shutil
 
 import pytest
 
@@ -79,3 +79,19 @@ def test_a_template_with_wrong_variables_stops_before_anything_runs(project, tex
     (project.root / "data" / "prompts" / "odd.md").write_text(text)
     done = project.llmops("run")
     assert done.returncode == 1 and says in done.stderr and "  run     01_hub         it" not in done.stdout.split("Running:")[-1] and "Running:" not in done.stdout
+
+
+def test_a_leak_between_the_splits_stops_the_run_before_any_prompt_is_asked(finished, tmp_path):
+    "A question of the train split, asked again in the test split; in a copy of the project, which may keep the spoilt tables."
+    other = copy.copy(finished)
+    other.root = shutil.copytree(finished.root, tmp_path / "copy", symlinks=True)
+    other.environment = finished.environment | dict(PYTHONPATH=str(other.root))
+    path = other.root / "data" / "questions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    train, test = (next(row for row in rows if row["split"] == split and row["type"] == "howto") for split in ("train", "test"))
+    path.write_text("".join(json.dumps(row | (dict(question=train["question"].lower()) if row is test else {})) + "\n" for row in rows))
+    assert other.llmops("run", "--env", "staging", "--only", "corpus").returncode == 0
+    before = aliases(other)
+    done = other.llmops("run", "--env", "staging", "--only", "prompts", GATE_MODE="raise")
+    assert done.returncode == 1 and "leak between splits" in done.stderr and "`llmops questions check` lists all" in done.stderr, done.stdout + done.stderr
+    assert aliases(other) == before and "prompt plain" not in done.stdout
