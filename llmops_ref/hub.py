@@ -81,9 +81,9 @@ def peak_memory() -> float:
 # %% ../nbs/01_hub.ipynb #d2dc84e1
 MAX_TOKENS = 28
 
-def _asker(endpoint, **extra):
+def _asker(endpoint, most=MAX_TOKENS, **extra):
     client = openai_client(endpoint)
-    def ask(prompt, limit=MAX_TOKENS):
+    def ask(prompt, limit=most):
         start = time.perf_counter()
         reply = client.chat.completions.create(model=endpoint.model, messages=[dict(role="user", content=prompt)], max_tokens=limit, temperature=0, extra_body=extra)
         seconds, timings = time.perf_counter() - start, (reply.model_extra or {}).get("timings", {})
@@ -94,7 +94,8 @@ def _asker(endpoint, **extra):
 def _endpoint(job): yield _asker(Endpoint(job["url"], job["model"], job["key"]))
 @contextlib.contextmanager
 def _llama(job):
-    with serve_gguf(Path(job["file"]), slots=job["slots"], context=1024) as endpoint: yield _asker(endpoint, cache_prompt=False)
+    adapter = Path(job["adapter"]) if job.get("adapter") else None
+    with serve_gguf(Path(job["file"]), adapter, job["slots"], job.get("context", 1024)) as endpoint: yield _asker(endpoint, job.get("max_tokens", MAX_TOKENS), cache_prompt=False)
 
 # %% ../nbs/01_hub.ipynb #e1702da7
 def fastest_dtype(device: str = "cpu"): # torch.float32 or torch.bfloat16

@@ -88,6 +88,9 @@ KEY_NUMBERS = [ # Stage, metric (a regular expression; {best} is the stage's win
     ("validation", r"(candidate_)?(refused|refusal_recall)", "Unanswerable questions refused"),
     ("prompts", r"{best}_correct", "Right answers with the best prompt"),
     ("prompts", r"test_grounded", "Words of its answers that stand in the passages"),
+    ("finetune", r"adapter_token_f1", "Token F1 of held-out answers, tuned"),
+    ("finetune", r"base_token_f1", "Token F1 of held-out answers, base"),
+    ("finetune", r"adapter_refusal_accuracy", "Refusal accuracy on held-out pairs, tuned"),
     ("finetune", r"final_loss", "Loss of held-out answers after training"),
     ("corpus", r"documents", "Documents in the corpus"),
     ("hub", r"{best}\.decode_tps", "Tokens a second, base model"),
@@ -152,6 +155,7 @@ def _card(example, anchor, names=SIDES):
 
 # %% ../nbs/90a_report.ipynb #aa093cae
 CAPTIONS = dict(decision="Decision", gates="Gates", test_split="The winner on the test split, beside what it would replace", designs="Every design, on the train split", questions="Problems of the questions", left_out="Left out", datasets="Evaluation datasets", by_type="Right answers by type of question", registry="The prompt registry", behaviour="Behaviour of the winner", failures="What the winner gets wrong on the test split", judges="Judges beside the scorers", judge_failures="What the judge could not say", search="Search for a better prompt", proposal="Its proposal",
+                variants="The fine-tune as served: quality and cost of each file", against_base="Each variant against the base model, on the held-out pairs", wrong="Where the tuned model still fails", scaling="What more pairs buy",
                 scorecard="The candidates", packages="Where the documents come from", by_method="Ways to search, on the test questions", misses="Questions that the search misses",
                 smoke="Smoke test of the endpoint", alerts="Signals and their thresholds", url="Endpoint", rollback="To go back")
 SCORECARD = ("name", "format", "licence", "size_mb", "quality", "seconds", "decode_tps", "mrr", "verdict") # Of its many columns, those to show

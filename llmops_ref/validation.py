@@ -118,7 +118,9 @@ def record_verdict(
     client, name = ws.mlflow().MlflowClient(), ws.registered("assistant")
     client.set_model_version_tag(name, version, "model_validation_status", verdict)
     client.set_model_version_tag(name, version, "model_validation_evidence", json.dumps([g.row() for g in gates]))
-    if not failed or ws.config.gate_mode == "inform": ws.set_alias("assistant", "challenger", version)
+    if not failed or ws.config.gate_mode == "inform":
+        ws.set_alias("assistant", "challenger", version)
+        if (model := client.get_model_version(name, version).tags.get("chat_model_version", "")).isdigit(): ws.set_alias("chat_model", "challenger", model)
     return verdict
 
 def block(
