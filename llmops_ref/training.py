@@ -273,7 +273,7 @@ def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-# %% ../nbs/04b_training.ipynb #c0c9a435
+# %% ../nbs/04b_training.ipynb #b0bb2f2f
 def fit(
     folder: Path, # From `prepare_training`
     on_step=None, # Called with (step, steps, text)
@@ -301,6 +301,7 @@ def _fit(folder, job, pairs, recipe, plan, on_step):
     import torch
     from accelerate import PartialState
     state = PartialState(cpu=not torch.cuda.is_available())
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))       # FAISS, which searched in this process before, has set it to 1 for both
     device, processes = "cpu" if state.device.type == "cpu" else str(state.device), state.num_processes
     model, tokenizer = load_for_training(Path(job["base"]), recipe, device)
     groups = {split: encode(tokenizer, pairs[pairs.split == split], model.config.max_position_embeddings) for split in ("train", "validation")}

@@ -1,0 +1,146 @@
+"""LoRA training, step by step from the plain Trainer to ours: tokens/s and MFU of each rung, in one process.
+
+    python benchmarks/finetune_gpu.py                       a tiny model, on whatever is there: does it run?
+    python benchmarks/finetune_gpu.py smollm2               SmolLM2-135M (random weights of its shape): two CPU cores, or a GPU
+    python benchmarks/finetune_gpu.py 1b 7b --row 4096      on a GPU: Llama-shaped models, random weights (throughput does not depend on them)
+
+It needs torch, transformers, peft, accelerate, and this repository beside it. Tokens are counted as the examples have
+them, without padding and with each passage as often as an example holds it, so that a rung that reads less is faster.
+MFU counts what was really computed, 4 operations a parameter and token (LoRA: forward, and backward without the frozen
+weights' gradients), over what the device can do; padding and what is read twice count as computed.
+"""
+import argparse, gc, json, random, statistics, sys, time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, logging
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from llmops_ref.training import answer_loss, collate, pack_rows
+
+SHAPES = {                                          # layers, width, inner width, heads, heads of keys and values, words
+    "tiny": (2, 64, 128, 4, 2, 512), "smollm2": (30, 576, 1536, 9, 3, 49152), "1b": (16, 2048, 8192, 32, 8, 128256), "7b": (32, 4096, 14336, 32, 8, 32000)}
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "A10": 125e12}         # dense bfloat16, operations a second
+logging.set_verbosity_error()
+
+
+def examples(words, groups, rng):
+    "Groups of eight examples of our shape: 180 tokens of instructions and passages that they share, 20 of a question, 25 to 55 of an answer."
+    def tokens(n): return [rng.randrange(words) for _ in range(n)]
+    return [[(start + tokens(20), tokens(rng.randint(25, 55))) for _ in range(8)] for start in (tokens(180) for _ in range(groups))]
+
+
+def build(shape, dtype, device, recompute):
+    layers, width, inner, heads, kv, words = SHAPES[shape]
+    torch.manual_seed(1)
+    config = LlamaConfig(vocab_size=words, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=8192, tie_word_embeddings=shape == "smollm2")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with torch.device(device): model = LlamaForCausalLM(config)
+    torch.set_default_dtype(before)
+    if recompute: model.enable_input_require_grads()
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=MODULES, task_type="CAUSAL_LM"))
+    if recompute: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    return model
+
+
+def padded(batch):
+    "What the plain Trainer is given: each example on its own, padded to the longest of its batch."
+    length = max(len(p) + len(a) for p, a in batch)
+    ids = torch.tensor([(p + a) + [0] * (length - len(p) - len(a)) for p, a in batch])
+    labels = torch.tensor([[-100] * len(p) + a + [-100] * (length - len(p) - len(a)) for p, a in batch])
+    mask = torch.tensor([[1] * (len(p) + len(a)) + [0] * (length - len(p) - len(a)) for p, a in batch])
+    return dict(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+def whole_loss(model, batch, items=None):
+    "A packed row whose every place goes through the output layer."
+    from llmops_ref.training import sees
+    mask = sees(batch["group"][0], batch["branch"][0])[None, None]
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits.float(), batch["labels"][0])
+
+
+def fill(row, length):
+    "A row of exactly this length, for the compiler: what is added sees only itself and is not learned."
+    more = length - len(row["labels"])
+    return row | {key: [*row[key], *values] for key, values in dict(input_ids=[0] * more, position_ids=[0] * more, branch=list(range(1, more + 1)), labels=[-100] * more, group=[-1] * more).items()}
+
+
+def rate(model, batches, loss, collator, counts, windows, per_window, device):
+    "Run a Trainer over the batches; tokens of the examples and computed tokens a second, medians of windows after one of warm-up."
+    stamps = []
+    class Timed(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs, use_cache=False).loss if loss is None else loss(model, inputs)
+
+        def training_step(self, *arguments, **more):
+            out = super().training_step(*arguments, **more)
+            if device == "cuda": torch.cuda.synchronize()
+            stamps.append(time.perf_counter())
+            return out
+    steps = (windows + 1) * per_window
+    Timed(model=model, train_dataset=batches[:steps], data_collator=collator, args=TrainingArguments(
+        "unused", max_steps=steps, per_device_train_batch_size=1, learning_rate=1e-4, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
+        train_sampling_strategy="sequential", use_cpu=device == "cpu", dataloader_pin_memory=False)).train()
+    rates = []
+    for w in range(1, windows + 1):
+        first, last = w * per_window, (w + 1) * per_window
+        seconds = stamps[last - 1] - stamps[first - 1]
+        rates.append([sum(c[i] for c in counts[first:last]) / seconds for i in (0, 1)])
+    return [statistics.median(r[i] for r in rates) for i in (0, 1)]
+
+
+def ladder(shape, row, windows, per_window, device, rungs):
+    rng, out = random.Random(1), []
+    groups = examples(SHAPES[shape][-1], (windows + 1) * per_window * max(1, row // 600) + 8, rng)
+    flat = [one for group in groups for one in group]
+    size = max(1, row // 260)
+    batches = [flat[i:i + size] for i in range(0, len(flat), size)]
+    rows = pack_rows(groups, row)
+    def sizes(row): return sum(1 for label in row["labels"] if label >= 0)
+    real = {id(g): [len(p) + len(a) for p, a in g] for g in groups}
+    lengths = iter([n for g in groups for n in real[id(g)]])
+    packed = []
+    for r in rows:                                  # which examples a row holds: as many as it has branches
+        branches = len({(g, b) for g, b in zip(r["group"], r["branch"]) if b})
+        packed.append((sum(next(lengths) for _ in range(branches)), len(r["labels"])))
+    plain = [(sum(len(p) + len(a) for p, a in b), len(b) * max(len(p) + len(a) for p, a in b)) for b in batches]
+    full = [fill(r, row) for r in rows]
+    recompute = shape == "7b"
+    table = [("plain Trainer, padded", torch.float32, batches, None, lambda b: padded(b[0]), plain, False), ("packed rows", torch.float32, rows, whole_loss, collate, packed, False),
+             ("+ bfloat16", torch.bfloat16, rows, whole_loss, collate, packed, False), ("+ compiled", torch.bfloat16, full, whole_loss, collate, [(c[0], row) for c in packed], True),
+             ("+ only answers' logits", torch.bfloat16, full, answer_loss, collate, [(c[0], row) for c in packed], True), ("ours on a CPU: packed, fp32, only answers' logits", torch.float32, rows, answer_loss, collate, packed, False)]
+    for number, (name, dtype, data, loss, collator, counts, compiled) in enumerate(table, 1):
+        if rungs and number not in rungs: continue
+        try:
+            model = build(shape, dtype, device, recompute)
+            parameters = sum(p.numel() for p in model.parameters())
+            if compiled: model.base_model.model.model.compile(dynamic=False)
+            tokens, computed = rate(model, data, loss, collator, counts, windows, per_window, device)
+            peak = next((p for key, p in PEAK.items() if device == "cuda" and key in torch.cuda.get_device_name()), None)
+            out.append(dict(model=shape, rung=name, tokens_s=round(tokens), computed_s=round(computed), mfu=round(4 * parameters * computed / peak, 3) if peak else None, times=round(tokens / out[0]["tokens_s"], 2) if out else 1.0,
+                            memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1) if device == "cuda" else None))
+        except (RuntimeError, torch.OutOfMemoryError) as error: out.append(dict(model=shape, rung=name, tokens_s=0, computed_s=0, mfu=None, times=0, memory_gb=None, error=str(error).strip().splitlines()[0][:160]))
+        print(json.dumps(out[-1]), flush=True)
+        model = None
+        gc.collect()
+        if device == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+        torch._dynamo.reset()
+    return out
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", default=["tiny"], help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--row", type=int, help="tokens of a packed row; 4096 on a GPU, 1024 on a CPU")
+    parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of a window; 8 on a GPU, 2 on a CPU")
+    parser.add_argument("--rungs", type=int, nargs="*", help="only these, from 1")
+    chosen, device = parser.parse_args(), "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, torch {torch.__version__}")
+    rows = [r for shape in chosen.shapes for r in ladder(shape, chosen.row or (4096 if device == "cuda" else 1024), chosen.windows, chosen.steps or (8 if device == "cuda" else 2), device, chosen.rungs)]
+    print("\n| model | | tokens/s | computed tokens/s | MFU | times the plain Trainer | GB |\n|---|---|--:|--:|--:|--:|--:|")
+    for r in rows: print(f"| {r['model']} | {r['rung']} | {r['tokens_s']:,} | {r['computed_s']:,} | {'' if r['mfu'] is None else format(r['mfu'], '.1%')} | {r['times']:.2f} | {r['memory_gb'] or ''} |" + (f" {r['error']}" if 'error' in r else ""))
