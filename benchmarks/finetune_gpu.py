@@ -9,7 +9,7 @@ them, without padding and with each passage as often as an example holds it, so 
 MFU counts what was really computed, 4 operations a parameter and token (LoRA: forward, and backward without the frozen
 weights' gradients), over what the device can do; padding and what is read twice count as computed.
 """
-import argparse, gc, json, random, statistics, sys, time
+import argparse, gc, json, random, statistics, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -83,7 +83,7 @@ def rate(model, batches, loss, collator, counts, windows, per_window, device):
             return out
     steps = (windows + 1) * per_window
     Timed(model=model, train_dataset=batches[:steps], data_collator=collator, args=TrainingArguments(
-        "unused", max_steps=steps, per_device_train_batch_size=1, learning_rate=1e-4, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
+        tempfile.gettempdir(), max_steps=steps, per_device_train_batch_size=1, learning_rate=1e-4, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
         train_sampling_strategy="sequential", use_cpu=device == "cpu", dataloader_pin_memory=False)).train()
     rates = []
     for w in range(1, windows + 1):
