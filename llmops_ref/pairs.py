@@ -142,7 +142,8 @@ def _group(index, documents, number, objects, person, names, k, rng):
         number = shown.index(d) + 1
         if kind != "human": return kind, question, d, answer_from(d, number, documents[d]["sentence"])
         return kind, question, d, q.answer.replace(f"`{d}`", f"`{d}` [{number}]", 1) if f"`{d}`" in q.answer else answer_from(d, number, q.answer)
-    rows = [answered(seed, *first) if seed else refused(*first), refused("outside", None), refused("invented", ask_invented(rng.choice(shown), names, rng))]
+    invented = ask_invented(rng.choice(shown), names, rng)
+    rows = [answered(seed, *first) if seed else refused(*first), refused("outside", None), refused("invented" if invented else "outside", invented)]
     if rng.random() < 0.15: rows.append((*asked(left_out), "", REFUSAL))
     for _ in range(40):
         if len(rows) == PER_GROUP: break
