@@ -34,7 +34,7 @@ def base_gguf(
     return verify_digest(Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf", sha256, fix)
 
 # %% ../nbs/00b_llm.ipynb #257f6813
-ENCODINGS = dict(q8_0=(8, 7), q5_1=(7, 9), q4_1=(3, 3))    # their numbers in GGUF, of a tensor and of a file: blocks of 32 weights, 8, 5 or 4 bits each, with a scale (and, for _1, an offset) of 16 bits
+ENCODINGS = ("q8_0", "q5_1", "q4_1")                # blocks of 32 weights, 8, 5 or 4 bits each, with a scale (and, for _1, an offset) of 16 bits
 
 def _copy_fields(reader, writer, **changed):
     from gguf import GGUFValueType
@@ -56,7 +56,7 @@ def reencode(
 ) -> Path:
     "Re-encode the matrices of a GGUF; vectors stay float32."
     import gguf, numpy as np
-    kind, file_type = gguf.GGMLQuantizationType(ENCODINGS[encoding][0]), ENCODINGS[encoding][1]
+    kind, file_type = gguf.GGMLQuantizationType[encoding.upper()], int(gguf.LlamaFileType[f"MOSTLY_{encoding.upper()}"])
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     with gguf_in_memory(): reader = gguf.GGUFReader(str(source))
     writer = gguf.GGUFWriter(str(temporary), arch=reader.get_field("general.architecture").contents())

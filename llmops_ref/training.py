@@ -116,11 +116,11 @@ def read_messages(
     messages, # Chat messages, of which the last is the answer
 ) -> list[dict]:
     "The messages of a pair; `DataError` if they are none, or there is nothing to learn."
-    try: roles, texts = [m["role"] for m in messages], [m["content"].strip() for m in messages]
+    try: found = [dict(role=m["role"], content=m["content"]) for m in messages]; texts = [m["content"].strip() for m in found]
     except (TypeError, LookupError, AttributeError): raise DataError(f"Training pair {id} is malformed: {str(messages)[:80]!r}. It must be a list of messages, each with `role` and `content`.") from None
-    if len(roles) < 2 or roles[-1] != "assistant" or roles[-2] != "user": raise DataError(f"Training pair {id} has the roles {', '.join(roles) or 'none'}. It must end with a user's message and the assistant's.")
+    if (roles := [m["role"] for m in found])[-2:] != ["user", "assistant"]: raise DataError(f"Training pair {id} has the roles {', '.join(roles) or 'none'}. It must end with a user's message and the assistant's.")
     if not texts[-1] or not texts[-2]: raise DataError(f"Training pair {id} has an empty {'answer' if not texts[-1] else 'question'}: there is nothing to learn from it. Remove it, or complete it.")
-    return [dict(role=role, content=text) for role, text in zip(roles, texts)]
+    return found
 
 def encode(
     tokenizer,
@@ -133,6 +133,7 @@ def encode(
     for id, group, text in zip(pairs.id, pairs.group, pairs.messages):
         *prompt, answer = read_messages(id, text)
         said = tokens(tokenizer.apply_chat_template([*prompt, answer], tokenize=False).partition(asked := tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))[2].rstrip("\n"))
+        if not said: raise DataError(f"Training pair {id} has no token to learn: in the model's chat template, the prompt with an answer does not begin with the prompt that asks for one. Take a base model whose template keeps what was said before.")
         if (length := len(asked := tokens(asked)) + len(said)) > context:
             raise DataError(f"Training pair {id} has {length:,} tokens, the model reads {context:,} at most. Lower `passage_words`, `retrieval_k` or `prompt_shots`, and run `llmops run --only finetune --force`.")
         groups.setdefault(group, []).append((asked, said))
@@ -277,7 +278,7 @@ def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
 def fit(
     folder: Path, # From `prepare_training`
     on_step=None, # Called with (step, steps, text)
-) -> dict: # `steps tokens seconds loss tokens_per_second pairs_tokens device dtype row_tokens history`; the adapter is in `folder/adapter`
+) -> dict: # `steps planned tokens seconds tokens_per_second first_loss loss pairs packing row_tokens device dtype processes history`; the adapter is in `folder/adapter`
     "Train, go on with a training that was broken off, or return the result of one that is done; `DataError` says what is in the way."
     if (done := folder / "result.json").is_file(): return json.loads(done.read_text())
     missing = [m for m in ("torch", "transformers", "peft", "accelerate") if importlib.util.find_spec(m) is None]
