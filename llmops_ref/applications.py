@@ -19,7 +19,7 @@ from .assistant import as_retriever, lowest_cosine, make_chain
 from .config import Config, load_config
 from .corpus import sample_questions
 from .examples import open_examples
-from .finetune import tuned_adapter
+from .finetune import tuned_files
 from .gateway import gateway_endpoint
 from .hub import chosen_gguf
 from .llm import Endpoint, chat_client, read_prices, serve_command, token_cost
@@ -47,8 +47,8 @@ def open_system(ws: Workspace, system: System):
     "Yields the endpoint of a system, and how the names of the services begin that we keep up for it."
     if system.app == "third_party": yield gateway_endpoint(ws), "gateway-"
     else:
-        adapter = tuned_adapter(ws)[0] if system.tuned else None
-        service = start_service(ws, "chat_model", serve_command(chosen_gguf(ws), "chat_model", ws.config.chat_slots, adapter), f"{adapter}", environment=dict(LLMOPS_SERVE_KEY="none"))
+        model, adapter, _ = tuned_files(ws) if system.tuned else (chosen_gguf(ws), None, "")
+        service = start_service(ws, "chat_model", serve_command(model, "chat_model", ws.config.chat_slots, adapter), f"{model} {adapter}", environment=dict(LLMOPS_SERVE_KEY="none"))
         try: yield Endpoint(f"{service.url}/v1", "chat_model"), "chat_model"
         finally: stop_service(ws, service)
 

@@ -229,6 +229,7 @@ def assistant_parts(
     template: str,
     adapter: Path | None = None, # GGUF
     prompt: str = "", # Its registered version, as name/version
+    model: Path | None = None, # GGUF; the chosen one by default
 ) -> tuple[dict, dict[str, Path]]: # Settings, and files by name
     "All that a loaded assistant needs; where the index or the model is a service, its name."
     config, files = ws.config, {}
@@ -239,7 +240,7 @@ def assistant_parts(
     else:
         settings["machine_price"] = config.machine_price
         if config.chat_url: settings["served"] = dict(url=config.chat_url, model=config.chat_model, workspace=config.platform == "databricks")
-        else: files |= dict(model=chosen_gguf(ws)) | (dict(adapter=adapter) if adapter else {})
+        else: files |= dict(model=model or chosen_gguf(ws)) | (dict(adapter=adapter) if adapter else {})
     if wants_examples(template): files["examples"] = write_examples(ws)
     if config.retrieval != "off":
         if config.vector_index == "faiss": files["index"] = index_folder(ws)
@@ -272,10 +273,11 @@ def log_assistant(
     adapter: Path | None = None,
     tags: dict[str, str] | None = None, # For the model version: what it is made of
     prompt: str = "", # Registered version of the prompt, as name/version
+    model: Path | None = None, # GGUF; the chosen one by default
 ) -> str: # The new version
     "Log and register the assistant as a model version that holds all it needs; self-hosted or third-party by `app`."
     from llmops_ref import agent
-    mlflow, (settings, files) = ws.mlflow(), assistant_parts(ws, template, adapter, prompt)
+    mlflow, (settings, files) = ws.mlflow(), assistant_parts(ws, template, adapter, prompt, model)
     if "gateway" in settings: os.environ["ASSISTANT_GATEWAY_URL"] = gateway_endpoint(ws).base_url       # MLflow tries what it logs
     info = mlflow.pyfunc.log_model(name="assistant", python_model=str(write_atomic(ws.path("assistant_model.py"), agent.MODEL_CODE)), model_config=settings, artifacts={name: str(path) for name, path in files.items()},
                                    input_example=dict(input=[dict(role="user", content="How do I log a metric?")]), code_paths=[str(Path(agent.__file__).parent)], pip_requirements=_pinned(),
@@ -291,10 +293,11 @@ def log_chain(
     template: str,
     adapter: Path | None = None,
     prompt: str = "",
+    model: Path | None = None,
 ) -> str: # The new version of `assistant_chain`
     "Log and register the assistant in the LangChain flavour; `mlflow.langchain.load_model` gives the chain."
     from llmops_ref import agent
-    mlflow, (settings, files) = ws.mlflow(), assistant_parts(ws, template, adapter, prompt)
+    mlflow, (settings, files) = ws.mlflow(), assistant_parts(ws, template, adapter, prompt, model)
     if "gateway" in settings: os.environ["ASSISTANT_GATEWAY_URL"] = gateway_endpoint(ws).base_url       # MLflow tries what it logs
     with tempfile.TemporaryDirectory(dir=ws.path("chain").parent) as folder:        # on the disk of the store, where links are free
         for name, path in files.items():

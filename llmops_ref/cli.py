@@ -358,12 +358,11 @@ def _serve(ws, what, port):                         # its URL, and a request to 
             for name, state in publish_gateway(WorkspaceClient(), ws.config).items(): typer.echo(f"{state:9} {name}")
         endpoint = gateway_endpoint(ws)
     else:
-        from llmops_ref.finetune import tuned_adapter
-        from llmops_ref.hub import chosen_gguf
+        from llmops_ref.finetune import tuned_files
         from llmops_ref.llm import Endpoint, serve_command
-        adapter, version = tuned_adapter(ws)
+        model, adapter, version = tuned_files(ws)
         key = os.environ.setdefault("CHAT_API_KEY", secrets.token_urlsafe(24))
-        service = start_service(ws, "chat_model", serve_command(chosen_gguf(ws), ws.config.chat_model, ws.config.chat_slots, adapter), f"{version} {hashlib.sha256(key.encode()).hexdigest()[:16]}", port=port, environment=dict(LLMOPS_SERVE_KEY=key))
+        service = start_service(ws, "chat_model", serve_command(model, ws.config.chat_model, ws.config.chat_slots, adapter), f"{version} {ws.config.finetune_serve} {hashlib.sha256(key.encode()).hexdigest()[:16]}", port=port, environment=dict(LLMOPS_SERVE_KEY=key))
         typer.echo(f"export CHAT_API_KEY={key} LLMOPS_CHAT_URL={service.url}/v1")
         endpoint = Endpoint(f"{service.url}/v1", ws.config.chat_model, key)
     key = f" -H \"Authorization: Bearer ${'DATABRICKS_TOKEN' if callable(endpoint.api_key) else 'CHAT_API_KEY'}\"" if endpoint.api_key else ""

@@ -85,6 +85,8 @@ class Config:
     judge_model: str
     judge_url: str
     judge_questions: int
+    teacher_url: str
+    teacher_model: str
     finetune_profile: Literal["smoke", "full"]
     finetune_examples: int
     finetune_held_out: int
@@ -101,6 +103,7 @@ class Config:
     finetune_quantise: Literal["off", "4bit"]
     finetune_recompute: bool
     finetune_variants: list[str]
+    finetune_serve: str
     finetune_scaling: list[str]
     validation_questions: int
     gate_names_gold: float

@@ -112,11 +112,11 @@ def reasons(
 
 def _touched(ws, name, old):                        # how many rows of a table, where its log says so
     kind, _, table = name.partition(":")
-    try: changes = ws.changes_since(table, old) if kind == "table" else None
+    try: changes = ws.changes_since(table, old) if kind == "table" and old is not None else None
     except (DataError, ValueError): changes = None
     return f" ({changes})" if changes else ""
 
-def _short(value): return text if len(text := str(value)) < 40 else text[:12] + "…"
+def _short(value): return "none" if value is None else text if len(text := str(value)) < 40 else text[:12] + "…"
 
 # %% ../nbs/90_pipeline.ipynb #346c2eaa
 @dataclass

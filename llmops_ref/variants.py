@@ -74,10 +74,14 @@ def merge_adapter(
 # %% ../nbs/04c_variants.ipynb #5b5303b7
 VARIANTS = ("base", "adapter", *(f"merged-{encoding}" for encoding in ENCODINGS))
 
-def check_variants(names: list[str]) -> list[str]: # The names; base and adapter are always among them
+def check_variants(
+    names: list[str],
+    serve: str = "adapter", # The one that goes into the assistant
+) -> list[str]: # The names, among them base, adapter and the one that is served
     "`SettingsError` for a variant that there is none of."
     if unknown := [name for name in names if name not in VARIANTS]: raise SettingsError(f"`finetune_variants` names {', '.join(unknown)}. There are {', '.join(VARIANTS)}.")
-    return list(dict.fromkeys(["base", "adapter", *names]))
+    if serve not in VARIANTS[1:]: raise SettingsError(f"`finetune_serve` is {serve!r}. It must be one of {', '.join(VARIANTS[1:])}.")
+    return list(dict.fromkeys(["base", "adapter", *names, serve]))
 
 def variant_files(
     ws: Workspace,

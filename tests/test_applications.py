@@ -9,7 +9,7 @@ from langchain_core.exceptions import ModelAuthenticationError
 
 from llmops_ref.assistant import log_chain, open_assistant
 from llmops_ref.config import load_config
-from llmops_ref.finetune import tuned_adapter
+from llmops_ref.finetune import tuned_files
 from llmops_ref.prompts import champion_prompt
 from llmops_ref.workspace import open_workspace
 from provider import Provider
@@ -156,7 +156,8 @@ def test_both_flavours_answer_alike_in_a_clean_process(finished):
     ws = open_workspace(load_config("staging", finished.root, cache=CACHE, chat_max_tokens=int(SMALL["CHAT_MAX_TOKENS"])))
     template, prompt = champion_prompt(ws)
     version = ws.alias("assistant", "champion", record=False)
-    log_chain(ws, template, tuned_adapter(ws)[0], f"{ws.registered('answer_prompt')}/{prompt}")
+    model, adapter, _ = tuned_files(ws)
+    log_chain(ws, template, adapter, f"{ws.registered('answer_prompt')}/{prompt}", model)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LLMOPS_")} | dict(MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false", MLFLOW_TRACKING_URI=f"sqlite:///{ws.path('mlflow.db')}", MLFLOW_REGISTRY_URI=f"sqlite:///{ws.path('mlflow.db')}", PYTHONPATH="", HF_HUB_OFFLINE="1")
     script = finished.root.parent / "load.py"
     script.write_text(LOAD)
