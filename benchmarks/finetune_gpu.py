@@ -6,8 +6,9 @@
 
 It needs torch, transformers, peft, accelerate, and this repository beside it. Tokens are counted as the examples have
 them, without padding and with each passage as often as an example holds it, so that a rung that reads less is faster.
-MFU counts what was really computed, 4 operations a parameter and token (LoRA: forward, and backward without the frozen
-weights' gradients), over what the device can do; padding and what is read twice count as computed.
+MFU counts what was really computed, 4 operations a parameter and place that goes through it (LoRA: forward, and backward
+without the frozen weights' gradients), over what the device can do: layers for each place of a row, padding included, the
+output layer for those of which logits are made, embeddings not at all. Attention scores and recomputation do not count.
 """
 import argparse, gc, json, random, statistics, sys, tempfile, time
 from pathlib import Path
@@ -27,9 +28,9 @@ logging.set_verbosity_error()
 
 
 def examples(words, groups, rng):
-    "Groups of eight examples of our shape: 180 tokens of instructions and passages that they share, 20 of a question, 25 to 55 of an answer."
+    "Groups of four examples of our shape: 180 tokens of instructions and passages that they share, 20 of a question, 25 to 55 of an answer."
     def tokens(n): return [rng.randrange(words) for _ in range(n)]
-    return [[(start + tokens(20), tokens(rng.randint(25, 55))) for _ in range(8)] for start in (tokens(180) for _ in range(groups))]
+    return [[(start + tokens(20), tokens(rng.randint(25, 55))) for _ in range(4)] for start in (tokens(180) for _ in range(groups))]
 
 
 def build(shape, dtype, device, recompute):
@@ -95,12 +96,12 @@ def rate(model, batches, loss, collator, counts, windows, per_window, device):
 
 def ladder(shape, row, windows, per_window, device, rungs):
     rng, out = random.Random(1), []
-    groups = examples(SHAPES[shape][-1], (windows + 1) * per_window * max(1, row // 600) + 8, rng)
+    groups = examples(SHAPES[shape][-1], (windows + 1) * per_window * max(1, row // 400) + 8, rng)
     flat = [one for group in groups for one in group]
     size = max(1, row // 260)
     batches = [flat[i:i + size] for i in range(0, len(flat), size)]
     rows = pack_rows(groups, row)
-    def sizes(row): return sum(1 for label in row["labels"] if label >= 0)
+    answers = sum(label >= 0 for r in rows for label in r["labels"]) / sum(len(r["labels"]) for r in rows)       # share of the places whose logits are needed
     real = {id(g): [len(p) + len(a) for p, a in g] for g in groups}
     lengths = iter([n for g in groups for n in real[id(g)]])
     packed = []
@@ -117,7 +118,8 @@ def ladder(shape, row, windows, per_window, device, rungs):
         if rungs and number not in rungs: continue
         try:
             model = build(shape, dtype, device, recompute)
-            parameters = sum(p.numel() for p in model.parameters())
+            layers, head = (sum(p.numel() for p in part.parameters()) for part in (model.base_model.model.model.layers, model.get_output_embeddings()))
+            parameters = layers + head * (answers if loss is answer_loss else 1)
             if compiled: model.base_model.model.model.compile(dynamic=False)
             tokens, computed = rate(model, data, loss, collator, counts, windows, per_window, device)
             peak = next((p for key, p in PEAK.items() if device == "cuda" and key in torch.cuda.get_device_name()), None)

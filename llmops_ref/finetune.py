@@ -10,6 +10,7 @@ __all__ = ['read_shares', 'share_of', 'train_share', 'plot_scaling', 'model_card
 
 # %% ../nbs/05_finetune.ipynb #6485cde0
 import json, os, shutil, tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -51,7 +52,7 @@ def train_share(
 ) -> tuple[dict, Path]: # Result of the training, and its folder, which holds `adapter`
     "Train on a share of the pairs, and write the adapter for llama.cpp beside it."
     base = base_checkpoint(ws)
-    folder = prepare_training(ws.path("finetune", f"{share:.0%}", "x").parent, base, share_of(pairs, share) if share < 1 else pairs, recipe_of(ws.config), BASE_SHA256)
+    folder = prepare_training(ws.path("finetune", f"{share:.0%}", "x").parent, base, share_of(pairs, share) if share < 1 else pairs, replace(recipe := recipe_of(ws.config), seconds=recipe.seconds * share), BASE_SHA256)
     result, shape = launch(folder, on_step=ws.progress), json.loads((base / "config.json").read_text())
     adapter_to_gguf(folder / "adapter", folder / "adapter" / "adapter.gguf", shape["num_attention_heads"], shape["num_key_value_heads"])
     return result, folder
@@ -94,7 +95,7 @@ A LoRA adapter for {BASE_MODEL}. Given numbered passages and a question, it name
 
 ## How well it answers
 
-Held-out pairs, asked as served by llama.cpp; refusal accuracy of 50% is a coin.
+Pairs held out of training, asked as served by llama.cpp; refusal accuracy of 50% is a coin. They come from the same templates as the pairs that it was trained on, and they told when to end: the test split, in the validation of the assistant, is the harder exam.
 
 | | correct | citation precision | refusal accuracy | token F1 | size | an answer |
 |---|--:|--:|--:|--:|--:|--:|
@@ -102,7 +103,7 @@ Held-out pairs, asked as served by llama.cpp; refusal accuracy of 50% is a coin.
 
 ## How it was trained
 
-{result['pairs']:,} pairs, {result['steps']} steps on {result['device']} ({result['dtype']}), {result['seconds'] / 60:.0f} minutes; the loss on held-out pairs went from {result['first_loss']:.2f} to {result['loss']:.2f}. The questions are made from the sentences of the reference, some were written by people; documents that answer a test question took no part.
+{result['pairs']:,} pairs, {result['best_step']} steps on {result['device']} ({result['dtype']}), {result['seconds'] / 60:.0f} minutes; the loss on held-out pairs went from {result['first_loss']:.2f} to {result['loss']:.2f}. The questions are made from the sentences of the reference, some were written by people; documents that answer a test question took no part.
 
 `adapter.gguf` is for llama.cpp, the safetensors file for PEFT.
 
@@ -159,5 +160,6 @@ def tuned_files(
     ws: Workspace,
 ) -> tuple[Path, Path | None, str]: # Model and adapter, for `serve_gguf`; and the version of `chat_model`
     "The files that serve the fine-tune as `finetune_serve` says; errors as from `tuned_adapter`."
+    check_variants([], ws.config.finetune_serve)
     adapter, version = tuned_adapter(ws)
     return *variant_files(ws, ws.config.finetune_serve, adapter), version

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from .assistant import PLAIN_PROMPT, build_messages
+from .assistant import PLAIN_PROMPT, build_messages, cut_words
 from .retrieval import Index
 from .scoring import REFUSAL, token_f1
 from .workspace import DataError, Workspace
@@ -112,44 +112,44 @@ def ask_invented(
         if (made := "_".join((verb, *rest))) not in names: return rng.choice(INVENTED).format(owner, made)
 
 # %% ../nbs/04a_pairs.ipynb #466638a5
-PER_GROUP = 8
+PER_GROUP = 4
 PEOPLE = ("human", "reviewed")                      # kinds of questions that a person wrote
 
-def _members(index, query, documents, seed, skip, n):
-    found = [seed] if seed else []
-    for passage in index.search(query, 16):
-        new = passage.document_id
-        if new not in documents or new in found or new in skip: continue
-        if all(token_f1(documents[new]["sentence"], documents[old]["sentence"]) < 0.65 for old in found): found.append(new)
-        if len(found) == n: break
-    return found
+def _members(index, query, documents, seed, skip, k):
+    found = []                                      # k to show, in the order in which they are found, and one to leave out
+    for new in dict.fromkeys(p.document_id for p in index.search(query, 16)):
+        if new not in documents or new in skip and new != seed: continue
+        said = documents[new]["sentence"]
+        if new == seed or said and all(token_f1(said, documents[old]["sentence"] or "") < 0.65 for old in [seed, *found] if old): found.append(new)
+    if seed and seed not in found[:k]: found = [seed, *(d for d in found if d != seed)]
+    return found[:k + 1]
 
 def answer_from(document_id: str, number: int, sentence: str) -> str:
     "The form of answer that we teach: the name, the citation, one sentence."
     return f"Use `{document_id}` [{number}]. {sentence}"
 
-def _group(index, documents, number, objects, person, names, k, rng):
-    "Passages, and eight rows of `kind question target answer`; `None` where the retriever finds too few neighbours."
+def _group(index, documents, number, objects, person, names, skip, k, rng):
+    "Passages, and rows of `kind question target answer`; `None` where the retriever finds too few neighbours."
     def asked(d): return ask_about(d, documents[d]["kind"], documents[d]["sentence"], rng)
-    def refused(kind, question): return kind, question or ask_outside(rng.choice(objects), rng), "", REFUSAL
+    def refused(kind, question): return kind, question or ask_outside(rng.choice(list(documents)), rng), "", REFUSAL
     seed, q = person or (None, None)
     if person: first = (q.kind, q.question)
     elif number % 6 == 1: first = ("outside", ask_outside(objects[-1], rng))
     else: first = asked(seed := objects.pop())
-    members = _members(index, first[1], documents, seed, set(q.gold) if person else set(), k + 1)
+    members = _members(index, first[1], documents, seed, skip | set(q.gold if person else ()), k)
     if len(members) <= k: return None
-    if seed and k > 1 and rng.random() < 0.2: members[0], members[1] = members[1], members[0]
     shown, left_out = members[:k], members[k]
     def answered(d, kind, question):
         number = shown.index(d) + 1
         if kind not in PEOPLE: return kind, question, d, answer_from(d, number, documents[d]["sentence"])
         return kind, question, d, q.answer.replace(f"`{d}`", f"`{d}` [{number}]", 1) if f"`{d}`" in q.answer else answer_from(d, number, q.answer)
-    invented = ask_invented(rng.choice(shown), names, rng)
-    rows = [answered(seed, *first) if seed else refused(*first), refused("outside", None), refused("invented" if invented else "outside", invented)]
+    invented = ask_invented(rng.choice(shown), names, rng) if rng.random() < 0.5 else None
+    rows = [answered(seed, *first), refused("invented" if invented else "outside", invented)] if seed else [refused(*first)]
     if rng.random() < 0.15: rows.append((*asked(left_out), "", REFUSAL))
-    for _ in range(40):
+    askable = [d for d in shown if documents[d]["sentence"]]
+    for _ in range(40 if askable else 0):
         if len(rows) == PER_GROUP: break
-        d = shown[0] if rng.random() < 0.67 else rng.choice(shown[1:] or shown)
+        d = askable[0] if rng.random() < 0.83 else rng.choice(askable[1:] or askable)
         if (new := answered(d, *asked(d)))[1] not in [row[1] for row in rows]: rows.append(new)
     rng.shuffle(rows)
     return (shown, rows) if len(rows) == PER_GROUP else None
@@ -171,22 +171,22 @@ def build_pairs(
     reviewed: pd.DataFrame | None = None, # Cases from production that a person accepted: columns `id question gold answer`; each begins a training group
     teacher=None, # From `open_teacher`: writes the questions in the place of our templates
 ) -> pd.DataFrame: # `COLUMNS`; `messages` is a list of `role` and `content`, an empty `document_id` is to be refused, `source` says who wrote the question
-    "Make training pairs in groups of eight that share their passages; every second group begins with a person's question."
+    "Make training pairs in groups of four that share their passages; every second group begins with a person's question."
     rng = random.Random(seed)
     forbidden = {g for q in questions[questions.split == "test"].itertuples() for g in q.gold}
     usable = chunks[(chunks.position == 0) & ~chunks.document_id.isin(forbidden)].sort_values("document_id")
-    texts = {c.document_id: c.text for c in usable.itertuples()}
-    documents = {c.document_id: dict(kind=c.kind, sentence=s) for c in usable.itertuples() if (s := first_sentence(c.text))}
-    people, waiting = (_answerable(some, documents) for some in (questions[questions.split == "train"].assign(kind="human"), pd.DataFrame() if reviewed is None else reviewed.assign(kind="reviewed")))
-    names, objects, deck, rows, number = [d.rpartition(".")[2] for d in documents], list(documents), [], [], 0
-    people += waiting
+    texts, kinds, said = dict(zip(usable.document_id, usable.text)), dict(zip(usable.document_id, usable.kind)), {c.document_id: first_sentence(c.text) for c in usable.itertuples()}
+    people, waiting = (_answerable(some, texts) for some in (questions[questions.split == "train"].assign(kind="human"), pd.DataFrame() if reviewed is None else reviewed.assign(kind="reviewed")))
+    asked, reserved = {d for d, _ in people + waiting if d}, {d for d, _ in waiting if d}
+    documents = {d: dict(kind=kinds[d], sentence=sentence) for d, sentence in said.items() if sentence or d in asked}
+    objects, names = [d for d in documents if said[d] and d not in reserved], sorted({d.rpartition(".")[2] for d in chunks.document_id})
+    cases, deck, rows, number, wanted = list(waiting), [], [], 0, held_out + max(examples, PER_GROUP * len(waiting))
     rng.shuffle(objects)
-    while objects and len(rows) < examples + held_out:
-        number += 1
-        split = "validation" if len(rows) < held_out else "train"
-        if not deck: rng.shuffle(deck := list(people))
+    while objects and len(rows) < wanted:
+        number, split = number + 1, "validation" if len(rows) < held_out else "train"
+        if not deck: rng.shuffle(deck := people + cases if split == "train" else [p for p in people if p[0] not in reserved])
         person = waiting.pop() if waiting and split == "train" else deck.pop() if deck and number % 2 == 0 else None
-        made = _group(index, documents, number, objects, person, names, k, rng)
+        made = _group(index, documents, number, objects, person, names, reserved if split == "validation" else set(), k, rng)
         if made is None: continue
         for kind, question, target, answer in made[1]:
             source = f"{'question' if kind == 'human' else 'feedback'} {person[1].id}" if kind in PEOPLE else f"docstring of {target}" if target else "template"
@@ -194,8 +194,8 @@ def build_pairs(
         if split == "validation":                   # what tells when training should end is not trained on
             documents = {d: v for d, v in documents.items() if d not in made[0]}
             objects = [d for d in objects if d in documents]
-            people, deck, waiting = ([(d, q) for d, q in some if (d in documents if d else q is not (person or (None, None))[1])] for some in (people, deck, waiting))
-    if teacher: _taught(rows, texts, teacher, {q.strip().lower() for q in questions.question})
+            people, deck = ([(d, q) for d, q in some if (d in documents if d else q is not (person or (None, None))[1])] for some in (people, deck))
+    if teacher: _taught(rows, {d: cut_words(text, max_words) for d, text in texts.items()}, teacher, {q.strip().lower() for q in questions.question})
     for row in rows:
         passages = [SimpleNamespace(text=texts[d]) for d in row["shown"]]
         row["messages"] = build_messages(template, row["question"], passages, max_words, worked) + [dict(role="assistant", content=row.pop("answer"))]
@@ -238,7 +238,7 @@ def check_pairs(
     if missing := [column for column in COLUMNS if column not in pairs]: raise DataError(f"The table training_pairs lacks {', '.join(missing)}. {fix}")
     counts = pairs.split.value_counts()
     if min(counts.get("train", 0), counts.get("validation", 0)) < 4:
-        raise DataError(f"Too few training pairs: {counts.to_dict()}. The corpus has too few usable docstrings; raise `corpus_documents` in settings.ini and run `llmops run --from corpus`.")
+        raise DataError(f"Too few training pairs: {counts.get('train', 0)} to train on, {counts.get('validation', 0)} held out, four of each are needed. The corpus has too few usable docstrings for more; raise `corpus_documents` in settings.ini, lower `finetune_held_out`, and run `llmops run --from corpus`.")
     test = questions[questions.split == "test"]
     gold, asked = {g for q in test.itertuples() for g in q.gold}, {q.strip().lower() for q in test.question}
     leaked = sorted(gold & set(pairs.shown.explode())) + [q for q in pairs.question if q.strip().lower() in asked]

@@ -6,9 +6,9 @@ Reads questions, passages and answers. Leaves scores that need no judge, paired 
 
 # %% auto #0
 __all__ = ['REFUSAL', 'FUNCTION_WORDS', 'AGREEMENT', 'recall_at_k', 'mrr_at_k', 'ndcg_at_k', 'is_refusal', 'citations', 'words',
-           'token_f1', 'names_gold', 'citation_precision', 'citation_recall', 'groundedness', 'language', 'script',
-           'in_language', 'readable', 'personal_data', 'score_answer', 'similarities', 'score_labelled', 'agreement',
-           'agreement_with_people', 'Comparison', 'mcnemar', 'compare', 'Gate']
+           'token_f1', 'names_gold', 'mentions', 'citation_precision', 'citation_recall', 'groundedness', 'language',
+           'script', 'in_language', 'readable', 'personal_data', 'score_answer', 'similarities', 'score_labelled',
+           'agreement', 'agreement_with_people', 'Comparison', 'mcnemar', 'compare', 'Gate']
 
 # %% ../nbs/00c_scoring.ipynb #8f4e9a6a
 import json, math, re, unicodedata
@@ -82,12 +82,16 @@ def names_gold(
 ) -> float: # 1.0 or 0.0
     "Whether the *first* object that the answer names is gold, by its dotted id, its last two parts, or its last alone if that is telling."
     names, asked = ([m[1] or m[0] for m in _NAME.finditer(text)] for text in (answer, question))
-    first = next((n for n in names if any(_mentions(n, g) for g in gold) or n not in asked and re.search(r"[._]|[a-z][A-Z]", n)), "")
-    return float(any(_mentions(first, g) for g in gold))
+    first = next((n for n in names if any(mentions(n, g) for g in gold) or n not in asked and re.search(r"[._]|[a-z][A-Z]", n)), "")
+    return float(any(mentions(first, g) for g in gold))
 
 _NAME = re.compile(r"`([^`\n]+)`|\b[A-Za-z_]\w+(?:\.\w{2,})+|\b[A-Za-z]\w*_\w+|\b(?:[A-Z][a-z0-9]+){2,}\w*")   # in backticks, dotted, snake_case, CamelCase
 
-def _mentions(text, object_id):
+def mentions(
+    text: str,
+    object_id: str, # Dotted
+) -> bool:
+    "Whether a text names an object: by its id, its last two parts, or its last alone if that is telling."
     parts = object_id.split(".")
     last = parts[-1]
     tail = last if "_" in last or len(parts) < 3 or last[:1].isupper() else ".".join(parts[-2:])
@@ -188,7 +192,7 @@ def score_answer(
     if passages and not refused and _content_words(answer): form["grounded"] = groundedness(answer, passages, question)
     if not gold: return dict(refused=float(refused), correct=float(refused)) | form
     precision, named = citation_precision(answer, shown, gold), names_gold(answer, gold, question)
-    echo = bool(shown) and any(_mentions(question, g) for g in gold) and not precision
+    echo = bool(shown) and any(mentions(question, g) for g in gold) and not precision
     scores = dict(names_gold=named, token_f1=token_f1(answer, reference), cited=float(bool(citations(answer))),
                   refused_wrongly=float(refused), correct=0.0 if echo else named) | form
     return scores | (dict(citation_precision=precision, citation_recall=citation_recall(answer, shown, gold)) if set(shown) & set(gold) else {})
@@ -248,7 +252,7 @@ class Comparison:
     difference: float
     low: float
     high: float
-    n: int
+    n: int # Questions, or groups of them
     detectable: float = float("nan") # Smallest true difference that this many questions would find in four of five cases; NaN where they are too few for any
     p_value: float | None = None # McNemar's exact test; only of scores that are 0 or 1
     confidence: float = 0.95
@@ -276,18 +280,24 @@ def compare(
     confidence: float = 0.95,
     resamples: int = 4000,
     seed: int = 17,
+    groups: list | None = None, # Which questions belong together, such as those about the same passages: they are drawn together, and count as one
 ) -> Comparison:
     "Paired bootstrap on the per-question differences; `ValueError` if the lists do not pair up or are empty."
     a, b = np.asarray(candidate, float), np.asarray(baseline, float)
     if a.shape != b.shape or a.size == 0: raise ValueError(f"Scores must pair up: {a.size} candidate scores, {b.size} baseline scores.")
-    d = a - b
-    means = np.random.default_rng(seed).choice(d, (resamples, d.size)).mean(1)
+    d, weights = a - b, np.ones(a.size)
+    if groups is not None:
+        _, where = np.unique(np.asarray(groups), return_inverse=True)
+        weights = np.bincount(where)
+        d = np.bincount(where, d) / weights
+    drawn = np.random.default_rng(seed).integers(0, d.size, (resamples, d.size))
+    means = (d[drawn] * weights[drawn]).sum(1) / weights[drawn].sum(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    binary, z = set(np.unique([a, b])) <= {0.0, 1.0}, NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(0.8)
+    binary, z = groups is None and set(np.unique([a, b])) <= {0.0, 1.0}, NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(0.8)
     detectable = z * max(d.std(ddof=1) if d.size > 1 else 1.0, 1 / math.sqrt(d.size)) / math.sqrt(d.size)       # differences that are all the same say little when they are few
     if binary: detectable = max(detectable, z * z / (d.size + z * z))       # a difference of x spreads by x (1 - x) at least
     if d.size < 6 or binary and detectable > 1: detectable = float("nan")   # `verdict` calls none of five, and shares differ by 1 at most
-    return Comparison(float(d.mean()), float(low), float(high), int(d.size), float(detectable), mcnemar(a, b) if binary else None, confidence)
+    return Comparison(float((a - b).mean()), float(low), float(high), int(d.size), float(detectable), mcnemar(a, b) if binary else None, confidence)
 
 # %% ../nbs/00c_scoring.ipynb #1514f87d
 @dataclass(frozen=True)

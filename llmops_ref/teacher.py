@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from .config import SettingsError, load_config
 from .evaluation import keep_replies, model_digest
 from .llm import Endpoint, chat_client
-from .scoring import groundedness, names_gold, words
+from .scoring import groundedness, mentions, words
 from .workspace import DataError, Workspace, open_workspace
 
 # %% ../nbs/04d_teacher.ipynb #68b3329c
@@ -34,7 +34,7 @@ def teacher_endpoint(
 # %% ../nbs/04d_teacher.ipynb #400e9997
 PER_DOCUMENT = 6
 ASK = ("Below is one entry of a reference for developers. Write {n} questions that people would ask an assistant when this entry is what they need. They know what they want to do, not what it is called: use their words, not the entry's, and never its name. "
-       "Vary the form: full questions, half sentences, a few keywords. Answer each in one sentence that says only what the entry says, and does not begin with a name.\n\n<entry>\n{text}\n</entry>")
+       "Vary the form: full questions, half sentences, a few keywords. Answer each in one sentence that says only what the entry says.\n\n<entry>\n{text}\n</entry>")
 SCHEMA = dict(name="questions", strict=True, schema=dict(
     type="object", additionalProperties=False, required=["pairs"], properties=dict(pairs=dict(type="array", items=dict(
         type="object", additionalProperties=False, required=["question", "answer"], properties=dict(question=dict(type="string"), answer=dict(type="string")))))))
@@ -42,14 +42,14 @@ SCHEMA = dict(name="questions", strict=True, schema=dict(
 # %% ../nbs/04d_teacher.ipynb #f95a1373
 def read_reply(
     document_id: str,
-    text: str, # Of the document
+    text: str, # Of the document, as far as the student will see it
     reply: str, # Of the teacher
 ) -> list[tuple[str, str]]: # Questions and answers that may be trained on; none if the reply is not of the form that was asked for
     "What can be used of a teacher's reply."
     try: found = [(" ".join(p["question"].split()), " ".join(p["answer"].split())) for p in json.loads(re.sub(r"^\s*```\w*|```\s*$", "", reply))["pairs"]]
     except (ValueError, LookupError, TypeError, AttributeError): return []
     def fits(question, answer):
-        return (2 <= len(words(question)) <= 40 and 4 <= len(words(answer)) <= 40 and not names_gold(question, [document_id]) and not re.search(r"\[\d", question + answer)
+        return (2 <= len(words(question)) <= 40 and 4 <= len(words(answer)) <= 40 and not mentions(question, document_id) and not re.search(r"\[\d", question + answer)
                 and groundedness(answer, [text], question) >= 0.6)
     return [pair for pair in dict(found).items() if fits(*pair)]
 
@@ -71,7 +71,7 @@ class Teacher:
         done, replies = 0, {}
         def one(d):
             nonlocal done
-            replies[d] = self.client.invoke([dict(role="user", content=ASK.format(n=PER_DOCUMENT, text=texts[d][:4000]))]).text
+            replies[d] = self.client.invoke([dict(role="user", content=ASK.format(n=PER_DOCUMENT, text=texts[d]))]).text
             done += 1
             if self.on_done: self.on_done(done, len(texts))
             return read_reply(d, texts[d], replies[d])

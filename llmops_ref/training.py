@@ -10,7 +10,7 @@ __all__ = ['Recipe', 'recipe_of', 'pack', 'pack_rows', 'sees', 'collate', 'answe
            'history_frame', 'plot_loss']
 
 # %% ../nbs/04b_training.ipynb #7054f2d1
-import errno, hashlib, importlib.util, json, math, os, shutil, subprocess, sys, time, warnings
+import errno, hashlib, importlib.metadata, importlib.util, json, math, os, shutil, subprocess, sys, time, warnings
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import pandas as pd
 
 from .config import Config, SettingsError, load_config
 from .hub import fastest_dtype
-from .workspace import DataError, write_atomic
+from .workspace import DataError, file_digest, write_atomic
 
 # %% ../nbs/04b_training.ipynb #1d19feb8
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Recipe:
     epochs: float = 1.0 # Passes over the pairs
     tokens: int = 1024 # Longest packed row, which bounds the memory
     rows_per_step: int = 1 # Rows that an optimiser step learns from, on all devices together
-    seconds: float = 0.0 # Time to stay below by training on fewer pairs; 0 = no bound
+    seconds: float = 0.0 # Time that training may take, estimated from one row; where it is short, fewer pairs take part. 0 = no bound
     checks: int = 5 # How often held-out pairs are asked and a checkpoint is written
     patience: int = 0 # Checks in a row without a lower loss after which training ends; 0 = never
     quantise: str = "off" # "4bit": the frozen weights in 4 bits (QLoRA), on a GPU
@@ -180,11 +180,12 @@ def prepare_training(
     pairs: pd.DataFrame, # Columns `id group split messages`; split is train or validation
     recipe: Recipe,
     base_sha256: str = "", # Digest of the base weights
-) -> Path: # The folder of this training: the same for the same pairs, base and recipe
+) -> Path: # The folder of this training: the same for the same pairs, base, recipe and code
     "Write down what is to be trained; `DataError` if there is nothing to learn. Folders of other trainings are removed."
     if (pairs.split == "train").sum() == 0: raise DataError("There are no training pairs. Build them first: `llmops run --only finetune --force`.")
+    code = [file_digest(Path(importlib.util.find_spec("llmops_ref.training").origin)), *(importlib.metadata.version(name) for name in ("torch", "transformers", "peft"))]
     kept = pairs[["id", "group", "split"]].assign(messages=[read_messages(id, messages) for id, messages in zip(pairs.id, pairs.messages)]).reset_index(drop=True)
-    job = dict(base=str(base), base_sha256=base_sha256, recipe=asdict(recipe) | dict(modules=list(recipe.modules)))
+    job = dict(base=str(base), base_sha256=base_sha256, code=code, recipe=asdict(recipe) | dict(modules=list(recipe.modules)))
     name = hashlib.sha256(json.dumps([job, kept.to_json(orient="values")], sort_keys=True).encode()).hexdigest()[:16]
     folder = parent / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,11 +204,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 # %% ../nbs/04b_training.ipynb #142684e9
+def _wanted(recipe, rows, processes): return max(1, math.ceil(recipe.epochs * len(rows) / max(recipe.rows_per_step, processes)))
+
 def _plan(model, rows, recipe, device, processes):
     import torch
-    steps = max(1, math.ceil(recipe.epochs * len(rows) / max(recipe.rows_per_step, processes)))
+    steps = _wanted(recipe, rows, processes)
     if recipe.seconds <= 0 or steps <= 3: return steps
-    row = min(rows, key=lambda r: len(r["labels"]))
+    row = sorted(rows, key=lambda r: len(r["labels"]))[len(rows) // 2]
     batch = {key: values.to(device) for key, values in collate([row]).items()}
     for _ in range(2):
         start = time.perf_counter()
@@ -278,7 +281,7 @@ def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
 def fit(
     folder: Path, # From `prepare_training`
     on_step=None, # Called with (step, steps, text)
-) -> dict: # `steps planned tokens seconds tokens_per_second first_loss loss pairs packing row_tokens device dtype processes history`; the adapter is in `folder/adapter`
+) -> dict: # `steps best_step planned wanted tokens seconds tokens_per_second first_loss loss pairs packing row_tokens device dtype processes history`; the adapter is in `folder/adapter`
     "Train, go on with a training that was broken off, or return the result of one that is done; `DataError` says what is in the way."
     if (done := folder / "result.json").is_file(): return json.loads(done.read_text())
     missing = [m for m in ("torch", "transformers", "peft", "accelerate") if importlib.util.find_spec(m) is None]
@@ -310,7 +313,7 @@ def _fit(folder, job, pairs, recipe, plan, on_step):
     rows, held_out = (pack_rows(groups[split], plan["tokens"]) for split in ("train", "validation"))
     shrunk = replace(recipe, rows_per_step=recipe.rows_per_step * max(1, recipe.tokens // plan["tokens"]))
     if not plan["steps"]:
-        if state.is_main_process: write_atomic(folder / "plan.json", json.dumps(plan | dict(steps=_plan(model, rows, shrunk, device, processes))))
+        if state.is_main_process: write_atomic(folder / "plan.json", json.dumps(plan | dict(wanted=_wanted(shrunk, rows, processes), steps=_plan(model, rows, shrunk, device, processes))))
         state.wait_for_everyone()
         plan = json.loads((folder / "plan.json").read_text())
     trainer = _trainer(model, rows, held_out, recipe, plan["steps"], folder, max(1, shrunk.rows_per_step // processes), on_step)
@@ -337,8 +340,10 @@ def _finish(folder, trainer, model, groups, rows, plan, device, held_out):
         timed = [e for e in steps if e["loss"] is not None]
         checks = [e["validation"] for e in steps if e["validation"] is not None]
         seconds, tokens = timed[-1]["seconds"], timed[-1]["tokens"]
-        result = dict(steps=last, planned=plan["steps"], tokens=tokens, seconds=seconds, loss=min(checks) if checks else timed[-1]["loss"], first_loss=checks[0] if checks else timed[0]["loss"], tokens_per_second=tokens / seconds,
-                      pairs=sum(map(len, groups["train"])), packing=sum(pairs) / sum(len(r["labels"]) for r in rows), row_tokens=plan["tokens"], dtype=str(next(p for p in trained.parameters() if not p.requires_grad).dtype).removeprefix("torch."),
+        best = min([(e["validation"], e["step"]) for e in steps if e["validation"] is not None], default=(0, last))[1]
+        seen = min(1.0, best * trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes / len(rows))       # share of the rows that the adapter has learned from
+        result = dict(steps=last, best_step=best, planned=plan["steps"], wanted=plan["wanted"], tokens=tokens, seconds=seconds, loss=min(checks) if checks else timed[-1]["loss"], first_loss=checks[0] if checks else timed[0]["loss"], tokens_per_second=tokens / seconds,
+                      pairs=round(seen * len(pairs)), packing=sum(pairs) / sum(len(r["labels"]) for r in rows), row_tokens=plan["tokens"], dtype=str(next(p for p in trained.parameters() if not p.requires_grad).dtype).removeprefix("torch."),
                       device=torch.cuda.get_device_name() if device != "cpu" else f"CPU, {torch.get_num_threads()} threads", processes=trainer.accelerator.num_processes, history=steps)
         write_atomic(folder / "result.json", json.dumps(result))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

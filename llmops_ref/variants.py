@@ -104,7 +104,7 @@ def ask_variants(
     ws: Workspace,
     names: list[str], # From `check_variants`
     adapter: Path, # GGUF
-    pairs: pd.DataFrame, # Held-out pairs: columns `id kind question document_id shown messages`
+    pairs: pd.DataFrame, # Held-out pairs: columns `id group kind question document_id shown messages`
     seconds: float = 1200.0, # A variant that takes longer is given up
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # One row a variant; and one row an answer and variant
     "Serve each variant, ask it the held-out pairs, score the answers, and weigh the file."
@@ -118,7 +118,7 @@ def ask_variants(
         scored = []
         for pair, (*_, wanted), a in zip(pairs.itertuples(), prompts, found["answers"]):
             gold = [pair.document_id] if pair.document_id else []
-            scored.append(dict(id=pair.id, variant=name, kind=pair.kind, question=pair.question, answer=a["text"].strip(), reference=wanted["content"], decision=decision(a["text"], not gold), seconds=a["seconds"])
+            scored.append(dict(id=pair.id, group=pair.group, variant=name, kind=pair.kind, question=pair.question, answer=a["text"].strip(), reference=wanted["content"], decision=decision(a["text"], not gold), seconds=a["seconds"])
                           | score_answer(a["text"], list(pair.shown), gold, wanted["content"], pair.question))
         answers += scored
         means, asked = pd.DataFrame(scored), pd.DataFrame(found["answers"])
@@ -138,12 +138,12 @@ def against_base(
     answers: pd.DataFrame, # From `ask_variants`
     measures=("correct", "citation_precision", "token_f1", "decision"),
 ) -> pd.DataFrame: # One row a variant and measure, with the paired difference to the base model
-    "Is each variant better than the base model, and by how much?"
-    wide, rows = answers.pivot(index="id", columns="variant"), []
+    "Is each variant better than the base model, and by how much? Pairs that share their passages count as one."
+    wide, group, rows = answers.pivot(index="id", columns="variant"), answers.drop_duplicates("id").set_index("id").group, []
     for name in answers.variant.unique():
         for measure in measures if name != "base" else ():
             both = wide[measure][[name, "base"]].dropna() if measure in answers else []
-            if len(both): rows.append(dict(variant=name, measure=measure, base=both["base"].mean(), tuned=both[name].mean(), difference=str(compare(list(both[name]), list(both["base"])))))
+            if len(both): rows.append(dict(variant=name, measure=measure, base=both["base"].mean(), tuned=both[name].mean(), difference=str(compare(list(both[name]), list(both["base"]), groups=list(group[both.index])))))
     return pd.DataFrame(rows)
 
 # %% ../nbs/04c_variants.ipynb #9fef8f80

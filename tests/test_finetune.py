@@ -1,5 +1,5 @@
 "Training in processes of its own: killed, on two devices, on a full disk."
-import json, resource, signal, subprocess, sys
+import importlib.metadata, json, resource, signal, subprocess, sys
 from dataclasses import replace
 
 import pandas as pd
@@ -71,6 +71,21 @@ def test_other_pairs_are_another_training(base, tmp_path):
     kill_at(first, 7)
     second = prepare_training(tmp_path, base, pairs(88), RECIPE)
     assert second != first and not first.exists() and last_checkpoint(second) is None
+
+
+def test_other_code_is_another_training(base, tmp_path, monkeypatch):
+    "What an older version has trained, or begun to, is not taken for the work of this one."
+    first = prepare_training(tmp_path, base, pairs(), RECIPE)
+    assert prepare_training(tmp_path, base, pairs(), RECIPE) == first
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1")
+    assert prepare_training(tmp_path, base, pairs(), RECIPE) != first
+
+
+def test_the_result_counts_what_was_learned_from(base, undisturbed, tmp_path):
+    "A machine that is too slow takes fewer steps; the pairs that it never came to are not counted."
+    assert undisturbed["pairs"] == 96 and undisturbed["steps"] == undisturbed["wanted"]
+    short = fit(prepare_training(tmp_path, base, pairs(), replace(RECIPE, seconds=1e-6, checks=1)))
+    assert short["steps"] == short["best_step"] == 3 < short["wanted"] and 0 < short["pairs"] < 96
 
 
 def test_two_devices(base, tmp_path):

@@ -115,6 +115,35 @@ def test_a_correction_is_learned_once_a_reviewer_lets_it_in(store):
     with pytest.raises(DataError, match="was rejected by ann already"): review_feedback(ws, refused, by="bob")
 
 
+def test_every_accepted_case_is_trained_on_and_none_is_held_out():
+    "Whatever the draw: also where a template would ask about the same document, and where its docstring has no first sentence."
+    terse = pd.DataFrame([dict(document_id="pkg.Api.terse", kind="method", position=0, text="pkg.Api.terse(x)\nTerse.")])
+    cases = pd.DataFrame([dict(id=f"f{n}", question=f"My real problem number {n}?", gold=[name], answer=f"Use `{name}`.") for n, name in enumerate(["pkg.Api.m3", "pkg.Api.m6", "pkg.Api.terse", "pkg.Api.m6"])])
+    for seed in range(25):
+        pairs = build_pairs(Everything(), pd.concat([CHUNKS, terse]), QUESTIONS, examples=8, held_out=4, k=2, reviewed=cases, seed=seed)
+        learned = pairs[pairs.kind == "reviewed"]
+        assert set(learned.source) == {f"feedback f{n}" for n in range(4)} and set(learned.split) == {"train"}, seed
+        assert not set(pairs[pairs.split == "validation"].shown.explode()) & set(learned.document_id), seed
+
+
+def test_more_pairs_than_a_corpus_has_are_not_made():
+    pairs = build_pairs(Everything(), CHUNKS, QUESTIONS, examples=4000, held_out=4, k=2)
+    assert 4 < len(pairs) < 4000 and check_pairs(pairs, QUESTIONS)["validation"] == 4
+    with pytest.raises(DataError, match="0 to train on, .* `finetune_held_out`"): check_pairs(build_pairs(Everything(), CHUNKS, QUESTIONS, examples=4, held_out=4000, k=2), QUESTIONS)
+
+
+def test_nothing_that_exists_is_called_invented():
+    "A name of the test split may not be asked, but it exists: to refuse it would be taught wrongly."
+    chunks = pd.DataFrame([dict(document_id=f"pkg.Api.{verb}_{noun}", kind="method", position=0, text=f"pkg.Api.{verb}_{noun}(x)\n{verb.capitalize()} the {noun} of this kind {n}.")
+                           for n, (verb, noun) in enumerate((v, o) for v in ("load", "save", "find", "drop") for o in ("run", "model", "trace", "prompt")) if (verb, noun) != ("drop", "run")])
+    hidden = pd.DataFrame([dict(document_id="pkg.Api.drop_run", kind="method", position=0, text="pkg.Api.drop_run(x)\nDrop a run for good and all.")])
+    class Index:
+        def search(self, question, k): return [SimpleNamespace(document_id=d) for d in chunks.document_id]
+    test = QUESTIONS.assign(gold=[["pkg.Api.drop_run"], []], answer="I cannot answer that from the documents.")
+    asked = [q for seed in range(30) for q in build_pairs(Index(), pd.concat([chunks, hidden]), test, examples=16, held_out=4, k=2, seed=seed).query("kind == 'invented'").question]
+    assert not [q for q in asked if "drop_run" in q]
+
+
 @pytest.mark.parametrize("given, says", [
     (dict(), "says that the answer was bad, not which one would be good"),
     (dict(correction="Use `pkg.Api.m6`.", source="synthetic"), "is made up"),
