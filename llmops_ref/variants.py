@@ -152,13 +152,12 @@ def plot_variants(
 ): # A matplotlib figure
     "Quality of each variant over the time of an answer; the area of a dot is its memory."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharex=True)
+    colours = dict(zip(VARIANTS, ("#9aa5b1", "#e4572e", "#5b8def", "#6fb07f", "#e4a03a")))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharex=True)
     for axis, measure, label in zip(axes, ("token_f1", "refusal_accuracy"), ("token F1 with the wanted answer", "refusal accuracy (0.5: a coin)")):
-        for number, (name, row) in enumerate(table.iterrows()):
-            colour = "#9aa5b1" if name == "base" else "#e4572e" if name == "adapter" else "#5b8def"
-            axis.scatter(row.seconds, row[measure], s=row.memory_mb, color=colour, alpha=0.75, zorder=3)
-            axis.annotate(f"{name}, {row.memory_mb:,.0f} MB", (row.seconds, row[measure]), xytext=(12, (4, -10)[number % 2]), textcoords="offset points", fontsize=8)
-        axis.set(xlabel="seconds an answer (median)", ylabel=label, ylim=(-0.05, 1.1), xlim=(0, table.seconds.max() * 1.6))
+        for name, row in table.iterrows(): axis.scatter(row.seconds, row[measure], s=row.memory_mb, color=colours[name], alpha=0.75, label=f"{name}: {row.size_mb:,.0f} MB of files, {row.memory_mb:,.0f} MB in memory")
+        axis.set(xlabel="seconds an answer (median)", ylabel=label, ylim=(-0.05, 1.1), xlim=(0, table.seconds.max() * 1.2))
         axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, markerscale=0.5)
     figure.tight_layout()
     return figure
