@@ -1,4 +1,4 @@
-"""A larger model that writes the questions to train on, if there is one
+"""A larger model that writes questions to train on
 
 Reads documents and a model's replies. Leaves questions that those documents answer, each with an answer of one sentence; what the documents do not say is thrown away."""
 
