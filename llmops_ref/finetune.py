@@ -89,13 +89,13 @@ tags: [lora, rag, citations]
 ---
 # Answers from numbered passages
 
-A LoRA adapter for {BASE_MODEL}. Given numbered passages and a question, it names the object that answers, cites its passage, and declines when no passage answers.
+A LoRA adapter for {BASE_MODEL}. Given numbered passages and a question, it names the object that answers, cites its passage, and is taught to decline when no passage answers.
 
 **Meant for** questions about a reference, behind a retriever, with the prompt that it was trained with. **Not for** open conversation, other languages, other forms of prompt, or facts without passages: it is a small model, and it copies what it is shown.
 
 ## How well it answers
 
-Pairs held out of training, asked as served by llama.cpp; refusal accuracy of 50% is a coin. They come from the same templates as the pairs that it was trained on, and they told when to end: the test split, in the validation of the assistant, is the harder exam.
+Pairs held out of training, asked as served by llama.cpp; refusal accuracy of 50% is a coin. They are made in the same way as the pairs that it was trained on, and they told when to end: the test split, in the validation of the assistant, is the harder exam.
 
 | | correct | citation precision | refusal accuracy | token F1 | size | an answer |
 |---|--:|--:|--:|--:|--:|--:|

@@ -27,7 +27,7 @@ def first_sentence(
     text: str, # A chunk: the heading, then lines of a docstring
 ) -> str | None: # `None` if the chunk does not begin with a usable sentence
     "First sentence of a docstring, free of markup."
-    body = _SECTION.split("\n" + text.partition("\n")[2], maxsplit=1)[0]
+    body = _SECTION.split("\n" + re.sub(r"\[([^\]\n]+)\]\([^)\s]*\)", r"\1", text.partition("\n")[2]), maxsplit=1)[0]
     body = re.sub(r":\w+(?::\w+)*:`~?\.?([^`<]+)(?: <[^>]*>)?`", r"`\1`", body).replace("``", "`").replace("**", "")
     found = re.match(r"(.+?(?<!e\.g)(?<!i\.e)[.!])(?=\s|$)", " ".join(body.split()) + ".")
     sentence = found[1].replace("..", ".") if found else ""

@@ -25,7 +25,7 @@ def teacher_endpoint(
     "Where the teacher answers; `SettingsError` if the settings cannot work. Nothing is sent."
     url, model = ws.config.teacher_url, ws.config.teacher_model
     if not url and not model: return None
-    if not url or not model: 
+    if not url or not model:
         here, missing = ("url", "model") if url else ("model", "url")
         raise SettingsError(f"`teacher_{here}` is set and `teacher_{missing}` is not. Set both, or clear both.")
     if not re.fullmatch(r"https?://[^\s?#]+/(v1|serving-endpoints)/?", url): raise SettingsError(f"`teacher_url` is {url!r}; it must be an OpenAI-compatible endpoint that ends with /v1 (on Databricks, with /serving-endpoints).")
