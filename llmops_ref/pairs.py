@@ -196,9 +196,11 @@ def build_pairs(
             objects = [d for d in objects if d in documents]
             people, deck = ([(d, q) for d, q in some if (d in documents if d else q is not (person or (None, None))[1])] for some in (people, deck))
     if teacher: _taught(rows, {d: cut_words(text, max_words) for d, text in texts.items()}, teacher, {q.strip().lower() for q in questions.question})
+    lead = {}                                       # of each group, the question for which worked examples are chosen
+    for row in sorted(rows, key=lambda row: row["kind"] not in PEOPLE): lead.setdefault(row["group"], row["question"])
     for row in rows:
         passages = [SimpleNamespace(text=texts[d]) for d in row["shown"]]
-        row["messages"] = build_messages(template, row["question"], passages, max_words, worked) + [dict(role="assistant", content=row.pop("answer"))]
+        row["messages"] = build_messages(template, row["question"], passages, max_words, worked and (lambda _: worked(lead[row["group"]]))) + [dict(role="assistant", content=row.pop("answer"))]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 def _answerable(questions, documents):              # with the document that answers; those that are to be refused have none
