@@ -8,10 +8,10 @@ Reads the index, a prompt and an endpoint. Leaves the chain that every later sta
 __all__ = ['FENCE', 'PLAIN_PROMPT', 'DIRECT_PROMPT', 'REQUIREMENTS', 'cut_words', 'passage_block', 'check_template',
            'build_messages', 'check_citations', 'make_chain', 'retriever_class', 'as_retriever', 'open_endpoint',
            'served_endpoint', 'lowest_cosine', 'open_chains', 'open_assistants', 'open_assistant', 'assistant_parts',
-           'log_assistant', 'log_chain']
+           'assistant_digest', 'log_assistant', 'find_version', 'log_chain']
 
 # %% ../nbs/03a_assistant.ipynb #e2b9e145
-import contextlib, functools, importlib.metadata, os, re, shutil, tempfile
+import contextlib, functools, hashlib, importlib.metadata, importlib.util, json, os, re, shutil, tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -247,8 +247,17 @@ def assistant_parts(
         else: settings["ai_search"] = ws.registered("chunks_index")
         if config.vector_index != "delta_sync":     # there, Databricks embeds the questions
             files |= dict(tokenizer=minilm_folder() / "tokenizer.json", embedder=minilm_onnx(ws, settings["precision"]))
-    settings["digests"] = {name: file_digest(path) for name, path in files.items() if path.is_file()}     # an index has its own
+    settings["packages"] = _pinned()
+    settings["digests"] = {name: file_digest(path / "manifest.json" if path.is_dir() else path) for name, path in files.items()}     # the manifest of an index names its files by theirs
     return settings, files
+
+def assistant_digest(
+    settings: dict, # From `assistant_parts`
+    code: Path | str | None = None, # Folder of the package; this one by default
+) -> str: # 64 hexadecimal digits
+    "What makes an assistant this one and no other: its settings with the digests of its files and the packages that it runs on, and its code."
+    code = Path(code or Path(importlib.util.find_spec("llmops_ref").origin).parent)
+    return hashlib.sha256(json.dumps([settings, {path.name: file_digest(path) for path in sorted(code.glob("*.py"))}], sort_keys=True).encode()).hexdigest()
 
 def _share(copies, files: dict[str, Path]):
     "Replace fresh copies of large files on the same disk by hard links; nobody writes through one."
@@ -274,16 +283,26 @@ def log_assistant(
     tags: dict[str, str] | None = None, # For the model version: what it is made of
     prompt: str = "", # Registered version of the prompt, as name/version
     model: Path | None = None, # GGUF; the chosen one by default
-) -> str: # The new version
+) -> str: # Its version: a new one, unless one with the same digest is registered already
     "Log and register the assistant as a model version that holds all it needs; self-hosted or third-party by `app`."
     from llmops_ref import agent
     mlflow, (settings, files) = ws.mlflow(), assistant_parts(ws, template, adapter, prompt, model)
+    client, name, tags = mlflow.MlflowClient(), ws.registered("assistant"), {k: str(v) for k, v in ((tags or {}) | dict(digest=assistant_digest(settings))).items()}
+    if version := find_version(ws, tags["digest"]):
+        for key, value in tags.items(): client.set_model_version_tag(name, version, key, value)
+        return version
     if "gateway" in settings: os.environ["ASSISTANT_GATEWAY_URL"] = gateway_endpoint(ws).base_url       # MLflow tries what it logs
     info = mlflow.pyfunc.log_model(name="assistant", python_model=str(write_atomic(ws.path("assistant_model.py"), agent.MODEL_CODE)), model_config=settings, artifacts={name: str(path) for name, path in files.items()},
                                    input_example=dict(input=[dict(role="user", content="How do I log a metric?")]), code_paths=[str(Path(agent.__file__).parent)], pip_requirements=_pinned(),
                                    resources=_resources(settings), prompts=[f"prompts:/{prompt}"] if prompt else None)
     if ws.config.platform == "local": _share(ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/artifacts/*"), files)
-    return str(mlflow.register_model(info.model_uri, ws.registered("assistant"), tags={k: str(v) for k, v in (tags or {}).items()}).version)
+    return str(mlflow.register_model(info.model_uri, name, tags=tags).version)
+
+def find_version(ws: Workspace, digest: str) -> str | None:
+    "The newest version of the registered assistant that has a digest."
+    client, name = ws.mlflow().MlflowClient(), ws.registered("assistant")
+    found = [str(v.version) for v in client.search_model_versions(f"name = '{name}'") if client.get_model_version(name, v.version).tags.get("digest") == digest]     # searching gives no tags in Unity Catalog
+    return max(found, key=int, default=None)
 
 def _pinned(): return [f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS]
 

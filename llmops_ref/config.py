@@ -110,10 +110,21 @@ class Config:
     gate_citation_precision: float
     gate_refusal_recall: float
     gate_p95_seconds: float
+    red_team: str
+    red_team_attacks: int
+    gate_attacks: float
+    regressions: str
+    gate_regressions: float
+    gate_size_mb: float
     gate_mode: Literal["raise", "inform"]
+    promotion: Literal["code", "model"]
+    approval: Literal["none", "person"]
+    approval_days: float
     serving_port: int
     serving_timeout: int
     smoke_questions: int
+    rollout_steps: list[str]
+    rollout_questions: int
     monitoring_requests: int
     monitoring_max_p95_seconds: float
     monitoring_min_cited_share: float
@@ -151,9 +162,9 @@ def _check_range(key, value):
         if key in ("serving_port", "gateway_port") and value > 65535: raise ValueError("a port, at most 65535, or 0 for a free one")
         if key in ("finetune_lr", "finetune_epochs") and value == 0: raise ValueError("a number above 0")
         if key == "finetune_held_out" and value < 4: raise ValueError("a number of 4 or more: the held-out pairs tell when training should end")
-        if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language", "monitoring_min_cited_share", "corpus_max_unreadable") and value > 1:
+        if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "gate_attacks", "gate_regressions", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language", "monitoring_min_cited_share", "corpus_max_unreadable") and value > 1:
             raise ValueError("a share between 0 and 1")
-        if key in ("retrieval_k", "chat_slots", "prompt_slots", "chat_max_tokens", "chunk_words", "passage_words", "question_words", "chat_timeout", "gateway_timeout", "finetune_examples", "finetune_rank", "finetune_tokens", "finetune_rows_per_step", "finetune_checks", "smoke_questions", "monitoring_requests") and value < 1:
+        if key in ("retrieval_k", "chat_slots", "prompt_slots", "chat_max_tokens", "chunk_words", "passage_words", "question_words", "chat_timeout", "gateway_timeout", "finetune_examples", "finetune_rank", "finetune_tokens", "finetune_rows_per_step", "finetune_checks", "smoke_questions", "rollout_questions", "monitoring_requests") and value < 1:
             raise ValueError("a number of 1 or more")
 
 # %% ../nbs/00_config.ipynb #470ab21d

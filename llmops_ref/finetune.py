@@ -146,7 +146,7 @@ def tuned_adapter(
     "The adapter that `candidate` points at, from the registry; `DataError` if there is none or it does not fit the base model."
     again = f"Run `llmops run --env {ws.config.env} --only finetune --force`."
     version = ws.alias("chat_model", "candidate")
-    if version is None: raise DataError(f"No fine-tuned model has the alias candidate in {ws.config.env}. Run `llmops run --env {ws.config.env} --to finetune`.")
+    if version is None: raise DataError(f"No fine-tuned model has the alias candidate in {ws.config.env}. Run " + (f"`llmops promote --from staging --to {ws.config.env}`." if ws.config.promotion == "model" else f"`llmops run --env {ws.config.env} --to finetune`."))
     mlflow, name = ws.mlflow(), ws.registered("chat_model")
     tags = mlflow.MlflowClient().get_model_version(name, version).tags
     if tags.get("base_sha256") != BASE_SHA256: raise DataError(f"Version {version} of {name} was trained on another base model ({tags.get('base_sha256', '?')[:16]}…). {again}")

@@ -6,7 +6,8 @@ Reads the gateway's declaration in `settings.ini`, and keys. Leaves an `Endpoint
 
 # %% auto #0
 __all__ = ['ROUTE', 'LOCAL', 'LOCAL_MODELS', 'PROVIDERS', 'ON_DATABRICKS', 'Destination', 'read_route', 'read_keys', 'price_list',
-           'start_gateway', 'route_endpoint', 'gateway_endpoint', 'route_settings', 'open_route', 'workspace_services',
+           'gateway_store', 'forget_routes', 'start_gateway', 'gateway_command', 'gateway_environment',
+           'route_endpoint', 'gateway_endpoint', 'route_settings', 'open_route', 'workspace_services',
            'publish_gateway']
 
 # %% ../nbs/00g_gateway.ipynb #fc74decf
@@ -94,7 +95,14 @@ def price_list(
     return write_atomic(ws.path("prices", "openai.json"), json.dumps(catalog)).parent.as_uri()
 
 # %% ../nbs/00g_gateway.ipynb #8fbb7716
-def _forget(store):                                 # what an earlier start declared: its keys cannot be read any more
+def gateway_store(url: str): # Client of the tables in which a gateway keeps its routes
+    "The routes of an MLflow gateway that is up."
+    hush_pyspark()
+    from mlflow import MlflowClient
+    return MlflowClient(tracking_uri=url)._tracking_client.store
+
+def forget_routes(store) -> None:
+    "Delete what an earlier start declared: its keys cannot be read any more."
     for endpoint in store.list_gateway_endpoints(): store.delete_gateway_endpoint(endpoint.endpoint_id)
     for definition in store.list_gateway_model_definitions(): store.delete_gateway_model_definition(definition.model_definition_id)
     for secret in store.list_secret_infos(): store.delete_gateway_secret(secret.secret_id)
@@ -102,12 +110,10 @@ def _forget(store):                                 # what an earlier start decl
 
 def _declare(url, config, targets):
     "Declare the route; `targets` has provider, address and key of each destination."
-    hush_pyspark()
-    from mlflow import MlflowClient
     from mlflow.entities import FallbackConfig, FallbackStrategy, GatewayEndpointModelConfig as Linked, GatewayModelLinkageType as Linkage, RoutingStrategy
     from mlflow.entities.gateway_budget_policy import BudgetAction, BudgetDuration, BudgetDurationUnit, BudgetTargetScope, BudgetUnit
-    store, route = MlflowClient(tracking_uri=url)._tracking_client.store, read_route(config)
-    _forget(store)
+    store, route = gateway_store(url), read_route(config)
+    forget_routes(store)
     def define(destination):
         provider, address, key = targets[destination.name]
         found = [s for s in store.list_secret_infos() if s.secret_name == destination.name]
@@ -154,15 +160,20 @@ def start_gateway(ws: Workspace) -> Endpoint:
             standin = start_service(ws, f"provider-{digest[:6]}-{d.model}", serve_command(LOCAL_MODELS[d.model](ws), d.model, config.chat_slots), digest=hashlib.sha256(key.encode()).hexdigest()[:16], environment=dict(LLMOPS_SERVE_KEY=key))
             targets[d.name] = "openai", f"{standin.url}/v1", key
         alone = not any(other.name.startswith("gateway-") for other in running_services(ws))
-        service = start_service(ws, name, _server_command(ws, "gateway.db" if alone else f"{name}.db"), digest, port=config.gateway_port, environment=_server_environment(ws, targets), prepare=lambda url: _declare(url, config, targets))
+        service = start_service(ws, name, gateway_command(ws, "gateway.db" if alone else f"{name}.db"), digest, port=config.gateway_port, environment=gateway_environment(ws, any(address.startswith("http://") for _, address, _ in targets.values())), prepare=lambda url: _declare(url, config, targets))
     return route_endpoint(f"{service.url}/gateway/mlflow/v1", ROUTE, bool(config.gateway_fallbacks), key_name=", ".join(keys) or "nothing: our stand-ins have keys of their own")
 
-def _server_command(ws, database):
+def gateway_command(ws: Workspace, database: str) -> list[str]: # For `start_service`
+    "Command that starts a gateway on a database of the store."
     return [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{ws.path(database)}", "--default-artifact-root", ws.path("gateway-artifacts").as_uri(),
             "--host", "127.0.0.1", "--port", "{port}", "--workers", "1"]
 
-def _server_environment(ws, targets):
-    inside = dict(MLFLOW_GATEWAY_API_BASE_ALLOWED_SCHEMES="http,https", MLFLOW_GATEWAY_API_BASE_ALLOW_PRIVATE_IPS="true") if any(address.startswith("http://") for _, address, _ in targets.values()) else {}
+def gateway_environment(
+    ws: Workspace,
+    private: bool, # Whether it may ask servers of this machine, without TLS
+) -> dict[str, str]:
+    "Environment variables for a gateway; what it encrypts keys with is new each time."
+    inside = dict(MLFLOW_GATEWAY_API_BASE_ALLOWED_SCHEMES="http,https", MLFLOW_GATEWAY_API_BASE_ALLOW_PRIVATE_IPS="true") if private else {}
     return MLFLOW_SWITCHES | inside | dict(MLFLOW_CRYPTO_KEK_PASSPHRASE=secrets.token_urlsafe(32), MLFLOW_MODEL_CATALOG_URI=price_list(ws), MLFLOW_GATEWAY_ROUTE_TIMEOUT_SECONDS=str(ws.config.gateway_timeout),
                                            MLFLOW_GATEWAY_URI="http://127.0.0.1:{port}", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_TRACKING_URI="", MLFLOW_REGISTRY_URI="", MLFLOW_EXPERIMENT_NAME="")
 

@@ -7,8 +7,8 @@ Reads the notebooks, the settings and the books of each stage. Leaves executed n
 # %% auto #0
 __all__ = ['STAGES', 'ALONE', 'USUAL_IMPORTS', 'MORE_IMPORTS', 'Stage', 'find_stage', 'code_digest', 'stage_code', 'manifest',
            'reasons', 'Step', 'not_needed', 'make_plan', 'check_parameters', 'preflight', 'check_databricks',
-           'StageKernel', 'StageFailed', 'run_stage', 'environment_lock', 'Quiet', 'run_pipeline', 'notebook_title',
-           'machine', 'notebook_html']
+           'StageKernel', 'StageFailed', 'run_stage', 'waits_for', 'environment_lock', 'Quiet', 'run_pipeline',
+           'notebook_title', 'machine', 'notebook_html']
 
 # %% ../nbs/90_pipeline.ipynb #25457c87
 import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, sys, tempfile, threading, time
@@ -134,6 +134,7 @@ def not_needed(
 ) -> str: # Why; empty if it is needed
     "Whether the application that is configured can do without a stage."
     if stage.name == "finetune" and config.app == "third_party": return "a provider's model is not ours to tune"
+    if stage.name == "finetune" and config.promotion == "model": return "the model comes from another environment, by `llmops promote`"
     return ""
 
 def make_plan(
@@ -286,6 +287,21 @@ def _explain_error(error):
     if type(error).__name__ == "DeadKernelError": return "The kernel died while a cell was running: it was killed, or ran out of memory."
     return _three_lines(f"{type(error).__name__}: {error}")
 
+# %% ../nbs/90_pipeline.ipynb #8469c2a2
+def waits_for(
+    ws: Workspace,
+    stage: Stage,
+) -> str: # What a person has to do first; empty if nothing
+    "Whether a stage cannot start yet."
+    from llmops_ref.approval import ApprovalNeeded, check_approved
+    if stage.name != "deployment" or ws.config.approval == "none": return ""
+    version = ws.alias("assistant", "challenger", record=False)
+    if version is None or version == ws.alias("assistant", "champion", record=False): return ""
+    try: check_approved(ws, version)
+    except ApprovalNeeded as needed: return str(needed)
+    except DataError: pass                          # rejected, or not what was logged: the stage says so itself
+    return ""
+
 # %% ../nbs/90_pipeline.ipynb #1b3d4531
 @contextlib.contextmanager
 def environment_lock(ws: Workspace):
@@ -332,7 +348,7 @@ def run_pipeline(
     view, started = view or Quiet(), time.time()
     run_id = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
     folder = ws.config.root / "runs" / ws.config.env / run_id
-    states, failure, pages = {}, None, []
+    states, failure, waiting, pages = {}, None, "", []
     with environment_lock(ws), contextlib.ExitStack() as to_do:
         kernels, printer = to_do.enter_context(_Kernels(ws)), to_do.enter_context(ThreadPoolExecutor(1))
         to_do.callback(stop_services, ws, owner=os.getpid())
@@ -342,9 +358,14 @@ def run_pipeline(
                 view.stage_ended(step.stage, "skipped", dict(headline=step.why))
                 continue
             why = ["forced"] if force else reasons(ws, step.stage)
-            if failure or not why:
-                states[step.stage.name] = dict(state="pending" if failure else "cached", why=step.why)
-                if not failure: view.stage_ended(step.stage, "cached", manifest(ws, step.stage))
+            if failure or waiting or not why:
+                states[step.stage.name] = dict(state="pending" if failure or waiting else "cached", why=step.why)
+                if not (failure or waiting): view.stage_ended(step.stage, "cached", manifest(ws, step.stage))
+                continue
+            if waits := waits_for(ws, step.stage):
+                states[step.stage.name] = dict(state="waiting", why=waits)
+                view.stage_ended(step.stage, "waiting", dict(headline=waits))
+                waiting = waits
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             clock = time.time()
@@ -364,13 +385,13 @@ def run_pipeline(
             finally: kernel.stop()
             pages.append(printer.submit(notebook_html, folder / f"{step.stage.notebook}.ipynb"))
         for page in pages: page.result()
-        record = _record(ws, run_id, started, states, failure, command, folder)
+        record = _record(ws, run_id, started, states, "failed" if failure else "waiting" if waiting else "completed", command, folder) | dict(waiting=waiting)
         if pages: _write_run(ws, record, folder)
     if failure: raise failure
     return record
 
 # %% ../nbs/90_pipeline.ipynb #45ea8fca
-def _record(ws, run_id, started, states, failure, command, folder):
+def _record(ws, run_id, started, states, status, command, folder):
     config, stages = ws.config, []
     for stage in STAGES:
         last, now = manifest(ws, stage), states.get(stage.name, dict(state="cached", why=""))
@@ -382,7 +403,7 @@ def _record(ws, run_id, started, states, failure, command, folder):
                            seconds=now.get("seconds") or (last or {}).get("seconds"), executed=os.path.relpath(executed, folder) if executed else None,
                            executed_html=os.path.relpath(Path(executed).with_suffix(".html"), folder) if executed else None,
                            result=known, previous=(known or {}).get("previous")))
-    return dict(project="llmops-ref", env=config.env, run_id=run_id, started=started, seconds=time.time() - started, status="failed" if failure else "completed",
+    return dict(project="llmops-ref", env=config.env, run_id=run_id, started=started, seconds=time.time() - started, status=status,
                 commit=git_commit(config.root), machine=machine(), command=command, store=str(ws.store), settings=explain(config), stages=stages)
 
 def notebook_title(path: Path) -> str:

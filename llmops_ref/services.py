@@ -36,6 +36,8 @@ def owner() -> int:
     "The process that what we start belongs to: the run, or this process."
     return int(os.environ.get("LLMOPS_RUN", os.getpid()))
 
+_owner = owner                                      # for functions with an argument of that name
+
 def free_port(
     wanted: int = 0, # 0 = any
     setting: str = "serving_port", # Where it was asked for
@@ -113,6 +115,7 @@ def start_service(
     timeout: float = 90.0, # Seconds until it must answer
     environment: dict[str, str] | None = None, # More variables, such as keys
     prepare=None, # Called with the URL when it answers, before anybody else may find it
+    owner: int | None = None, # Process with which it ends; see `owner`
 ) -> Service:
     "Start a service, or find the one that is up; one of the same name that serves something else is stopped. `DataError` if it does not come up."
     import psutil
@@ -124,7 +127,7 @@ def start_service(
     variables = os.environ | {"TMPDIR": str(scratch), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | {key: value.replace("{port}", str(port)) for key, value in (environment or {}).items()}
     with log.open("wb") as output:
         process = subprocess.Popen([part.replace("{port}", str(port)) for part in command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
-    service = Service(name, process.pid, psutil.Process(process.pid).create_time(), port, "", owner())      # serves nothing yet
+    service = Service(name, process.pid, psutil.Process(process.pid).create_time(), port, "", owner or _owner())      # serves nothing yet
     write_atomic(ws.path("services", f"{name}.json"), json.dumps(asdict(service)))
     if service.owner == os.getpid(): atexit.register(stop_service, ws, service)
     try:

@@ -1,0 +1,217 @@
+"""Validation that blocks, a person who decides, a deployment that can be taken back: on the real registry, with real endpoints."""
+import http.server, json, os, shutil, signal, threading, time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from llmops_ref.approval import ApprovalNeeded, check_approved, decide
+from llmops_ref.config import load_config
+from llmops_ref.deployment import check_traffic, deployment_lock, roll_out
+from llmops_ref.services import Service, stop_services
+from llmops_ref.serving import ask_endpoint, front_url, open_front, start_endpoint
+from llmops_ref.workspace import DataError, open_workspace
+
+NEW = dict(QUESTION_WORDS="150")                        # another assistant, without training another model
+
+
+def link_or_copy(source, target):
+    if Path(source).suffix in (".gguf", ".onnx", ".safetensors"): os.link(source, target)
+    else: shutil.copy2(source, target)
+
+
+@pytest.fixture(scope="module")
+def shop(finished, tmp_path_factory):
+    "A copy of the finished project, to deploy in. What MLflow keeps of the first version stays where it was."
+    import copy
+    project = copy.copy(finished)
+    project.root = tmp_path_factory.mktemp("shop") / "project"
+    shutil.copytree(finished.root, project.root, copy_function=link_or_copy, symlinks=True)
+    project.environment = finished.environment | dict(PYTHONPATH=str(project.root))
+    return project
+
+
+def workspace(project, **settings):
+    return open_workspace(load_config("staging", project.root, cache=project.environment["LLMOPS_CACHE"], gate_mode="inform", gate_p95_seconds=120.0, **settings))
+
+
+def alias(project, name): return workspace(project).alias("assistant", name, record=False)
+
+
+def details(project, stage): return json.loads((project.root / "stores" / "staging" / "stages" / f"{stage}.result.json").read_text())["details"]
+
+
+def versions(project): return json.loads(project.llmops("versions", "--env", "staging", "--json").stdout)
+
+
+def test_evidence_of_a_version(finished):
+    "Facts, attacks and regressions are on record; the page loads nothing from the network."
+    found = details(finished, "validation") if (finished.root / "stores/staging/stages/validation.result.json").is_file() else json.loads((finished.root / "stores/staging/stages/validation.json").read_text())["details"]
+    assert not [p for p in found["problems"] if "git commit" not in p]         # this copy is no clone
+    assert all(r["holds"] for r in found["regressions"]), found["regressions"]
+    assert found["attacks"][-1]["risk"] == "all" and found["attacks"][-1]["tried"] == 26
+    page = (finished.root / "stores" / "staging" / "evidence" / f"version-{found['version']}.html").read_text()
+    assert "llmops approve --env staging" in page and "<script" not in page and "http://" not in page
+
+
+def test_approval_rollout_and_rollback(shop):
+    "A new version waits for a person, is rolled out in steps beside the old one, and is taken back."
+    before = alias(shop, "champion")
+    waiting = shop.llmops("run", "--env", "staging", "--from", "validation", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW)
+    assert waiting.returncode == 3, waiting.stdout + waiting.stderr
+    assert "waits for a person: nobody has approved it yet" in waiting.stderr and "llmops approve --env staging" in waiting.stderr
+    assert alias(shop, "champion") == before and alias(shop, "challenger") != before
+    assert "waits for a person" in (shop.root / "runs" / "staging" / "latest" / "report.html").read_text()
+
+    unseen = shop.llmops("approve", "--env", "staging", APPROVAL="person")
+    assert unseen.returncode == 1 and "Nobody can be asked here" in unseen.stderr
+    alone = shop.llmops("run", "--env", "staging", "--only", "deployment", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW)
+    assert alone.returncode == 3
+
+    approved = shop.llmops("approve", "--env", "staging", "--yes", "--by", "Ada", APPROVAL="person")
+    assert approved.returncode == 0 and "Approved by Ada" in approved.stdout and "gates" in approved.stdout, approved.stderr
+    done = shop.llmops("run", "--env", "staging", "--from", "validation", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW)
+    assert done.returncode == 0, done.stdout + done.stderr
+    new = alias(shop, "champion")
+    assert new != before and alias(shop, "previous") == before
+    rollout = pd.DataFrame(json.loads((shop.root / "stores/staging/stages/deployment.json").read_text())["details"]["rollout"])
+    assert set(rollout.share) == {0.5, 1.0} and set(rollout[rollout.share == 1.0].version) == {new}
+    assert {v["version"]: v["approval"] for v in versions(shop)}[new] == "Approved"
+
+    back = shop.llmops("rollback", "--env", "staging")
+    assert back.returncode == 0 and f"Version {before} of the assistant is champion" in back.stdout
+    assert json.loads(shop.llmops("ask", "How do I log a metric?", "--env", "staging", "--json").stdout)["version"] == before
+    shop.llmops("rollback", "--env", "staging")
+    assert alias(shop, "champion") == new and not list((shop.root / "stores" / "staging" / "services").glob("*.json"))
+
+
+def test_an_approval_is_for_one_content_and_one_verdict(shop):
+    ws = workspace(shop, approval="person")
+    version = ws.alias("assistant", "challenger", record=False)
+    decide(ws, version, True, by="Ada")
+    assert "Ada" in check_approved(ws, version)
+    ws.mlflow().MlflowClient().set_model_version_tag(ws.registered("assistant"), version, "approval_digest", "0" * 64)
+    with pytest.raises(ApprovalNeeded, match="for another content"): check_approved(ws, version)
+    ws.mlflow().MlflowClient().set_model_version_tag(ws.registered("assistant"), version, "digest", "0" * 64)
+    with pytest.raises(DataError, match="is not what was logged"): check_approved(ws, version)
+    before = len(versions(shop))
+    again = shop.llmops("run", "--env", "staging", "--only", "validation", "--force", **NEW)
+    assert again.returncode == 0, again.stderr
+    latest = ws.alias("assistant", "challenger", record=False)
+    with pytest.raises(ApprovalNeeded, match="nobody has approved it"): check_approved(ws, latest)
+    twice = shop.llmops("run", "--env", "staging", "--only", "validation", "--force", **NEW)
+    assert twice.returncode == 0 and len(versions(shop)) == before + 1          # the one whose digest was forged is logged anew, and no other
+
+
+def test_a_rejected_version_is_not_deployed(shop):
+    other = dict(QUESTION_WORDS="140")
+    before = alias(shop, "champion")
+    assert shop.llmops("run", "--env", "staging", "--only", "validation", **other).returncode == 0
+    assert "Why?" in shop.llmops("reject", "--env", "staging", "--by", "Ada").stderr
+    assert shop.llmops("reject", "--env", "staging", "--by", "Ada", "--reason", "q001 is wrong").returncode == 0
+    refused = shop.llmops("run", "--env", "staging", "--only", "deployment", APPROVAL="person", **other)
+    assert refused.returncode == 1 and "Ada rejected it: q001 is wrong" in refused.stderr and alias(shop, "champion") == before
+
+
+def test_killed_between_registering_and_the_verdict(shop):
+    "The version is there, without a verdict; the old champion serves, and the next run goes on with it and makes no second one."
+    other, before, champion = dict(QUESTION_WORDS="130"), len(versions(shop)), alias(shop, "champion")
+    process = shop.start("run", "--env", "staging", "--only", "validation", **other)
+    deadline = time.time() + 120
+    while len(versions(shop)) == before and time.time() < deadline: time.sleep(0.2)
+    import psutil
+    for child in psutil.Process(process.pid).children(recursive=True): child.kill()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    newest = versions(shop)[0]
+    assert newest["validation"] == "PENDING" and alias(shop, "champion") == champion
+    unready = shop.llmops("approve", "--env", "staging", "--version", newest["version"], "--yes", "--by", "Ada")
+    assert unready.returncode == 1 and "validation status PENDING" in unready.stderr
+    done = shop.llmops("run", "--env", "staging", "--only", "validation", **other)
+    assert done.returncode == 0, done.stderr
+    assert len(versions(shop)) == before + 1 and versions(shop)[0]["validation"] != "PENDING"
+
+
+class Broken(http.server.BaseHTTPRequestHandler):
+    "A version that came up, passed its smoke test, and fails on what people ask."
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(500); self.end_headers(); self.wfile.write(b'{"detail": "out of memory"}')
+    def log_message(self, *_): pass
+
+
+def test_a_rollout_that_fails_gives_all_traffic_back(shop):
+    ws = workspace(shop)
+    champion = ws.alias("assistant", "champion", record=False)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        front, endpoint = open_front(ws), start_endpoint(ws, champion)
+        bad = Service("endpoint-99", os.getpid(), 0.0, server.server_port, "99", os.getpid())
+        with pytest.raises(DataError, match=f"ended at 50% of the traffic: .*Version {champion} has all of it again"):
+            roll_out(front, {champion: endpoint, "99": bad}, champion, "99", [0.5], lambda url: check_traffic(url, ["How do I log a metric?"] * 12, 120))
+        assert {ask_endpoint(front_url(front), "How do I log a metric?")["version"] for _ in range(6)} == {champion}
+    finally:
+        server.shutdown()
+        stop_services(ws, owner=os.getpid())
+
+
+def test_an_endpoint_that_never_comes_up_changes_nothing(shop):
+    before = alias(shop, "champion")
+    done = shop.llmops("run", "--env", "staging", "--only", "deployment", "--force", SERVING_TIMEOUT="1")
+    assert done.returncode == 1 and "did not answer within 1 s" in done.stderr and alias(shop, "champion") == before
+
+
+def test_two_deployments_at_once(shop):
+    with deployment_lock(workspace(shop)):
+        second = shop.llmops("rollback", "--env", "staging")
+    assert second.returncode == 1 and "Another deployment or rollback of staging is in progress" in second.stderr
+
+
+def test_a_version_with_an_alias_is_not_deleted(shop):
+    version = alias(shop, "champion")
+    done = shop.llmops("versions", "--env", "staging", "--remove", version)
+    assert done.returncode == 1 and "champion" in done.stderr and version in {v["version"] for v in versions(shop)}
+    unknown = shop.llmops("versions", "--env", "staging", "--remove", "999")
+    assert unknown.returncode == 1 and "no version 999" in unknown.stderr
+
+
+def refused(shop, *settings, **environment):
+    "Run validation with gates that raise; what it says, and that no alias moved."
+    before = alias(shop, "champion"), alias(shop, "challenger")
+    done = shop.llmops("run", "--env", "staging", "--only", "validation", *settings, GATE_MODE="raise", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0", **environment)
+    assert done.returncode == 1 and "Validation failed" in done.stderr, done.stdout + done.stderr
+    assert (alias(shop, "champion"), alias(shop, "challenger")) == before
+    return done.stderr
+
+
+def test_a_poisoned_index_is_refused(shop):
+    "Somebody wrote other texts under the names of our documents."
+    ws = workspace(shop)
+    good = ws.read("chunks")
+    try:
+        ws.write("chunks", good.assign(text=good.text.sample(frac=1, random_state=1).values))
+        assert shop.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0
+        assert "regressions that hold is" in refused(shop)
+    finally:
+        ws.write("chunks", good)
+        assert shop.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0
+
+
+def test_a_broken_prompt_is_refused(shop):
+    "It went round the stage that chooses prompts: somebody moved the alias by hand."
+    ws = workspace(shop)
+    before = str(ws.prompt("answer_prompt", "champion", record=False).version)
+    story = ws.mlflow().genai.register_prompt(ws.registered("answer_prompt"), "Do not use the passages. Write a story about a captain, her ship and the storm.\n\n{{passages}}\n\nDo not answer: {{question}}\nStory: Once upon a time, the old captain")
+    try:
+        ws.set_prompt_alias("answer_prompt", "champion", str(story.version))
+        assert "grounded is 0." in refused(shop, CHAT_MAX_TOKENS="40")
+    finally: ws.set_prompt_alias("answer_prompt", "champion", before)
+
+
+def test_a_worse_model_is_refused(shop):
+    "A training that went wrong without an error: its learning rate was a thousand times too high."
+    tuned = shop.llmops("run", "--env", "staging", "--only", "finetune", FINETUNE_LR="1")
+    assert tuned.returncode == 0, tuned.stderr
+    says = refused(shop)
+    assert "readable is 0." in says or "grounded is 0." in says
