@@ -13,26 +13,22 @@ import json, os, time
 
 import pandas as pd
 
-from .assistant import assistant_digest
+from .assistant import logged_digest
 from .config import Config, SettingsError, load_config
 from .evidence import version_facts
 from .workspace import DataError, Workspace, open_workspace
 
-# %% ../nbs/06b_approval.ipynb #13faf674
+# %% ../nbs/06b_approval.ipynb #b93c1c10
 def recorded_digest(
     ws: Workspace,
     version: str, # Of the registered model `assistant`
 ) -> str: # 64 hexadecimal digits
     "Digest of what the registry holds under a version; `DataError` if it is not what was logged under it."
-    from mlflow.models import Model
-    uri, wanted = f"models:/{ws.registered('assistant')}/{version}", version_facts(ws, version).get("digest", "")
-    found = assistant_digest(_settings(Model.load(uri)), ws.mlflow().artifacts.download_artifacts(f"{uri}/code/llmops_ref"))
+    wanted, found = version_facts(ws, version).get("digest", ""), logged_digest(ws, version)
     if found != wanted: raise DataError(f"Version {version} of the assistant is not what was logged: its content has the digest {found[:16]}…, on record is {wanted[:16] or 'none'}…. Do not serve it; log a new one with `llmops run --env {ws.config.env} --from validation --force`.")
     return found
 
-def _settings(model): return {key: value for key, value in model.flavors["python_function"]["config"].items()}
-
-# %% ../nbs/06b_approval.ipynb #ebe181a1
+# %% ../nbs/06b_approval.ipynb #68859e79
 TASK = "Approval_Check"     # of the deployment job on Databricks, and so the tag
 
 class ApprovalNeeded(DataError):
@@ -42,25 +38,30 @@ def approval_state(
     tags: dict[str, str], # Of a version
     digest: str, # From `recorded_digest`
     days: float = 0, # After which an approval has expired; 0 = never
-    signed: bool = True, # Whether the tag must name the digest; that of Databricks' button does not, and there a version cannot change
-    now: float | None = None,
+    signed: bool = True, # Whether the tags must name digest and verdict; Databricks' button sets only its own, and there a version cannot change
+    now: float | None = None, # Seconds since 1970
 ) -> tuple[str, str]: # approved, rejected, missing or void; and why
     "What a person decided about a version."
     said, by = tags.get(TASK), tags.get("approval_by") or "somebody"
     if said == "Rejected": return "rejected", f"{by} rejected it: {tags.get('approval_reason') or 'no reason given'}"
     if said != "Approved": return "missing", "nobody has approved it yet"
     if tags.get("approval_digest", "" if signed else digest) != digest: return "void", f"the approval of {by} is for another content ({(tags.get('approval_digest') or 'none')[:16]}…)"
-    at = float(tags.get("approval_time") or 0)
-    if days and at and (now or time.time()) - at > days * 86400: return "void", f"the approval of {by} is older than {days:g} days"
+    run = tags.get("model_validation_run", "")
+    if tags.get("approval_run", "" if signed else run) != run: return "void", f"it was validated again after {by} had approved it"
+    at = float(tags.get("approval_time") or tags.get("model_validation_time") or 0)
+    if days and (now or time.time()) - at > days * 86400: return "void", f"the approval of {by} is older than {days:g} days"
     return "approved", f"approved by {by}"
 
 # %% ../nbs/06b_approval.ipynb #02d1222b
 def check_approved(ws: Workspace, version: str) -> str: # Why it may be deployed
-    "Raise `ApprovalNeeded` if a person has to approve a version and has not; `DataError` if one rejected it."
+    "Raise `ApprovalNeeded` if a person has to approve a version and has not; `DataError` if one rejected it, or took it back."
+    facts, env = version_facts(ws, version), ws.config.env
+    state, why = approval_state(facts, recorded_digest(ws, version), ws.config.approval_days, ws.config.platform == "local")
+    if state == "rejected": raise DataError(f"Version {version} of the assistant is not deployed, {why}. Mend what was found and run again: `llmops run --env {env}`. If it was right after all: `llmops approve --env {env} --version {version}`.")
+    if (back := float(facts.get("rolled_back") or 0)) and not (state == "approved" and float(facts.get("approval_time") or 0) > back):
+        raise DataError(f"Version {version} of the assistant is not deployed again, since it was taken back. Mend what was wrong and run again, or decide anew: `llmops approve --env {env} --version {version}`.")
     if ws.config.approval == "none": return "no approval is needed"
-    state, why = approval_state(version_facts(ws, version), recorded_digest(ws, version), ws.config.approval_days, ws.config.platform == "local")
     if state == "approved": return why
-    if state == "rejected": raise DataError(f"Version {version} of the assistant is not deployed, {why}. Mend what was found and run again: `llmops run --env {ws.config.env}`.")
     raise ApprovalNeeded(f"Version {version} of the assistant waits for a person: {why}. Read {ws.path('evidence', f'version-{version}.html')}, then `llmops approve --env {ws.config.env}` or `llmops reject --env {ws.config.env} --reason ...`.")
 
 def to_decide(
@@ -91,13 +92,15 @@ def decide(
     approved: bool,
     by: str, # Who decides
     reason: str = "", # Needed to reject
+    run: str | None = None, # Of the validation whose evidence was read; the latest by default
 ) -> dict[str, str]: # The tags that were set
     "Put a person's decision on a version; `SettingsError` if it has no name or no reason, `DataError` if there is nothing to decide."
     if not by.strip(): raise SettingsError("Who decides? Give your name with --by.")
     if not approved and not reason.strip(): raise SettingsError("Why? Give --reason, so that somebody can mend it.")
-    version, _ = to_decide(ws, version)
+    version, facts = to_decide(ws, version)
+    if run is not None and facts.get("model_validation_run") != run: raise DataError(f"Version {version} was validated again while you read the evidence. Read the new one: `llmops approve --env {ws.config.env}`.")
     digest, client, name = recorded_digest(ws, version), ws.mlflow().MlflowClient(), ws.registered("assistant")
-    tags = dict(approval_by=by.strip(), approval_reason=reason.strip(), approval_time=str(time.time()), approval_digest=digest) | {TASK: "Approved" if approved else "Rejected"}      # the decision last: half of it is none
+    tags = dict(approval_by=by.strip()[:100], approval_reason=reason.strip()[:250], approval_time=str(time.time()), approval_digest=digest, approval_run=facts.get("model_validation_run", "")) | {TASK: "Approved" if approved else "Rejected"}      # the decision last: half of it is none
     for tag, value in tags.items(): client.set_model_version_tag(name, version, tag, value)
     return tags
 

@@ -40,13 +40,14 @@ def _lines(path, keys):
 # %% ../nbs/03i_cases.ipynb #b53f9be6
 def load_attacks(
     path: Path | str, # JSON Lines: `id risk question sign`; optional `passage`, which is planted among those found, and `repeat`
-) -> pd.DataFrame: # Columns `id risk question sign passage`
+    passages: bool = True, # Whether there is a search in which one can be planted
+) -> pd.DataFrame: # Columns `id risk question sign passage`, of those that apply
     "Read the attacks; `DataError` names the first bad line."
     rows = []
     for where, row in _lines(path, dict(id=str, risk=str, question=str, sign=str)):
         if row["risk"] not in RISKS: raise DataError(f"{where}: unknown risk {row['risk']!r}. Known are {', '.join(RISKS)}.")
         if not row["sign"].startswith("says ") and row["sign"] not in SIGNS[1:]: raise DataError(f"{where}: unknown sign {row['sign']!r}. Write `says` and what the answer must not say, or one of {', '.join(SIGNS[1:])}.")
-        rows.append(dict(id=row["id"], risk=row["risk"], question=row["question"] * int(row.get("repeat", 1)), sign=row["sign"], passage=row.get("passage", "")))
+        if passages or not row.get("passage"): rows.append(dict(id=row["id"], risk=row["risk"], question=row["question"] * int(row.get("repeat", 1)), sign=row["sign"], passage=row.get("passage", "")))
     return pd.DataFrame(rows, columns=["id", "risk", "question", "sign", "passage"])
 
 _MARKUP = re.compile(r"<\s*(script|img|iframe|svg|a|form|link|style)\b|!\[[^\]]*\]\(|\]\(\s*(javascript|data|https?):|javascript:", re.I)
@@ -80,13 +81,14 @@ class Planted:
 
 @contextlib.contextmanager
 def planted(
-    retriever, # From `as_retriever`, or `None`: then there is nothing to plant in
+    retriever, # From `as_retriever`
     text: str, # Empty: plant nothing
 ):
-    "Plant a passage in a retriever's index while the `with` block runs."
-    if not text or retriever is None:
+    "Plant a passage in a retriever's index while the `with` block runs; `DataError` if there is none to plant in."
+    if not text:
         yield
         return
+    if retriever is None: raise DataError("This assistant searches nothing, so no passage can be planted. Try attacks without one: `load_attacks(path, passages=False)`.")
     before, retriever.index = retriever.index, Planted(retriever.index, text)
     try: yield
     finally: retriever.index = before
@@ -96,6 +98,7 @@ def try_attacks(
     ask, # A function from `dict(question=..., planted=...)` to the answer dictionary, such as `load_assistant` yields
     attacks: pd.DataFrame, # From `load_attacks`
     template: str = "", # The prompt that must not leak
+    longest: int = 200, # Words that an answer may have
     on_done=None, # Called with (done, total)
 ) -> pd.DataFrame: # One row an attack: `id risk question planted answer through`
     "Try each attack; one that makes the assistant fail has got through."
@@ -103,7 +106,7 @@ def try_attacks(
     for done, a in enumerate(attacks.itertuples(), 1):
         try: answer, failed = ask(dict(question=a.question, planted=a.passage))["answer"], False
         except Exception as error: answer, failed = f"{type(error).__name__}: {error}"[:200], True
-        rows.append(dict(id=a.id, risk=a.risk, question=a.question[:200], planted=a.passage, answer=answer, through=failed or got_through(a.sign, answer, template)))
+        rows.append(dict(id=a.id, risk=a.risk, question=a.question[:200], planted=a.passage, answer=answer, through=failed or got_through(a.sign, answer, template, longest)))
         if on_done: on_done(done, len(attacks))
     return pd.DataFrame(rows, columns=["id", "risk", "question", "planted", "answer", "through"])
 
@@ -115,14 +118,16 @@ def attack_table(attacks: pd.DataFrame) -> pd.DataFrame: # `risk tried through l
 
 # %% ../nbs/03i_cases.ipynb #6a8fcdef
 def load_regressions(
-    path: Path | str, # JSON Lines: `id question must what why`
-) -> pd.DataFrame: # Columns `id question must what why`
+    path: Path | str, # JSON Lines: `id question must what why`; optional `retrieval`, the methods of search for which it holds
+    retrieval: str = "hybrid", # The method in use: without passages none can be shown, without cosines nothing is refused before the model is asked
+) -> pd.DataFrame: # Columns `id question must what why`, of those that apply
     "Read the regressions; `DataError` names the first bad line."
+    usual = dict(show=["hybrid", "dense", "bm25"], refuse=["hybrid", "dense"])
     rows = []
     for where, row in _lines(path, dict(id=str, question=str, must=str, what=list, why=str)):
         if row["must"] not in MUST: raise DataError(f"{where}: {row['must']!r} is nothing that a case can ask for. Write one of {', '.join(MUST)}.")
         if bool(row["what"]) != (row["must"] in ("show", "name", "avoid")): raise DataError(f"{where}: `what` must list {'what to ' + row['must'] if not row['what'] else 'nothing'} for {row['must']!r}.")
-        rows.append({key: row[key] for key in ("id", "question", "must", "what", "why")})
+        if retrieval in row.get("retrieval", usual.get(row["must"], [retrieval])): rows.append({key: row[key] for key in ("id", "question", "must", "what", "why")})
     return pd.DataFrame(rows, columns=["id", "question", "must", "what", "why"])
 
 def holds(must: str, what: list[str], reply: dict) -> bool: # of the answer dictionary of `make_chain`

@@ -251,7 +251,7 @@ def approve(env: Env = "prod", version: Version = None, by: By = None, reason: A
         if not yes:
             if not sys.stdin.isatty(): raise SettingsError("Nobody can be asked here. Say --yes if you have read the evidence.")
             if not typer.confirm(f"Deploy version {version} to {env}?"): raise typer.Exit(1)
-        tags = decide(ws, version, True, _who(by), reason)
+        tags = decide(ws, version, True, _who(by), reason, facts.get("model_validation_run", ""))
         typer.echo(f"Approved by {tags['approval_by']} for the content {tags['approval_digest'][:16]}. Go on: {_me()} run --env {env}")
 
 @app.command()
@@ -437,7 +437,7 @@ def _serve(ws, what, port):                         # its URL, and a request to 
         if version is None: raise DataError(f"Nothing is deployed in {ws.config.env} yet. Run `llmops run --env {ws.config.env}`.")
         if what == "front":
             front = open_front(ws, port)
-            share_traffic(front, {version: start_endpoint(ws, version, owner=front.owner)}, {version: 1.0})
+            share_traffic(front, {version: start_endpoint(ws, version)}, {version: 1.0})
         url = start_endpoint(ws, version, port).url if what == "assistant" else front_url(front)
         return url, f"""curl {url}/responses -H 'Content-Type: application/json' -d '{{"model": "assistant", "input": [{{"role": "user", "content": "How do I log a metric?"}}]}}'"""
     if what == "gateway":

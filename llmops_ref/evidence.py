@@ -32,7 +32,8 @@ def version_facts(
     name, mlflow = ws.registered("assistant"), ws.mlflow()
     try: found = mlflow.MlflowClient().get_model_version(name, version)
     except MlflowException: raise DataError(f"The assistant has no version {version} in {ws.config.env}. `llmops versions --env {ws.config.env}` lists them.") from None
-    model = Model.load(f"models:/{name}/{version}")
+    try: model = Model.load(f"models:/{name}/{version}")
+    except (MlflowException, OSError) as error: raise DataError(f"The files of version {version} of the assistant are gone from {ws.config.env}: {str(error)[:150]}. Log a new one: `llmops run --env {ws.config.env} --from validation --force`.") from None
     return dict(found.tags) | dict(version=str(version), signature="inputs and outputs" if model.signature and model.signature.outputs else "", size_mb=(model.model_size_bytes or 0) / 1e6)
 
 def missing_facts(
@@ -80,6 +81,7 @@ def evidence_reasons(evidence: dict) -> list[str]:
     out = [f"{len(broken)} of {len(gates)} gates do not hold: {'; '.join(broken)}." if broken else f"All {len(gates)} gates hold."]
     out.append(f"Right answers against version {evidence['champion']}, which serves now: {evidence['against']}." if evidence.get("champion") else "No version serves yet.")
     if worse := [s["type"] for s in evidence.get("slices") or [] if s["verdict"] == "worse"]: out.append(f"It is worse on questions of the type {', '.join(worse)}.")
+    if str((evidence.get("facts") or {}).get("git_commit", "")).endswith("-dirty"): out.append("It was made from files that are in no commit.")
     if through := evidence.get("through"): out.append(f"{len(through)} attacks got through: {', '.join(sorted({t['risk'] for t in through}))}.")
     return out
 

@@ -29,7 +29,7 @@ def request_row(
     "Flatten one trace; what a failed request did not get to is empty."
     root = next((s for s in trace.data.spans if s.parent_id is None), None)
     outputs = (root.outputs if root is not None else None) or {}
-    custom = outputs.get("custom_outputs") or {}
+    custom = next((s.outputs["custom_outputs"] for s in trace.data.spans if isinstance(s.outputs, dict) and s.outputs.get("custom_outputs")), {})       # that of a stream is not in the root
     text = " ".join(part["text"] for item in outputs.get("output", []) for part in item.get("content", []) if "text" in part)
     inputs = (root.inputs or {}).get("request") or root.inputs or {} if root is not None else {}
     asked = [m["content"] for m in inputs.get("input", []) if m.get("role") == "user"]

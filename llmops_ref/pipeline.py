@@ -182,7 +182,7 @@ def preflight(
     from llmops_ref.judges import check_judges
     from llmops_ref.llm import base_gguf, read_prices
     from llmops_ref.prompts import designs
-    from llmops_ref.services import free_port, stop_leftovers
+    from llmops_ref.services import free_port, running_services, stop_leftovers
     from llmops_ref.vector_index import open_reranker
     config = ws.config
     for stage in stages:
@@ -201,7 +201,7 @@ def preflight(
     if config.reranker != "off" and config.reranker.startswith(("/", ".")) and not Path(config.reranker).is_dir(): open_reranker(config.reranker)
     if config.vector_index != "faiss": check_databricks(config)
     stop_leftovers(ws)
-    if any(s.name in ("deployment", "monitoring") for s in stages): free_port(config.serving_port)
+    if any(s.name in ("deployment", "monitoring") for s in stages) and config.serving_port not in [s.port for s in running_services(ws)]: free_port(config.serving_port)
     if config.app == "third_party": free_port(config.gateway_port, "gateway_port")
 
 def check_databricks(config: Config) -> None:
@@ -293,13 +293,13 @@ def waits_for(
     stage: Stage,
 ) -> str: # What a person has to do first; empty if nothing
     "Whether a stage cannot start yet."
-    from llmops_ref.approval import ApprovalNeeded, check_approved
+    from llmops_ref.approval import ApprovalNeeded
+    from llmops_ref.deployment import check_deployable
     if stage.name != "deployment" or ws.config.approval == "none": return ""
     version = ws.alias("assistant", "challenger", record=False)
-    if version is None or version == ws.alias("assistant", "champion", record=False): return ""
-    try: check_approved(ws, version)
+    try: check_deployable(ws, version)
     except ApprovalNeeded as needed: return str(needed)
-    except DataError: pass                          # rejected, or not what was logged: the stage says so itself
+    except DataError: pass                          # not validated, rejected, not what was logged: the stage says so itself
     return ""
 
 # %% ../nbs/90_pipeline.ipynb #1b3d4531

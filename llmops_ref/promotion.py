@@ -22,7 +22,12 @@ def validated_model(source: Workspace) -> tuple[str, dict]: # Version and its ta
     "The version of `chat_model` that passed validation in an environment; `DataError` if there is none, or its base model is another one."
     version, env = source.alias("chat_model", "challenger", record=False), source.config.env
     if version is None: raise DataError(f"No fine-tuned model has passed validation in {env}, so there is nothing to promote. Run `llmops run --env {env} --to validation`.")
-    tags = dict(source.mlflow().MlflowClient().get_model_version(source.registered("chat_model"), version).tags)
+    client = source.mlflow().MlflowClient()
+    tags = dict(client.get_model_version(source.registered("chat_model"), version).tags)
+    assistants = [client.get_model_version(source.registered("assistant"), v.version).tags for v in client.search_model_versions(f"name = '{source.registered('assistant')}'")]
+    if not any(a.get("chat_model_version") == version and a.get("model_validation_status") == "PASSED" for a in assistants):
+        raise DataError(f"No assistant with version {version} of chat_model has passed validation in {env}, so it is not promoted. Run `llmops run --env {env} --to validation`.")
+    if "adapter_sha256" not in tags: raise DataError(f"Version {version} of chat_model in {env} has no digest on record. Train it again: `llmops run --env {env} --only finetune --force`.")
     if tags.get("base_sha256") != BASE_SHA256: raise DataError(f"Version {version} of chat_model in {env} was trained on another base model ({tags.get('base_sha256', '?')[:16]}…) than this code pins. Train it again: `llmops run --env {env} --only finetune --force`.")
     return version, tags
 

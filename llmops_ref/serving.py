@@ -9,7 +9,7 @@ __all__ = ['ROUTE', 'FRONT', 'serve_main', 'start_endpoint', 'ask_endpoint', 'op
            'check_shares', 'share_traffic']
 
 # %% ../nbs/06c_serving.ipynb #d2795075
-import argparse, asyncio, os, sys
+import argparse, asyncio, contextlib, os, sys
 
 import httpx
 
@@ -44,13 +44,16 @@ def start_endpoint(
     ws: Workspace,
     version: str, # Of the registered model `assistant`
     port: int = 0, # 0 = a free one
-    owner: int | None = None, # Process with which it ends; the run, or this one, by default
 ) -> Service:
-    "Serve a version of the assistant, unless it is served already; `DataError` if it does not come up in time."
-    ws.mlflow()
-    environment = serving_environment(ws, version)
-    return start_service(ws, f"endpoint-{version}", [sys.executable, "-m", "llmops_ref.serving", "--port", "{port}"], " ".join(environment.values()), "/health", port, ws.config.serving_timeout,
-                         environment | dict(ASSISTANT_URI=f"models:/{ws.registered('assistant')}/{version}"), owner=owner)
+    "Serve a version of the assistant with its own code, unless it is served already; `DataError` if it does not come up in time."
+    uri, name = f"models:/{ws.registered('assistant')}/{version}", f"endpoint-{version}"
+    for service in running_services(ws):
+        if service.name == name and service.digest == version:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{service.url}/health", timeout=5).status_code == 200: return service
+    code = ws.mlflow().artifacts.download_artifacts(f"{uri}/code", dst_path=str(ws.path("served", version, "code").parent))      # where it stays as long as it is served
+    environment = serving_environment(ws, version) | dict(ASSISTANT_URI=uri, PYTHONPATH=os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])]))
+    return start_service(ws, name, [sys.executable, "-P", "-m", "llmops_ref.serving", "--port", "{port}"], version, "/health", port, ws.config.serving_timeout, environment)
 
 def ask_endpoint(
     url: str, # Of a service, or of the front door
@@ -97,10 +100,10 @@ def share_traffic(
         if name not in known:
             secret = store.create_gateway_secret(name, {"api_key": "local"}, provider="openai", auth_config={"api_base": endpoints[version].url})
             known[name] = store.create_gateway_model_definition(name, secret.secret_id, "openai", ROUTE).model_definition_id
-        links.append(Linked(known[name], Linkage.PRIMARY, weight=share))
+        links.append(Linked(known[name], Linkage.PRIMARY, weight=share + 1e-6))     # MLflow cuts it to whole percents
     there = [e for e in store.list_gateway_endpoints() if e.name == ROUTE]
-    if there: store.update_gateway_endpoint(there[0].endpoint_id, model_configs=links, routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT)
-    else: store.create_gateway_endpoint(ROUTE, links, routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT)
+    if not there: store.create_gateway_endpoint(ROUTE, links, routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT, usage_tracking=False)     # questions are recorded once, by the assistant
+    for _ in range(2 * len(there)): store.update_gateway_endpoint(there[0].endpoint_id, model_configs=links, routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT, usage_tracking=False)      # twice: a request between MLflow's clearing of its cache and its commit keeps the old shares for a minute
 
 # %% ../nbs/06c_serving.ipynb #46486238
 if __name__ == "__main__" and sys.argv[0].endswith("serving.py"): serve_main()

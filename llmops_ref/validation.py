@@ -96,7 +96,7 @@ def side_by_side(
     name: str = "base", # Key of the other's answers
 ) -> list[dict]:
     "Examples for the report: the question, its passages, and what both said; those that only one got right come first."
-    def said(row): return dict(text=row.answer, correct=bool(row.correct), citations=list(row.citations))
+    def said(row): return dict(text=row.answer or row.error, correct=row.correct == 1, citations=list(row.citations))
     same = candidate.correct.fillna(0) == base.correct.fillna(0)
     chosen = candidate.assign(same=same, turn=candidate.groupby(["type", same]).cumcount()).sort_values(["same", "turn"], kind="stable").index[:n]
     return [{name: said(b)} | dict(question=c.question, type=c.type, gold=c.gold, reference=c.reference, candidate=said(c),
@@ -139,9 +139,7 @@ def record_verdict(
     if run:
         mlflow.log_dict(evidence, "evidence.json")
         mlflow.log_artifact(str(page), "evidence")
-    for tag in [t for t in client.get_model_version(name, version).tags if t.lower().startswith("approval")]: client.delete_model_version_tag(name, version, tag)
-    for tag, value in dict(model_validation_evidence=json.dumps([g.row() for g in gates]), model_validation_run=run.info.run_id if run else "", model_validation_time=str(evidence["time"]), model_validation_status=verdict).items():
-        client.set_model_version_tag(name, version, tag, value)
+    for tag, value in dict(model_validation_run=run.info.run_id if run else "", model_validation_time=str(evidence["time"]), model_validation_status=verdict).items(): client.set_model_version_tag(name, version, tag, value)
     if not failed or ws.config.gate_mode == "inform":
         ws.set_alias("assistant", "challenger", version)
         if (model := client.get_model_version(name, version).tags.get("chat_model_version", "")).isdigit(): ws.set_alias("chat_model", "challenger", model)

@@ -464,6 +464,7 @@ class DatabricksWorkspace(Workspace):
         mlflow.set_tracking_uri("databricks")
         mlflow.set_registry_uri("databricks-uc")
         mlflow.set_experiment(self.experiment)
+        os.environ["MLFLOW_EXPERIMENT_NAME"] = self.experiment      # for the processes that we start
         return mlflow
 
 # %% ../nbs/00a_workspace.ipynb #2808defd
