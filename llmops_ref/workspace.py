@@ -260,7 +260,7 @@ def changes_since(self: Workspace, table: str, version: str) -> Changes | None:
 def _history(self: Workspace, table): return self._delta(table).history()
 
 # %% ../nbs/00a_workspace.ipynb #68f2134f
-MLFLOW_SWITCHES = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING", "GIT_PYTHON_REFRESH": "quiet",
+MLFLOW_SWITCHES = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_LOGGING_LEVEL": "WARNING", "GIT_PYTHON_REFRESH": "quiet",
                    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false", "MLFLOW_MODEL_CATALOG_URI": ""}      # else the first trace waits for a price list from the network; MLflow ships one
 
 @patch
