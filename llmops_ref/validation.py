@@ -9,7 +9,7 @@ __all__ = ['serving_environment', 'load_assistant', 'check_gates', 'side_by_side
            'record_verdict', 'block']
 
 # %% ../nbs/06_validation.ipynb #c9f3a1ef
-import contextlib, json, os, time
+import contextlib, json, os, re, time
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +19,7 @@ from .cases import attack_table, load_attacks, load_regressions, planted, try_at
 from .config import Config, SettingsError, load_config
 from .corpus import sample_questions
 from .gateway import gateway_endpoint
-from .evaluation import answer_all, summarise
+from .evaluation import LESS_IS_BETTER, answer_all, summarise
 from .evidence import OUR_FACTS, compare_slices, missing_facts, render_evidence, version_facts
 from .prompts import champion_prompt
 from .scoring import Comparison, Gate, compare
@@ -119,8 +119,9 @@ def score_table(candidate: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     for measure in ("correct", "names_gold", "citation_precision", "token_f1", "refused", "refused_wrongly"):
         both = candidate[measure].notna() & base[measure].notna() if measure in candidate and measure in base else []
         if not any(both): continue
-        difference = compare(candidate[measure][both], base[measure][both])
-        rows.append(dict(metric=measure, base=base[measure][both].mean(), candidate=candidate[measure][both].mean(), difference=str(difference)))
+        difference = str(compare(candidate[measure][both], base[measure][both]))
+        if measure in LESS_IS_BETTER: difference = re.sub("better|worse", lambda m: dict(better="worse", worse="better")[m[0]], difference)
+        rows.append(dict(metric=measure, base=base[measure][both].mean(), candidate=candidate[measure][both].mean(), difference=difference))
     return pd.DataFrame(rows)
 
 # %% ../nbs/06_validation.ipynb #aabbd80a
