@@ -175,7 +175,9 @@ def preflight(
     stages: list[Stage],
 ) -> None:
     "Check what a run needs before it starts; raises `SettingsError` or `DataError`."
+    from llmops_ref.cases import load_attacks, load_regressions
     from llmops_ref.corpus import check_splits, installed, load_questions
+    from llmops_ref.deployment import read_steps
     from llmops_ref.documents import corpus_source, folder_files
     from llmops_ref.embedding import minilm_folder
     from llmops_ref.gateway import read_keys
@@ -192,8 +194,10 @@ def preflight(
     if (source := corpus_source(config.corpus, config.root)) == "packages":
         for package in config.corpus_packages: installed(package)
     if source == "folder": folder_files(config.root / config.corpus, config.corpus_exclude)
+    if config.red_team: load_attacks(config.root / config.red_team)
+    if config.regressions: load_regressions(config.root / config.regressions)
     base_gguf(), minilm_folder()
-    read_prices(config)
+    read_prices(config), read_steps(config)
     if any(s.name == "prompts" for s in stages):
         designs(open_workspace(config))
         check_judges(open_workspace(config))

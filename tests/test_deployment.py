@@ -183,7 +183,7 @@ def test_a_version_with_an_alias_is_not_deleted(shop):
     assert unknown.returncode == 1 and "no version 999" in unknown.stderr
 
 
-BLOCKS = dict(GATE_MODE="raise", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0")       # four questions and 16 pairs prove nothing; all other gates stand
+BLOCKS = dict(GATE_MODE="raise", VALIDATION_QUESTIONS="8", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0")       # what 16 pairs cannot teach; all other gates stand
 
 
 def test_a_good_version_passes_the_gates_that_block(shop):
@@ -225,9 +225,21 @@ def test_a_broken_prompt_is_refused(shop):
     finally: ws.set_prompt_alias("answer_prompt", "champion", before)
 
 
-def test_a_worse_model_is_refused(shop):
-    "A training that went wrong without an error: its learning rate was a thousand times too high."
-    tuned = shop.llmops("run", "--env", "staging", "--only", "finetune", FINETUNE_LR="1")
-    assert tuned.returncode == 0, tuned.stderr
-    says = refused(shop)
+def test_a_worse_model_is_refused(shop, tmp_path):
+    "A fine-tune that loads and answers, and whose scale was lost on the way: its change counts fifty times."
+    from safetensors.torch import load_file, save_file
+    from llmops_ref.variants import adapter_to_gguf
+    from llmops_ref.workspace import file_digest
+    ws = workspace(shop)
+    mlflow, name, good = ws.mlflow(), ws.registered("chat_model"), ws.alias("chat_model", "candidate", record=False)
+    content = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{good}", dst_path=str(tmp_path)))
+    weights = load_file(content / "adapter_model.safetensors")
+    save_file({key: value * 50 if "lora_B" in key else value for key, value in weights.items()}, content / "adapter_model.safetensors", metadata={"format": "pt"})
+    adapter_to_gguf(content, content / "adapter.gguf", 9, 3)                    # heads of SmolLM2-135M
+    with ws.start_run("finetune") as run:
+        mlflow.log_artifacts(str(content), "chat_model")
+        tags = mlflow.MlflowClient().get_model_version(name, good).tags | dict(adapter_sha256=file_digest(content / "adapter.gguf"))
+        ws.set_alias("chat_model", "candidate", str(mlflow.register_model(f"runs:/{run.info.run_id}/chat_model", name, tags=tags).version))
+    try: says = refused(shop)
+    finally: ws.set_alias("chat_model", "candidate", good)
     assert "readable is 0." in says or "grounded is 0." in says

@@ -148,6 +148,7 @@ def test_environments_are_apart(project):
 
 
 def broken_questions(p): (p.root / "data" / "questions.jsonl").open("a").write("{not json\n")
+def broken_attacks(p): (p.root / "data" / "red_team.jsonl").open("a").write("{not json\n")
 def untag(p):
     path = p.root / "nbs" / "02_corpus.ipynb"
     path.write_text(path.read_text().replace('"parameters"', '"other"'))
@@ -180,7 +181,13 @@ BAD = {
     "a provider without a key": (nothing, ["run", "--app", "third_party"], dict(GATEWAY_MODELS="openai/gpt-5-mini"), "The secret OPENAI_API_KEY is not set. Set it in the environment"),
     "an unknown provider": (nothing, ["run", "--app", "third_party"], dict(GATEWAY_MODELS="opnai/gpt-5-mini"), "the provider 'opnai', which the gateway does not know"),
     "a price that cannot be read": (nothing, ["run"], dict(PRICES="gpt-5-mini"), "`prices` holds 'gpt-5-mini'"),
-    "an unknown thing to serve": (nothing, ["serve", "model"], {}, "There is no 'model' to serve. There are assistant, chat_model, gateway"),
+    "an unknown thing to serve": (nothing, ["serve", "model"], {}, "There is no 'model' to serve. There are assistant, front, chat_model, gateway"),
+    "a broken line in the attacks": (broken_attacks, ["run"], {}, "line 27: not valid JSON"),
+    "a share that is none": (nothing, ["run"], dict(ROLLOUT_STEPS="10%, 150%"), "`rollout_steps` is 10%, 150%. It must hold shares"),
+    "nothing to approve": (nothing, ["approve"], {}, "No version of the assistant has passed validation in prod"),
+    "nothing to go back to": (nothing, ["rollback"], {}, "nothing was ever deployed"),
+    "nothing to promote": (nothing, ["promote"], {}, "No fine-tuned model has passed validation in staging"),
+    "a load of no askers": (nothing, ["load", "--askers", "many"], {}, "--askers takes numbers with commas"),
     "a batch without a table": (nothing, ["batch", "tickets", "answers", "--version", "1"], {}, "The table 'tickets' does not exist"),
     "nothing deployed": (nothing, ["ask", "Anything?"], {}, "Nothing is deployed in dev yet"),
     "no index": (nothing, ["search", "Anything?"], {}, "No index is published in dev"),
