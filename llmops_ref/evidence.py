@@ -78,11 +78,11 @@ def evidence_reasons(evidence: dict) -> list[str]:
     "What matters most, in sentences."
     gates = evidence.get("gates") or []
     broken = [f"{g['gate']} is {g['value']} and must be {g['must_be']}" for g in gates if not g["holds"]]
-    out = [f"{len(broken)} of {len(gates)} gates do not hold: {'; '.join(broken)}." if broken else f"All {len(gates)} gates hold."]
+    out = [f"{len(broken)} of {len(gates)} gates do not hold: {'; '.join(broken)}." if broken else f"All gates hold ({len(gates)})."]
     out.append(f"Right answers against version {evidence['champion']}, which serves now: {evidence['against']}." if evidence.get("champion") else "No version serves yet.")
     if worse := [s["type"] for s in evidence.get("slices") or [] if s["verdict"] == "worse"]: out.append(f"It is worse on questions of the type {', '.join(worse)}.")
     if str((evidence.get("facts") or {}).get("git_commit", "")).endswith("-dirty"): out.append("It was made from files that are in no commit.")
-    if through := evidence.get("through"): out.append(f"{len(through)} attacks got through: {', '.join(sorted({t['risk'] for t in through}))}.")
+    if through := evidence.get("through"): out.append(f"Attacks that got through ({len(through)}): {', '.join(sorted({t['risk'] for t in through}))}.")
     return out
 
 def render_evidence(
