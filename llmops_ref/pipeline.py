@@ -18,7 +18,7 @@ from pathlib import Path
 
 from jupyter_core.utils import run_sync
 
-from .config import Config, SettingsError, explain, load_config
+from .config import Config, SettingsError, explain, load_config, read_shares
 from .workspace import MLFLOW_SWITCHES, DataError, Workspace, git_commit, open_workspace, write_atomic
 
 # %% ../nbs/90_pipeline.ipynb #fd4431c8
@@ -177,14 +177,14 @@ def preflight(
     "Check what a run needs before it starts; raises `SettingsError` or `DataError`."
     from llmops_ref.cases import load_attacks, load_regressions
     from llmops_ref.corpus import check_splits, installed, load_questions
-    from llmops_ref.deployment import read_steps
     from llmops_ref.documents import corpus_source, folder_files
     from llmops_ref.embedding import minilm_folder
     from llmops_ref.gateway import read_keys
     from llmops_ref.judges import check_judges
     from llmops_ref.llm import base_gguf, read_prices
     from llmops_ref.prompts import designs
-    from llmops_ref.services import free_port, running_services, stop_leftovers
+    from llmops_ref.services import free_port, stop_leftovers
+    from llmops_ref.serving import find_front
     from llmops_ref.vector_index import open_reranker
     config = ws.config
     for stage in stages:
@@ -197,7 +197,7 @@ def preflight(
     if config.red_team: load_attacks(config.root / config.red_team)
     if config.regressions: load_regressions(config.root / config.regressions)
     base_gguf(), minilm_folder()
-    read_prices(config), read_steps(config)
+    read_prices(config), read_shares(config, "rollout_steps")
     if any(s.name == "prompts" for s in stages):
         designs(open_workspace(config))
         check_judges(open_workspace(config))
@@ -205,7 +205,7 @@ def preflight(
     if config.reranker != "off" and config.reranker.startswith(("/", ".")) and not Path(config.reranker).is_dir(): open_reranker(config.reranker)
     if config.vector_index != "faiss": check_databricks(config)
     stop_leftovers(ws)
-    if any(s.name in ("deployment", "monitoring") for s in stages) and config.serving_port not in [s.port for s in running_services(ws)]: free_port(config.serving_port)
+    if any(s.name in ("deployment", "monitoring") for s in stages) and config.serving_port not in [front.port for front in [find_front(ws)] if front]: free_port(config.serving_port)
     if config.app == "third_party": free_port(config.gateway_port, "gateway_port")
 
 def check_databricks(config: Config) -> None:
