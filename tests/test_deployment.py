@@ -39,7 +39,7 @@ def workspace(project, **settings):
 def alias(project, name): return workspace(project).alias("assistant", name, record=False)
 
 
-def details(project, stage): return json.loads((project.root / "stores" / "staging" / "stages" / f"{stage}.result.json").read_text())["details"]
+def details(project, stage): return json.loads((project.root / "stores" / "staging" / "stages" / f"{stage}.json").read_text())["details"]
 
 
 def versions(project): return json.loads(project.llmops("versions", "--env", "staging", "--json").stdout)
@@ -47,7 +47,7 @@ def versions(project): return json.loads(project.llmops("versions", "--env", "st
 
 def test_evidence_of_a_version(finished):
     "Facts, attacks and regressions are on record; the page loads nothing from the network."
-    found = details(finished, "validation") if (finished.root / "stores/staging/stages/validation.result.json").is_file() else json.loads((finished.root / "stores/staging/stages/validation.json").read_text())["details"]
+    found = details(finished, "validation")
     assert not [p for p in found["problems"] if "git commit" not in p]         # this copy is no clone
     assert all(r["holds"] for r in found["regressions"]), found["regressions"]
     assert found["attacks"][-1]["risk"] == "all" and found["attacks"][-1]["tried"] == 6
@@ -75,7 +75,7 @@ def test_approval_rollout_and_rollback(shop):
     assert done.returncode == 0, done.stdout + done.stderr
     new = alias(shop, "champion")
     assert new != before and alias(shop, "previous") == before
-    rollout = pd.DataFrame(json.loads((shop.root / "stores/staging/stages/deployment.json").read_text())["details"]["rollout"])
+    rollout = pd.DataFrame(details(shop, "deployment")["rollout"])
     assert set(rollout.share) == {0.5, 1.0} and set(rollout[rollout.share == 1.0].version) == {new}
     assert {v["version"]: v["approval"] for v in versions(shop)}[new] == "Approved"
 
