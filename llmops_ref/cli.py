@@ -113,7 +113,7 @@ def _nothing_to_do(ws, env):
     typer.echo(f"\nEverything is up to date. Report: {_report(ws)}\nRun a stage anyway with `{_me()} run --env {env} --only retrieval --force`.")
 
 def _report(ws):
-    path = ws.config.root / "runs" / ws.config.env / "latest" / "report.html"
+    path = ws.runs / "latest" / "report.html"
     return os.path.relpath(path) if path.exists() else "none yet"
 
 def _run(ws, env, steps, force, kept):

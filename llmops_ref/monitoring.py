@@ -14,7 +14,7 @@ import pandas as pd
 
 from .config import Config, SettingsError, load_config
 from .corpus import sample_questions
-from .serving import ask_endpoint, start_endpoint
+from .hosting import open_host
 from .pairs import REVIEWED, reviewed_cases
 from .questions import closest_id, twins
 from .scoring import citations, is_refusal, personal_data

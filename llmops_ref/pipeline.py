@@ -6,12 +6,12 @@ Reads the notebooks, the settings and the books of each stage. Leaves executed n
 
 # %% auto #0
 __all__ = ['STAGES', 'ALONE', 'USUAL_IMPORTS', 'MORE_IMPORTS', 'Stage', 'find_stage', 'code_digest', 'stage_code', 'manifest',
-           'reasons', 'Step', 'not_needed', 'make_plan', 'check_parameters', 'preflight', 'check_databricks',
-           'StageKernel', 'StageFailed', 'run_stage', 'waits_for', 'environment_lock', 'Quiet', 'run_pipeline',
+           'reasons', 'Step', 'not_needed', 'make_plan', 'check_parameters', 'preflight', 'check_platform',
+           'check_databricks', 'StageKernel', 'StageFailed', 'run_stage', 'waits_for', 'Quiet', 'run_pipeline',
            'notebook_title', 'machine', 'notebook_html']
 
 # %% ../nbs/90_pipeline.ipynb #25457c87
-import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, sys, tempfile, threading, time
+import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, sys, tempfile, threading, time, tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +64,9 @@ def _modules_of(source):
     return {dotted or plain for dotted, plain in found}
 
 @functools.cache
-def _packages():                                    # digest of the versions of what pyproject.toml asks for
-    names = [re.match(r"[\w.-]+", r)[0] for r in importlib.metadata.requires("llmops-ref") or [] if "extra ==" not in r]
+def _packages(root):                                    # digest of the versions of what pyproject.toml asks for
+    asked = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = [re.match(r"[\w.-]+", requirement)[0] for requirement in asked]
     def version(name):
         try: return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: return None
@@ -79,7 +80,7 @@ def stage_code(
     cells = ["".join(c["source"]) for c in _cells(root / "nbs" / f"{stage.notebook}.ipynb") if c["cell_type"] == "code"]
     try: own = code_digest("\n".join(cells))
     except SyntaxError as error: raise DataError(f"{stage.notebook}.ipynb holds a syntax error: {error.msg} in {(error.text or '').strip()[:80]!r}. Correct that cell.") from None
-    files, todo = {f"{stage.notebook}.ipynb": own, "installed packages": _packages()}, set.union(*map(_modules_of, cells))
+    files, todo = {f"{stage.notebook}.ipynb": own, "installed packages": _packages(root)}, set.union(*map(_modules_of, cells))
     while todo:
         name = todo.pop()
         source = (Path(__file__).parent if "__file__" in globals() else root / "llmops_ref").joinpath(f"{name}.py").read_text()
@@ -187,6 +188,7 @@ def preflight(
     from llmops_ref.serving import find_front
     from llmops_ref.vector_index import open_reranker
     config = ws.config
+    if config.platform == "databricks": check_platform(config)
     for stage in stages:
         check_parameters(config.root / "nbs" / f"{stage.notebook}.ipynb")
         stage_code(stage, config.root)              # Python can read it
@@ -201,12 +203,18 @@ def preflight(
     if any(s.name == "prompts" for s in stages):
         designs(open_workspace(config))
         check_judges(open_workspace(config))
-    if config.app == "third_party" and not config.gateway_url: read_keys(ws)
+    if config.app == "third_party" and not config.gateway_url and config.platform == "local": read_keys(ws)
     if config.reranker != "off" and config.reranker.startswith(("/", ".")) and not Path(config.reranker).is_dir(): open_reranker(config.reranker)
     if config.vector_index != "faiss": check_databricks(config)
     stop_leftovers(ws)
+    if config.platform == "databricks": return      # which has its ports to itself
     if any(s.name in ("deployment", "monitoring") for s in stages) and config.serving_port not in [front.port for front in [find_front(ws)] if front]: free_port(config.serving_port)
     if config.app == "third_party": free_port(config.gateway_port, "gateway_port")
+
+def check_platform(config: Config) -> None:
+    "`SettingsError` if the stages cannot run where we are, or as they are asked to."
+    if not Path("/Volumes").is_dir(): raise SettingsError(f"platform = databricks, and this is not a machine of Databricks: the Volume {config.store} is not here. Start the job there: `databricks bundle run data_and_index -t {config.env}`, or set platform = local.")
+    if config.serving_target == "app" and config.rollout_steps: raise SettingsError("`rollout_steps` shares traffic between two versions, and an App (serving_target = app) serves one. Leave it empty, or set serving_target = model_serving.")
 
 def check_databricks(config: Config) -> None:
     "`SettingsError` if AI Search is asked for and no workspace can be."
@@ -307,16 +315,6 @@ def waits_for(
     return ""
 
 # %% ../nbs/90_pipeline.ipynb #1b3d4531
-@contextlib.contextmanager
-def environment_lock(ws: Workspace):
-    "Hold an environment for one run; `DataError` if another run holds it."
-    from filelock import FileLock, Timeout
-    lock = FileLock(ws.path(".lock"), timeout=0)
-    try: lock.acquire()
-    except Timeout: raise DataError(f"Another run of {ws.config.env} is in progress. Wait until it is done, or end it; its lock is {ws.path('.lock')}.") from None
-    try: yield
-    finally: lock.release()
-
 class Quiet:
     "Reports nothing; the command line has one that draws."
     def stage_started(self, stage, why): pass
@@ -351,9 +349,9 @@ def run_pipeline(
     from llmops_ref.services import stop_services
     view, started = view or Quiet(), time.time()
     run_id = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
-    folder = ws.config.root / "runs" / ws.config.env / run_id
+    folder = ws.runs / run_id
     states, failure, waiting, pages = {}, None, "", []
-    with environment_lock(ws), contextlib.ExitStack() as to_do:
+    with ws.hold("run", "Another run"), contextlib.ExitStack() as to_do:
         kernels, printer = to_do.enter_context(_Kernels(ws)), to_do.enter_context(ThreadPoolExecutor(1))
         to_do.callback(stop_services, ws, owner=os.getpid())
         for number, step in enumerate(steps):
@@ -426,9 +424,10 @@ def _write_run(ws, record, folder):
     write_report(record, folder)
     write_atomic(folder / "summary.md", summary_markdown(record))
     link = folder.parent / f".latest-{os.getpid()}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    os.replace(link, folder.parent / "latest")
+    with contextlib.suppress(OSError):              # a Volume has no links
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        os.replace(link, folder.parent / "latest")
 
 def notebook_html(notebook: Path) -> Path | None:
     "Render an executed notebook as one HTML file that loads nothing from the network; nothing if its kernel never came up."

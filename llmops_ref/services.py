@@ -69,7 +69,7 @@ def running_services(
 ) -> list[Service]:
     "Services of this environment whose process is there."
     found = []
-    for note in sorted(ws.path("services", "-").parent.glob("*.json")):
+    for note in sorted(ws.here("services", "-").parent.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError): found.append(Service(**json.loads(note.read_text())))
     return [service for service in found if _process(service)]
 
@@ -95,8 +95,8 @@ def stop_service(ws: Workspace, service: Service) -> None:
             try: process.wait(10); break
             except psutil.TimeoutExpired: pass
         with contextlib.suppress(ProcessLookupError): os.killpg(service.pid, signal.SIGKILL)       # children that ignored the first
-    ws.path("services", f"{service.name}.json").unlink(missing_ok=True)
-    shutil.rmtree(ws.path("services", service.name), ignore_errors=True)
+    ws.here("services", f"{service.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(ws.here("services", service.name), ignore_errors=True)
 
 def stop_services(
     ws: Workspace,
@@ -129,13 +129,13 @@ def start_service(
     if found := find_service(ws, name, digest, ready): return found
     for other in running_services(ws):
         if other.name == name: stop_service(ws, other)
-    port, log, scratch = free_port(port), ws.path("logs", f"{name}.log"), ws.path("services", name)
+    port, log, scratch = free_port(port), ws.here("logs", f"{name}.log"), ws.here("services", name)
     scratch.mkdir(exist_ok=True)                    # its own: that of a stage ends with the stage
     variables = os.environ | {"TMPDIR": str(scratch), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | {key: value.replace("{port}", str(port)) for key, value in (environment or {}).items()}
     with log.open("wb") as output:
         process = subprocess.Popen([part.replace("{port}", str(port)) for part in command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
     service = Service(name, process.pid, psutil.Process(process.pid).create_time(), port, "", owner())      # serves nothing yet
-    write_atomic(ws.path("services", f"{name}.json"), json.dumps(asdict(service)))
+    write_atomic(ws.here("services", f"{name}.json"), json.dumps(asdict(service)))
     if service.owner == os.getpid(): atexit.register(stop_service, ws, service)
     try:
         _wait_until_ready(service, process, ready, timeout, log)
@@ -143,7 +143,7 @@ def start_service(
     except BaseException:
         stop_service(ws, service)
         raise
-    write_atomic(ws.path("services", f"{name}.json"), json.dumps(asdict(service := replace(service, digest=digest))))
+    write_atomic(ws.here("services", f"{name}.json"), json.dumps(asdict(service := replace(service, digest=digest))))
     return service
 
 def _wait_until_ready(service, process, ready, timeout, log):

@@ -6,7 +6,7 @@ Reads a registered version. Leaves a process that serves it, and a front door th
 
 # %% auto #0
 __all__ = ['ROUTE', 'FRONT', 'SETTLES', 'serve_main', 'start_endpoint', 'ask_endpoint', 'open_front', 'find_front', 'front_url',
-           'check_shares', 'share_traffic']
+           'check_shares', 'share_traffic', 'LocalHost']
 
 # %% ../nbs/06c_serving.ipynb #d2795075
 import argparse, asyncio, contextlib, os, sys, time
@@ -15,7 +15,7 @@ import httpx
 
 from .config import Config, SettingsError, load_config
 from .gateway import forget_routes, gateway_command, gateway_environment, gateway_store
-from .services import Service, running_services, start_service
+from .services import Service, owned_by, owner, running_services, start_service, stop_service
 from .validation import serving_environment
 from .workspace import DataError, Workspace, open_workspace
 
@@ -52,7 +52,7 @@ def start_endpoint(
         if service.name == name and service.digest == version:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{service.url}/health", timeout=5).status_code == 200: return service
-    code = ws.mlflow().artifacts.download_artifacts(f"{uri}/code", dst_path=str(ws.path("served", version, "code").parent))      # where it stays as long as it is served
+    code = ws.mlflow().artifacts.download_artifacts(f"{uri}/code", dst_path=str(ws.here("served", version, "code").parent))      # where it stays as long as it is served
     environment = serving_environment(ws, version) | dict(ASSISTANT_URI=uri, PYTHONPATH=os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])]))
     return start_service(ws, name, [sys.executable, "-P", "-m", "llmops_ref.serving", "--port", "{port}"], version, "/health", port, ws.config.serving_timeout, environment)
 
@@ -107,6 +107,48 @@ def share_traffic(
     else:
         store.update_gateway_endpoint(there[0].endpoint_id, model_configs=links, routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT, usage_tracking=False)
         time.sleep(SETTLES)
+
+# %% ../nbs/06c_serving.ipynb #89d7a720
+class LocalHost:
+    "Serves versions on this machine: a process for each, and a front door where traffic is shared."
+    def __init__(self, ws: Workspace):
+        self.ws, self.front, self.endpoints = ws, find_front(ws), {}
+
+    @property
+    def shares(self) -> bool:
+        "Whether a new version takes over from the old one while both are up."
+        return bool(self.front or self.ws.config.rollout_steps)
+
+    @property
+    def url(self) -> str:
+        "The address for clients, as far as there is one."
+        return front_url(self.front) if self.front else next(iter(self.endpoints.values())).url if self.endpoints else ""
+
+    def start(self, version: str) -> None:
+        "Bring a version up beside what serves; `DataError` if it does not come up in time."
+        with owned_by(self.front.owner) if self.front else contextlib.nullcontext():
+            self.endpoints[version] = start_endpoint(self.ws, version, 0 if self.shares else self.ws.config.serving_port)     # the port in the settings is the front door's
+
+    def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
+        "Ask a version that was started, or whoever has the traffic; as `ask_endpoint`."
+        return ask_endpoint(self.endpoints[version].url if version else self.url, question, purpose)
+
+    def share(self, shares: dict[str, float]) -> None:
+        "Share the traffic between versions that were started; when this returns, it is."
+        shares = check_shares(shares)
+        if self.front is None and len(self.endpoints) == 1: return      # it has all of it
+        self.front = self.front or open_front(self.ws, self.ws.config.serving_port)
+        share_traffic(self.front, self.endpoints, shares)
+
+    def retire(self, version: str) -> None:
+        "Let a version go that has no traffic any more; one that somebody else keeps up is theirs to stop."
+        ours = (owner(), os.getpid(), *([self.front.owner] if self.front else []))
+        for service in running_services(self.ws):
+            if service.name == f"endpoint-{version}" and service.owner in ours: stop_service(self.ws, service)
+
+    def close(self) -> None:
+        "Stop what was started here, unless a front door leads to it."
+        for version in list(self.endpoints) if self.front is None else []: self.retire(version)
 
 # %% ../nbs/06c_serving.ipynb #46486238
 if __name__ == "__main__" and sys.argv[0].endswith("serving.py"): serve_main()

@@ -9,7 +9,7 @@ __all__ = ['MLFLOW_SWITCHES', 'DataError', 'file_digest', 'verify_digest', 'writ
            'Card', 'Workspace', 'hush_pyspark', 'Changes', 'git_commit', 'DatabricksWorkspace', 'open_workspace']
 
 # %% ../nbs/00a_workspace.ipynb #62c9b988
-import atexit, functools, hashlib, importlib.metadata, json, math, multiprocessing, os, subprocess, threading, time, warnings
+import atexit, contextlib, functools, hashlib, importlib.metadata, json, math, multiprocessing, os, subprocess, tempfile, threading, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +102,25 @@ class Workspace:
         path = self.store.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def here(self, *parts: str) -> Path:
+        "A path for what only this machine has a use for, such as notes on its processes."
+        return self.path(*parts)
+
+    @property
+    def runs(self) -> Path:
+        "The folder in which each run leaves its executed notebooks and its report."
+        return self.config.root / "runs" / self.config.env
+
+    @contextlib.contextmanager
+    def hold(self, name: str, doing: str):
+        "Let one process at a time do something in this environment; `DataError` for the second."
+        from filelock import FileLock, Timeout
+        lock = FileLock(self.path(f".{name}.lock"), timeout=0)
+        try: lock.acquire()
+        except Timeout: raise DataError(f"{doing} of {self.config.env} is in progress. Wait until it is done, or end it; its lock is {lock.lock_file}.") from None
+        try: yield
+        finally: lock.release()
 
     def cache(self, digest: str, name: str) -> Path:
         "A path for something computed only from weights with this digest; all environments share it."
@@ -281,7 +300,7 @@ def mlflow(self: Workspace):
 @patch(as_prop=True)
 def experiment(self: Workspace) -> str:
     "Name of the MLflow experiment that holds the runs and traces of this environment."
-    return f"/Shared/{self.config.catalog}"
+    return self.config.experiment
 
 @patch
 def registered(self: Workspace, noun: str) -> str:
@@ -366,16 +385,16 @@ def start_run(self: Workspace, stage: str):
 
 @functools.cache
 def git_commit(root: Path) -> str:
-    "Commit of the repository, with `-dirty` if files differ from it; 'unknown' outside git."
+    "Commit of the repository, with `-dirty` if files differ from it; outside git what LLMOPS_COMMIT says (a job on Databricks has the files and no repository), or 'unknown'."
     result = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+    return result.stdout.strip() or os.environ.get("LLMOPS_COMMIT") or "unknown"
 
 # %% ../nbs/00a_workspace.ipynb #cb66ce25
 @patch
 def used(self: Workspace) -> dict:
     "Settings that were read so far, with their values: the parameters that this stage depends on."
     values = object.__getattribute__(self.config, "__dict__")
-    where = {"env", "root", "store", "cache", "catalog", "schema", "secret_scope", "platform"}
+    where = {"env", "root", "store", "cache", "catalog", "schema", "experiment", "secret_scope", "platform"}
     return {key: values[key] for key in sorted(self.config.used - where)}
 
 def _plain(value):                                  # JSON knows no NaN
@@ -412,10 +431,27 @@ def finish(
 # %% ../nbs/00a_workspace.ipynb #3a907b08
 class DatabricksWorkspace(Workspace):
     "The same, on a Databricks workspace: Unity Catalog tables, Volumes, secret scopes and the workspace's MLflow."
+    def __init__(self, config):
+        super().__init__(config)
+        if not Path("/Volumes").is_dir(): self.store = config.root / "stores" / f"{config.env}-of-the-workspace"      # not on Databricks
+
+    def here(self, *parts):
+        path = Path(tempfile.gettempdir(), f"llmops-{self.config.env}", *parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def runs(self): return self.store / "runs"
+
+    def hold(self, name, doing): return contextlib.nullcontext()
+
     @property
     def spark(self):
         from pyspark.sql import SparkSession
-        return SparkSession.builder.getOrCreate()
+        if (session := SparkSession.getActiveSession()) is not None: return session      # a notebook that somebody opened
+        from databricks.connect import DatabricksSession
+        cluster = os.environ.get("DATABRICKS_CLUSTER_ID")
+        return (DatabricksSession.builder.clusterId(cluster) if cluster else DatabricksSession.builder.serverless()).getOrCreate()
 
     cores = 64                                      # a cluster of a few workers, each with a few partitions to choose from
 

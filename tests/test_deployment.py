@@ -7,9 +7,9 @@ import pytest
 
 from llmops_ref.approval import ApprovalNeeded, check_approved, decide
 from llmops_ref.config import load_config
-from llmops_ref.deployment import check_traffic, deployment_lock, roll_out
+from llmops_ref.deployment import check_traffic, one_at_a_time, roll_out
 from llmops_ref.services import Service, stop_services
-from llmops_ref.serving import ask_endpoint, front_url, open_front, start_endpoint
+from llmops_ref.serving import LocalHost, open_front
 from llmops_ref.workspace import DataError, open_workspace
 
 NEW = dict(QUESTION_WORDS="150")                        # another assistant, without training another model
@@ -153,11 +153,13 @@ def test_a_rollout_that_fails_gives_all_traffic_back(shop):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        front, endpoint = open_front(ws), start_endpoint(ws, champion)
-        bad = Service("endpoint-99", os.getpid(), 0.0, server.server_port, "99", os.getpid())
+        open_front(ws)
+        host = LocalHost(ws)
+        host.start(champion)
+        host.endpoints["99"] = Service("endpoint-99", os.getpid(), 0.0, server.server_port, "99", os.getpid())
         with pytest.raises(DataError, match=f"ended at 50% of the traffic: .*Version {champion} has all of it again"):
-            roll_out(front, {champion: endpoint, "99": bad}, champion, "99", [0.5], lambda url, share: check_traffic(url, ["How do I log a metric?"] * 12, 120, "99", share))
-        assert {ask_endpoint(front_url(front), "How do I log a metric?")["version"] for _ in range(6)} == {champion}
+            roll_out(host.share, champion, "99", [0.5], lambda share: check_traffic(host.ask, ["How do I log a metric?"] * 12, 120, "99", share))
+        assert {host.ask("How do I log a metric?")["version"] for _ in range(6)} == {champion}
     finally:
         server.shutdown()
         stop_services(ws, owner=os.getpid())
@@ -170,7 +172,7 @@ def test_an_endpoint_that_never_comes_up_changes_nothing(shop):
 
 
 def test_two_deployments_at_once(shop):
-    with deployment_lock(workspace(shop)):
+    with one_at_a_time(workspace(shop)):
         second = shop.llmops("rollback", "--env", "staging")
     assert second.returncode == 1 and "Another deployment or rollback of staging is in progress" in second.stderr
 

@@ -247,6 +247,6 @@ def test_two_runs_of_one_environment(project):
     "The second one stops with a clear message; it does not mix with the first."
     from filelock import FileLock
     (project.root / "stores" / "dev").mkdir(parents=True)
-    with FileLock(project.root / "stores" / "dev" / ".lock"):
+    with FileLock(project.root / "stores" / "dev" / ".run.lock"):
         done = project.llmops("run")
     assert done.returncode == 1 and "Another run of dev is in progress" in done.stderr
