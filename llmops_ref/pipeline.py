@@ -7,8 +7,8 @@ Reads the notebooks, the settings and the books of each stage. Leaves executed n
 # %% auto #0
 __all__ = ['STAGES', 'ALONE', 'USUAL_IMPORTS', 'MORE_IMPORTS', 'Stage', 'find_stage', 'code_digest', 'stage_code', 'manifest',
            'reasons', 'Step', 'not_needed', 'make_plan', 'check_parameters', 'preflight', 'check_platform',
-           'check_databricks', 'StageKernel', 'StageFailed', 'run_stage', 'waits_for', 'Quiet', 'run_pipeline',
-           'notebook_title', 'machine', 'notebook_html']
+           'check_databricks', 'StageKernel', 'StageFailed', 'run_stage', 'waits_for', 'Quiet', 'duration', 'Lines',
+           'progress_text', 'last_words', 'run_pipeline', 'notebook_title', 'machine', 'notebook_html']
 
 # %% ../nbs/90_pipeline.ipynb #25457c87
 import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, sys, tempfile, threading, time, tomllib
@@ -316,10 +316,35 @@ def waits_for(
 
 # %% ../nbs/90_pipeline.ipynb #1b3d4531
 class Quiet:
-    "Reports nothing; the command line has one that draws."
+    "Reports nothing."
     def stage_started(self, stage, why): pass
     def stage_progress(self, stage, progress, seconds): pass
     def stage_ended(self, stage, state, done): pass
+
+def duration(seconds: float | None) -> str:
+    "Seconds as people say them."
+    if seconds is None: return "–"
+    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+class Lines(Quiet):
+    "Prints a line when a stage starts and ends, and every half minute between; for a log."
+    beat = 0.0
+
+    def stage_started(self, stage, why):
+        self.beat = time.time()
+        print(f"  run     {stage.notebook:14} {why[:100]}", flush=True)
+
+    def stage_progress(self, stage, progress, seconds):
+        if time.time() - self.beat > 30:
+            self.beat = time.time()
+            print(f"  ...     {stage.notebook:14} {duration(seconds):>10}   {progress_text(progress)}", flush=True)
+
+    def stage_ended(self, stage, state, done):
+        print(f"  {state:7} {stage.notebook:14} {duration((done or {}).get('seconds')):>10}   {last_words(done)}", flush=True)
+
+def progress_text(progress: dict) -> str: return f"{progress.get('text', '')} {100 * progress['done'] / max(progress['total'], 1e-9):.0f}%"[:80] if progress else ""
+
+def last_words(done: dict | None) -> str: return (done or {}).get("headline") or next(iter(((done or {}).get("error") or "").splitlines()), "")
 
 class _Kernels(contextlib.AbstractContextManager):
     "The kernel of the stage that runs, and at most one that waits."

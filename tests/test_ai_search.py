@@ -1,11 +1,8 @@
 """AI Search over a real socket: a server that speaks its REST protocol in the SDK's own types, and the SDK's own client."""
 import json, os, threading, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np, pandas as pd, pytest
 from databricks.sdk import WorkspaceClient
-from databricks.sdk.core import Config
 from databricks.sdk.service.vectorsearch import (
     ColumnInfo, DeleteDataResult, DeleteDataStatus, DeleteDataVectorIndexResponse, EndpointInfo, EndpointStatus, EndpointStatusState, EndpointType,
     QueryVectorIndexResponse, ResultData, ResultManifest, UpsertDataResult, UpsertDataStatus, UpsertDataVectorIndexResponse, VectorIndex)
@@ -14,18 +11,21 @@ from llmops_ref.ai_search import COLUMNS, AISearchIndex, create_search_index, de
 from llmops_ref.config import SettingsError, load_config
 from llmops_ref.retrieval import publish_to_ai_search
 from llmops_ref.workspace import DataError, open_workspace
+from socket_workspace import MISSING, SocketWorkspace, on_a_socket
 
 NAME, TABLE, ENDPOINT = "llmops_dev.reference.chunks_index", "llmops_dev.reference.chunks", "llmops"
 MANAGED = dict(source_table=TABLE, embedding_endpoint="databricks-gte-large-en")
 OWN = dict(source_table=TABLE, vector_column="embedding", dimension=4)
 FAST = dict(poll=0.01, timeout=5)
-MISSING = 404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "It does not exist."}
 
 
-class Service:
-    "The state of a small AI Search, and what it was asked."
+class Service(SocketWorkspace):
+    "The state of a small AI Search."
+    prefix = "/api/2.0/vector-search/"
+
     def __init__(self):
-        self.asked, self.endpoints, self.indexes, self.refuse = [], {}, {}, []      # refuse: (status, headers) to answer with, before anything else
+        super().__init__()
+        self.endpoints, self.indexes = {}, {}
         self.endpoint_states, self.index_states = ["ONLINE"], ["ONLINE_NO_PENDING_UPDATE"]     # one a look; the last one stays
         self.rows, self.pages, self.failed, self.on_sync, self.indexed = [], [], [], None, 7
 
@@ -61,42 +61,12 @@ class Service:
         response, result, status = (UpsertDataVectorIndexResponse, UpsertDataResult, UpsertDataStatus) if action == "upsert-data" else (DeleteDataVectorIndexResponse, DeleteDataResult, DeleteDataStatus)
         return 200, response(result=result(failed_primary_keys=bad, success_row_count=len(keys) - len(bad)), status=status.PARTIAL_SUCCESS if bad else status.SUCCESS).as_dict()
 
-    def requests(self, ending): return [body for method, path, query, body in self.asked if f"{method} {path}".endswith(ending)]
-
 
 @pytest.fixture
 def service(monkeypatch):
     "The service on a socket, and a client of it."
     state = Service()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-        def log_message(self, *args): pass
-        def reply(self):
-            size = int(self.headers.get("Content-Length") or 0)
-            body = json.loads(self.rfile.read(size)) if size else None
-            address = urlsplit(self.path)
-            headers, path = {}, unquote(address.path)
-            if not path.startswith("/api/2.0/vector-search/"): status, answer = 404, {}          # the SDK looks for the host's metadata
-            else:
-                state.asked.append((self.command, path, parse_qs(address.query), body))
-                if state.refuse: status, headers, answer = *state.refuse.pop(0), {"error_code": "SAID_NO", "message": "The service says no."}
-                else: status, answer = state.answer(self.command, path, parse_qs(address.query), body)
-            content = json.dumps(answer).encode()
-            self.send_response(status)
-            for key, value in (headers | {"Content-Type": "application/json", "Content-Length": str(len(content))}).items(): self.send_header(key, value)
-            self.end_headers()
-            self.wfile.write(content)
-        do_GET = do_POST = do_DELETE = do_PATCH = reply
-
-    for key in [k for k in os.environ if k.startswith("DATABRICKS_")]: monkeypatch.delenv(key)
-    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", os.devnull)
-    monkeypatch.setattr("databricks.sdk.retries.random", lambda: 0)                                 # its jitter, up to a second
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    state.client = WorkspaceClient(config=Config(host=f"http://127.0.0.1:{server.server_port}", token="x", retry_timeout_seconds=5))
-    yield state
-    server.shutdown(); server.server_close()
+    with on_a_socket(state, monkeypatch): yield state
 
 
 def existing(service, kind="delta_sync", endpoint_type="STANDARD", **spec):

@@ -2,13 +2,10 @@
 import json, os, signal, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import httpx, psutil, pytest
 from databricks.sdk import WorkspaceClient
-from databricks.sdk.core import Config as Credentials
 from databricks.sdk.service.catalog import ModelProviderService, ModelService
 from langchain_core.exceptions import (ModelAPIError, ModelAuthenticationError, ModelConnectionError, ModelInvalidRequestError, ModelNotFoundError,
                                        ModelPermissionDeniedError, ModelRateLimitError, ModelTimeoutError)
@@ -21,6 +18,7 @@ from llmops_ref.llm import BadReply, Endpoint, chat_client
 from llmops_ref.services import running_services, stop_services
 from llmops_ref.workspace import open_workspace
 from provider import FAULTS, Provider
+from socket_workspace import MISSING, SocketWorkspace, on_a_socket, strict
 
 EXPECTED = {"400": (ModelInvalidRequestError, 1), "401": (ModelAuthenticationError, 1), "403": (ModelPermissionDeniedError, 1), "404": (ModelNotFoundError, 1),
             "429": (ModelRateLimitError, 3), "429-after": (ModelRateLimitError, 3), "500": (ModelAPIError, 3), "503": (ModelAPIError, 3), "hang": (ModelTimeoutError, 3), "close": (ModelConnectionError, 3),
@@ -232,19 +230,22 @@ def test_the_primary_is_killed_in_the_middle_of_200_requests(agent):
 
 # --- Unity Gateway
 
-class Catalog:
+class Catalog(SocketWorkspace):
     "Model provider services and model services, as Unity Catalog keeps them."
-    def __init__(self): self.asked, self.kept = [], {}
+    prefix = "/api/2.1/unity-catalog/"
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {}
 
     def answer(self, method, path, query, body):
         name = path.removeprefix("/api/2.1/unity-catalog/")
         if method == "POST":
             kind = dict(zip(("model-provider-services", "model-services"), (ModelProviderService, ModelService)))[name]
-            made = kind.from_dict(body)
-            assert made.as_dict() == body, "a field that the SDK does not know"
+            made = strict(kind, body)
             name = f"{name}/{query['parent'][0].removeprefix('schemas/')}.{query[name.replace('-', '_')[:-1] + '_id'][0]}"
             self.kept[name] = made.as_dict() | dict(name=name, created_by="me")
-        elif name not in self.kept: return 404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "It does not exist."}
+        elif name not in self.kept: return MISSING
         elif method == "PATCH":
             assert query["update_mask"] == ["config"]
             self.kept[name] |= body
@@ -253,27 +254,9 @@ class Catalog:
 
 @pytest.fixture
 def catalog(monkeypatch):
-    state = Catalog()
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-        def log_message(self, *args): pass
-        def reply(self):
-            size, address = int(self.headers.get("Content-Length") or 0), urlsplit(self.path)
-            body, path = json.loads(self.rfile.read(size)) if size else None, unquote(address.path)
-            if path.startswith("/api/2.1/"): state.asked.append((self.command, path))
-            status, answer = state.answer(self.command, path, parse_qs(address.query), body) if path.startswith("/api/2.1/") else (404, {})
-            content = json.dumps(answer).encode()
-            self.send_response(status); self.send_header("Content-Type", "application/json"); self.send_header("Content-Length", str(len(content))); self.end_headers()
-            self.wfile.write(content)
-        do_GET = do_POST = do_PATCH = reply
-    for key in [k for k in os.environ if k.startswith("DATABRICKS_")]: monkeypatch.delenv(key)
-    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", os.devnull)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setenv("DATABRICKS_HOST", f"http://127.0.0.1:{server.server_port}"); monkeypatch.setenv("DATABRICKS_TOKEN", "dapi-x")
-        state.client = WorkspaceClient(config=Credentials(retry_timeout_seconds=5))
+    with on_a_socket(Catalog(), monkeypatch) as state:
+        monkeypatch.setenv("DATABRICKS_HOST", state.client.config.host); monkeypatch.setenv("DATABRICKS_TOKEN", "dapi-x")
         yield state
-        server.shutdown()
 
 
 def on_databricks(**more):
@@ -288,7 +271,7 @@ def test_unity_gateway_is_made_once_and_then_follows_the_declaration(catalog):
     assert "secrets/llmops_prod.reference.openai_api_key" in json.dumps(catalog.kept) and "plaintext" not in json.dumps(catalog.kept), "keys go by reference"
     catalog.asked.clear()
     assert set(publish_gateway(catalog.client, on_databricks()).values()) == {"unchanged"}
-    assert {method for method, _ in catalog.asked} == {"GET"}
+    assert {method for method, *_ in catalog.asked} == {"GET"}
     changed = publish_gateway(catalog.client, on_databricks(gateway_models=["openai/gpt-5-mini 50%", "anthropic/claude-haiku-4-5 50%"]))
     assert [name for name, what in changed.items() if what == "updated"] == ["model-services/llmops_prod.reference.assistant"]
 

@@ -1,0 +1,294 @@
+"""Model Serving and Apps over a real socket: the SDK's own client, a service that reads every body with the SDK's own classes, and the registry of this machine."""
+import functools, os, shutil
+
+import pytest
+from databricks.sdk import WorkspaceClient
+from databricks.sdk.service.serving import (
+    EndpointCoreConfigInput, EndpointCoreConfigOutput, EndpointPendingConfig, EndpointState, EndpointStateConfigUpdate as Update, EndpointStateReady as Ready,
+    ServedEntityInput, ServedEntityOutput, ServedModelState, ServingEndpointDetailed, TrafficConfig)
+from databricks.sdk.service.apps import App, AppDeployment, AppDeploymentState, AppDeploymentStatus, ApplicationState, ApplicationStatus, ComputeState, ComputeStatus
+
+from conftest import ROOT
+from llmops_ref.bundle import destroy
+from llmops_ref.config import SettingsError, load_config
+from llmops_ref.deployment import check_traffic, hand_over, rollback, roll_out, smoke_test
+from llmops_ref.hosting import AppHost, ModelServingHost, endpoint_name
+from llmops_ref.workspace import DataError, Workspace
+from socket_workspace import BREAKS, MISSING, SocketWorkspace, on_a_socket, strict
+
+QUESTION = "How do I log a metric?"
+BUSY = 409, {"error_code": "RESOURCE_CONFLICT", "message": "Endpoint is currently being updated"}
+
+
+class Serving(SocketWorkspace):
+    "Endpoints of Model Serving. A version in `broken` is never built, one in `stuck` never gets ready, one in `silent` comes up and gives empty answers."
+    prefix = "/"
+
+    def __init__(self):
+        super().__init__()
+        self.endpoints, self.broken, self.stuck, self.silent, self.builds, self.turn = {}, set(), set(), set(), 2, 0
+
+    def answer(self, method, path, query, body):
+        part = path.removeprefix("/api/2.0/").strip("/").split("/")
+        if part[0] != "serving-endpoints": return 404, {}                        # the SDK looks for the host's metadata
+        if method == "POST" and len(part) == 1:
+            if body["name"] in self.endpoints: return 400, {"error_code": "RESOURCE_ALREADY_EXISTS", "message": f"Endpoint {body['name']} exists."}
+            self.endpoints[body["name"]] = dict(config={}, pending=body["config"], looks=0, update=Update.IN_PROGRESS)
+            strict(EndpointCoreConfigInput, body["config"])
+            return 200, self._shown(body["name"])
+        if part[1] not in self.endpoints: return MISSING
+        there = self.endpoints[part[1]]
+        if method == "DELETE":
+            del self.endpoints[part[1]]
+            return 200, {}
+        if method == "PUT":
+            if there["update"] == Update.IN_PROGRESS: return BUSY
+            for entity in body["served_entities"]: strict(ServedEntityInput, entity)
+            assert sum(r["traffic_percentage"] for r in strict(TrafficConfig, body["traffic_config"]).as_dict()["routes"]) == 100
+            there |= dict(pending=body, looks=0, update=Update.IN_PROGRESS)
+            return 200, self._shown(part[1])
+        if method == "GET":
+            self._build(there)
+            return 200, self._shown(part[1])
+        return self._ask(there, part[3] if part[2] == "served-models" else None, body)
+
+    def _build(self, there):
+        if there["update"] != Update.IN_PROGRESS: return
+        there["looks"] += 1
+        new = {e["entity_version"] for e in there["pending"]["served_entities"]} - {e["entity_version"] for e in there["config"].get("served_entities", [])}
+        if new & self.broken and there["looks"] > 1: there |= dict(update=Update.UPDATE_FAILED, pending=None)
+        elif there["looks"] > (self.builds if new else 0) and not new & (self.stuck | self.broken): there |= dict(config=there["pending"], pending=None, update=Update.NOT_UPDATING)
+
+    def _shown(self, name):
+        there, message = self.endpoints[name], "pip could not install the requirements."
+        def entities(config): return [ServedEntityOutput.from_dict(e | dict(state=ServedModelState(deployment_state_message=message if e["entity_version"] in self.broken else None).as_dict())) for e in config.get("served_entities", [])]
+        def table(config): return TrafficConfig.from_dict(config["traffic_config"]) if "traffic_config" in config else None
+        pending = there["pending"] and EndpointPendingConfig(served_entities=entities(there["pending"]), traffic_config=table(there["pending"]))
+        return ServingEndpointDetailed(name=name, state=EndpointState(config_update=there["update"], ready=Ready.READY if there["config"] else Ready.NOT_READY), pending_config=pending or None,
+                                       config=EndpointCoreConfigOutput(served_entities=entities(there["config"]), traffic_config=table(there["config"]))).as_dict()
+
+    def _ask(self, there, entity, body):
+        assert body["input"][0]["role"] == "user" and set(body) == {"input", "custom_inputs"}
+        if entity is None:
+            routes = [r["served_entity_name"] for r in there["config"]["traffic_config"]["routes"] for _ in range(r["traffic_percentage"])]
+            entity, self.turn = routes[37 * self.turn % 100], self.turn + 1
+        version = next(e["environment_vars"]["ASSISTANT_VERSION"] for e in there["config"]["served_entities"] if e["name"] == entity)
+        text = "" if version in self.silent else f"Call mlflow.log_metric [1], says version {version}."
+        return 200, dict(output=[dict(type="message", content=[dict(type="output_text", text=text)])], custom_outputs=dict(version=version, passages=[dict(number=1)], citations=[1], seconds=0.1))
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    with on_a_socket(Serving(), monkeypatch) as state: yield state
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    "Three versions of an assistant in a registry of this machine; who serves them is another matter."
+    root = tmp_path_factory.mktemp("registry")
+    shutil.copy(ROOT / "settings.ini", root)
+    ws = Workspace(load_config("prod", root))
+    code = root / "model.py"
+    code.write_text("import mlflow\nclass Model(mlflow.pyfunc.PythonModel):\n    def predict(self, context, model_input: list[str]) -> list[str]: return model_input\nmlflow.models.set_model(Model())\n")
+    client = ws.mlflow()
+    with client.start_run(): logged = client.pyfunc.log_model(name="assistant", python_model=str(code), pip_requirements=["mlflow"])
+    for _ in range(3): client.register_model(logged.model_uri, ws.registered("assistant"))
+    return root
+
+
+def workspace(registry, **settings): return Workspace(load_config("prod", registry, **dict(platform="databricks", store="stores/prod", rollout_steps=["10%", "50%"], rollout_questions=5, serving_timeout=5) | settings))
+
+
+@pytest.fixture
+def ws(registry):
+    ws = workspace(registry)
+    for name in ("champion", "previous"):
+        if ws.alias("assistant", name, record=False): ws.mlflow().MlflowClient().delete_registered_model_alias(ws.registered("assistant"), name)
+    return ws
+
+
+def host_of(serving, ws): return ModelServingHost(ws, serving.client, poll=0.01)
+
+
+def deploy(host, ws, version):
+    "What the stage does, in its order."
+    host.start(version)
+    smoke_test(functools.partial(host.ask, version=version, purpose="smoke test"), [QUESTION], 60)
+    return hand_over(ws, host, version, [QUESTION] * 5)
+
+
+def changes(serving): return [m for m, path, *_ in serving.asked if m in ("PUT", "DELETE") or m == "POST" and path == "/api/2.0/serving-endpoints"]
+
+
+def test_first_version_rollout_and_rollback(serving, ws):
+    "The endpoint is made when there is a version; the next one takes over in steps; going back builds nothing."
+    host = host_of(serving, ws)
+    assert deploy(host, ws, "1").empty and host.traffic() == {"1": 100} and ws.alias("assistant", "champion") == "1"
+    entity = serving.endpoints[endpoint_name(ws.config)]["config"]["served_entities"][0]
+    assert entity["entity_name"] == "llmops_prod.reference.assistant" and entity["scale_to_zero_enabled"] and entity["workload_size"] == "Small"
+
+    table = deploy(host, ws, "2")
+    assert list(dict.fromkeys(table.share)) == [0.1, 0.5, 1.0] and set(table[table.share == 0.1].version) == {"1", "2"} and set(table[table.share == 1.0].version) == {"2"}
+    assert host.traffic() == {"1": 0, "2": 100}, "the way back stays built, without traffic"
+
+    serving.builds = 10 ** 6                            # from now on nothing can be built
+    assert host.ask(QUESTION)["version"] == "2"
+    version, answer = rollback(ws, QUESTION, host)
+    assert version == "1" and "says version 1" in answer and host.ask(QUESTION)["version"] == "1" and host.traffic() == {"1": 100, "2": 0}
+    assert (ws.alias("assistant", "champion"), ws.alias("assistant", "previous")) == ("1", "2")
+
+    serving.builds = 2
+    deploy(host, ws, "3")
+    assert host.traffic() == {"1": 0, "3": 100}, "what is two versions back is let go"
+
+
+def test_the_same_version_again_changes_nothing(serving, ws):
+    host = host_of(serving, ws)
+    deploy(host, ws, "1")
+    serving.asked.clear()
+    deploy(host, ws, "1")
+    assert changes(serving) == []
+
+
+def test_a_killed_rollout_is_set_right_by_the_next(serving, ws):
+    host = host_of(serving, ws)
+    deploy(host, ws, "1")
+    host.start("2"); host.share({"1": 0.5, "2": 0.5})   # and here it was killed
+    deploy(host, ws, "1")
+    assert host.traffic() == {"1": 100, "2": 0} and ws.alias("assistant", "champion") == "1"
+
+
+@pytest.mark.parametrize("why, says", [("broken", "did not take the change .*pip could not install the requirements. What served before goes on serving: version 1 100%"),
+                                       ("stuck", "not ready after 0.2 s .*Traffic is where it was: version 1 100%")])
+def test_a_version_that_never_comes_up_changes_nothing(serving, registry, ws, why, says):
+    deploy(host_of(serving, ws), ws, "1")
+    getattr(serving, why).add("2")
+    hasty = workspace(registry, serving_timeout=0.2)
+    with pytest.raises(DataError, match=says): deploy(host_of(serving, hasty), hasty, "2")
+    assert ws.alias("assistant", "champion") == "1" and host_of(serving, ws).ask(QUESTION)["version"] == "1"
+
+
+def test_a_version_that_fails_under_traffic_gets_none(serving, ws):
+    "It passes for the smoke test's questions and is silent later: all traffic goes back."
+    host = host_of(serving, ws)
+    deploy(host, ws, "1")
+    host.start("2")
+    serving.silent.add("2")
+    check = lambda share: check_traffic(functools.partial(host.ask, purpose="rollout"), [QUESTION] * 5, 60, "2", share)
+    with pytest.raises(DataError, match="ended at 50% of the traffic: Version 2 gave an empty answer"): roll_out(host.share, "1", "2", [0.5], check)
+    assert host.traffic() == {"1": 100, "2": 0}
+
+
+# --- an API that fails now and then
+
+def test_a_create_that_breaks_off_after_it_worked(serving, ws):
+    "The SDK asks again and is told that the endpoint exists: it is ours, and there is one."
+    serving.refuse = [None, None, BREAKS]               # two looks, then the creation
+    host = host_of(serving, ws)
+    host.start("1")
+    assert host.traffic() == {"1": 100} and changes(serving) == ["POST", "POST"] and len(serving.endpoints) == 1
+
+
+def test_an_update_that_breaks_off_after_it_worked(serving, ws):
+    host = host_of(serving, ws)
+    host.start("1")
+    serving.asked.clear()
+    serving.refuse = [None, None, BREAKS]               # two looks, then the update
+    host.start("2")
+    assert changes(serving) == ["PUT", "PUT"] and host.traffic() == {"1": 100, "2": 0}
+
+
+def test_a_busy_service_is_asked_again(serving, ws):
+    serving.refuse = [None, None, (429, {"Retry-After": "0"}), (503, {"Retry-After": "0"})]
+    host = host_of(serving, ws)
+    host.start("1")
+    assert changes(serving) == ["POST"] * 3 and host.traffic() == {"1": 100}
+
+
+def test_two_deployments_at_once(serving, ws):
+    "The second one is told, and does not touch what the first has begun."
+    host = host_of(serving, ws)
+    host.start("1")
+    serving.endpoints[host.name] |= dict(update=Update.IN_PROGRESS, looks=-10 ** 6, pending=serving.endpoints[host.name]["config"] | dict(served_entities=[dict(name="assistant-9", entity_name="x", entity_version="9")]))
+    with pytest.raises(DataError, match="being changed by somebody else: Endpoint is currently being updated. Nothing was changed"): host.start("2")
+    assert [e["entity_version"] for e in serving.endpoints[host.name]["pending"]["served_entities"]] == ["9"]
+
+
+@pytest.mark.parametrize("status, kind, says", [(403, SettingsError, "CAN MANAGE"), (500, DataError, "failed on the endpoint llmops-prod-reference-assistant: The service says no")])
+def test_errors_are_ours(serving, ws, status, kind, says):
+    serving.refuse = [(status, {})]
+    with pytest.raises(kind, match=says): host_of(serving, ws).start("1")
+
+
+def test_what_is_not_there(serving, ws):
+    host = host_of(serving, ws)
+    with pytest.raises(DataError, match="does not know the endpoint"): host.ask(QUESTION)
+    with pytest.raises(DataError, match="nothing was ever deployed"): rollback(ws, QUESTION, host)
+    host.start("1")
+    with pytest.raises(DataError, match="Version 2 is not up at the endpoint .*It has version 1 100%"): host.share({"1": 0.5, "2": 0.5})
+
+
+def test_destroy_removes_what_jobs_made(serving, registry, ws):
+    "The endpoint goes, twice is no error, and what the bundle declares is named as left."
+    host_of(serving, ws).start("1")
+    there = workspace(registry, vector_index="faiss")
+    removed, left = destroy(there, serving.client)
+    assert removed == ["Model Serving endpoint llmops-prod-reference-assistant"] and serving.endpoints == {}
+    assert "databricks bundle destroy -t prod" in left[0] and destroy(there, serving.client)[0] == []
+
+
+# --- Apps
+
+class Apps(SocketWorkspace):
+    "One App at most, and how often it was deployed."
+    def __init__(self):
+        super().__init__()
+        self.app, self.deployments = None, []
+
+    def answer(self, method, path, query, body):
+        part = path.removeprefix("/api/2.0/apps").strip("/").split("/")
+        if method == "POST" and part == [""]:
+            self.app = strict(App, body)
+            self.app.compute_status, self.app.app_status = ComputeStatus(state=ComputeState.ACTIVE), ApplicationStatus(state=ApplicationState.RUNNING)
+            return 200, self.app.as_dict()
+        if self.app is None or part[0] != self.app.name: return MISSING
+        if method == "POST":
+            made = strict(AppDeployment, body)
+            made.deployment_id, made.status = str(len(self.deployments)), AppDeploymentStatus(state=AppDeploymentState.SUCCEEDED)
+            self.deployments.append(made)
+            self.app.active_deployment = made
+            return 200, made.as_dict()
+        if method == "DELETE": self.app = None; return 200, {}
+        return 200, self.deployments[int(part[2])].as_dict() if len(part) > 1 else self.app.as_dict()
+
+
+def test_an_app_serves_one_version(monkeypatch, registry):
+    "It is made with the first version; a new one is a new deployment of the same App; none is shared."
+    with on_a_socket(Apps(), monkeypatch) as apps:
+        host = AppHost(workspace(registry, rollout_steps=[]), apps.client, "/Workspace/files/resources/runtime")
+        host.share({"1": 1.0}); host.share({"1": 1.0}); host.share({"2": 1.0})
+        assert [{v.name: v.value for v in d.env_vars}["ASSISTANT_URI"] for d in apps.deployments] == [f"models:/llmops_prod.reference.assistant/{v}" for v in "12"]
+        assert host.serves() == "2" and apps.deployments[0].command == ["python", "app.py"]
+        with pytest.raises(SettingsError, match="traffic cannot be shared"): host.share({"1": 0.5, "2": 0.5})
+        assert host.remove() == [f"App {host.name}"] and host.remove() == []
+    with pytest.raises(SettingsError, match="Leave it empty"): AppHost(workspace(registry), None)
+
+
+# --- a workspace of yours
+
+def test_on_a_real_workspace():
+    "The same life of an endpoint, with two versions of a registered assistant of yours."
+    needed = ("DATABRICKS_HOST", "LLMOPS_TEST_CATALOG", "LLMOPS_TEST_VERSIONS")
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        pytest.skip(f"needs a Databricks workspace: {', '.join(missing)} not set (LLMOPS_TEST_CATALOG: a catalog with the registered model reference.assistant; LLMOPS_TEST_VERSIONS: two of its versions, such as 1,2)")
+    from llmops_ref.workspace import open_workspace
+    host = ModelServingHost(open_workspace(load_config("staging", platform="databricks", catalog=os.environ["LLMOPS_TEST_CATALOG"])), WorkspaceClient())
+    old, new = os.environ["LLMOPS_TEST_VERSIONS"].split(",")
+    try:
+        host.start(old); host.start(new)
+        assert host.ask(QUESTION, new)["version"] == new
+        host.share({old: 0.5, new: 0.5})
+        assert {host.ask(QUESTION)["version"] for _ in range(30)} == {old, new}
+        host.share({old: 1.0})
+        assert host.ask(QUESTION)["version"] == old
+    finally: host.remove()
