@@ -3,7 +3,7 @@
 The lessons of a notebook are tested in the notebook (`nbdev-test`). Here is what needs another process: the command,
 kernels that get killed, servers, a machine without a network.
 """
-import atexit, os, shutil, subprocess, sys, tempfile, time
+import atexit, copy, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,20 @@ class Project:
         "Start the command and come back at once."
         return subprocess.Popen([str(BIN / "llmops"), *args], cwd=self.root, env=self.environment | {f"LLMOPS_{k}": v for k, v in settings.items()} | dict(PYTHONUNBUFFERED="1"),
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _link_or_copy(source, target):
+    if Path(source).suffix in (".gguf", ".onnx", ".safetensors"): os.link(source, target)
+    else: shutil.copy2(source, target)
+
+
+def copy_of(finished: Project, folder: Path) -> Project:
+    "A copy of a project with all that its runs left, to change things in. What MLflow keeps of the versions so far stays where it was."
+    project = copy.copy(finished)
+    project.root = folder / "project"
+    shutil.copytree(finished.root, project.root, copy_function=_link_or_copy, symlinks=True)
+    project.environment = finished.environment | dict(PYTHONPATH=str(project.root))
+    return project
 
 
 @pytest.fixture(scope="session")

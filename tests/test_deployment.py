@@ -1,10 +1,11 @@
 """Validation that blocks, a person who decides, a deployment that can be taken back: on the real registry, with real endpoints."""
-import http.server, json, os, shutil, signal, subprocess, threading, time
+import http.server, json, os, signal, subprocess, threading, time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from conftest import copy_of
 from llmops_ref.approval import ApprovalNeeded, check_approved, decide
 from llmops_ref.config import load_config
 from llmops_ref.deployment import check_traffic, one_at_a_time, roll_out
@@ -15,19 +16,10 @@ from llmops_ref.workspace import DataError, open_workspace
 NEW = dict(QUESTION_WORDS="150")                        # another assistant, without training another model
 
 
-def link_or_copy(source, target):
-    if Path(source).suffix in (".gguf", ".onnx", ".safetensors"): os.link(source, target)
-    else: shutil.copy2(source, target)
-
-
 @pytest.fixture(scope="module")
 def shop(finished, tmp_path_factory):
-    "A copy of the finished project, to deploy in. What MLflow keeps of the first version stays where it was."
-    import copy
-    project = copy.copy(finished)
-    project.root = tmp_path_factory.mktemp("shop") / "project"
-    shutil.copytree(finished.root, project.root, copy_function=link_or_copy, symlinks=True)
-    project.environment = finished.environment | dict(PYTHONPATH=str(project.root))
+    "A copy of the finished project, to deploy in."
+    project = copy_of(finished, tmp_path_factory.mktemp("shop"))
     for command in ("init -q", "add -A -- settings.ini nbs llmops_ref data", "-c user.name=t -c user.email=t@t commit -qm start"): subprocess.run(["git", *command.split()], cwd=project.root, check=True)      # a version without a commit fails validation
     return project
 
