@@ -220,7 +220,8 @@ def test_a_broken_prompt_is_refused(shop):
 
 
 def test_a_worse_model_is_refused(shop, tmp_path):
-    "A fine-tune that loads and answers, and whose scale was lost on the way: its change counts fifty times."
+    "A fine-tune that loads and answers, and whose training diverged: half of its weights are noise."
+    import torch
     from safetensors.torch import load_file, save_file
     from llmops_ref.variants import adapter_to_gguf
     from llmops_ref.workspace import file_digest
@@ -228,7 +229,8 @@ def test_a_worse_model_is_refused(shop, tmp_path):
     mlflow, name, good = ws.mlflow(), ws.registered("chat_model"), ws.alias("chat_model", "candidate", record=False)
     content = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{good}", dst_path=str(tmp_path)))
     weights = load_file(content / "adapter_model.safetensors")
-    save_file({key: value * 50 if "lora_B" in key else value for key, value in weights.items()}, content / "adapter_model.safetensors", metadata={"format": "pt"})
+    chance = torch.Generator().manual_seed(0)
+    save_file({key: torch.randn(value.shape, generator=chance) / 2 if "lora_B" in key else value for key, value in weights.items()}, content / "adapter_model.safetensors", metadata={"format": "pt"})
     adapter_to_gguf(content, content / "adapter.gguf", 9, 3)                    # heads of SmolLM2-135M
     with ws.start_run("finetune") as run:
         mlflow.log_artifacts(str(content), "chat_model")
