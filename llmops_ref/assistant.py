@@ -245,7 +245,7 @@ def assistant_parts(
     if wants_examples(template): files["examples"] = write_examples(ws)
     if config.retrieval != "off":
         if config.vector_index == "faiss": files["index"] = index_folder(ws)
-        else: settings["ai_search"] = ws.registered("chunks_index")
+        else: settings |= dict(ai_search=ws.registered("chunks_index")) | (dict(ai_search_embedding=config.ai_search_embedding) if config.vector_index == "delta_sync" else {})
         if config.vector_index != "delta_sync":     # there, Databricks embeds the questions
             files |= dict(tokenizer=minilm_folder() / "tokenizer.json", embedder=minilm_onnx(ws, settings["precision"]))
     settings["packages"] = _pinned()
@@ -308,6 +308,7 @@ def _resources(settings):                           # what the model asks for on
     from mlflow.models.resources import DatabricksServingEndpoint, DatabricksUCModelService, DatabricksVectorSearchIndex
     served, gateway = settings.get("served") or {}, settings.get("gateway") or {}
     out = [DatabricksVectorSearchIndex(settings["ai_search"])] if "ai_search" in settings else []
+    if "ai_search_embedding" in settings: out.append(DatabricksServingEndpoint(settings["ai_search_embedding"]))
     if served.get("workspace"): out.append(DatabricksServingEndpoint(served["model"]))
     if gateway.get("workspace"): out += [DatabricksUCModelService(name) for name in [gateway["route"]] + [f"{gateway['route']}_backup"] * gateway["fallbacks"]]
     return out or None

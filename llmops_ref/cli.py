@@ -438,29 +438,30 @@ def plan(env: Env = "dev", var: Vars = None, as_json: Json = False):
         typer.echo(f"{bundle.name} in {env}, mode {bundle.mode}, run as {next(iter(bundle.run_as.values()), 'you')}, files in {bundle.workspace['root_path']}\n")
         width = {key: max(len(str(v)) for v in [key.replace("_", " "), *table[key]]) for key in table.columns}
         for row in [{key: key.replace("_", " ") for key in table.columns}, *table.to_dict("records")]: typer.echo("  " + "  ".join(f"{row[key]:{width[key]}}" for key in table.columns).rstrip())
+        if bundle.mode == "development": typer.echo("\n`you` is your name there. For llmops on this machine: export LLMOPS_SCHEMA=dev_<name>_reference LLMOPS_EXPERIMENT='/Shared/[dev <name>] llmops_dev'")
         typer.echo(f"\nUS dollars an hour, as orders of magnitude; look the real prices up for your region. Then: databricks bundle deploy -t {env} && {_me()} bundle connect --env {env}")
 
 @bundle_app.command("connect")
 def connect(env: Env = "dev", job_id: Annotated[Optional[int], typer.Option(help="Of the deployment job; found by its name by default")] = None):
     "Tell the registered model which deployment job a new version starts; once, after the first deployment of the bundle."
     with _manners():
-        from databricks.sdk import WorkspaceClient
+        from llmops_ref.hosting import open_client
         from llmops_ref.jobs import connect_deployment_job, deployment_job
-        ws = open_workspace(load_config(env, platform="databricks"))
-        try: client = WorkspaceClient()
-        except ValueError as error: raise SettingsError(f"No workspace is configured. Set DATABRICKS_HOST and DATABRICKS_TOKEN, or run `databricks auth login`. ({str(error).splitlines()[0][:120]})") from None
+        ws, client = open_workspace(load_config(env, platform="databricks")), open_client()
         job_id = job_id or deployment_job(client, env)
         typer.echo(f"A new version of {connect_deployment_job(ws, job_id)} now starts job {job_id}.")
 
 @app.command("destroy")
-def destroy_environment(env: Env = "dev", yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False):
+def destroy_environment(env: Env = "dev", platform: Annotated[Optional[str], typer.Option(help="local or databricks, instead of the setting: what goes is what is there")] = None, yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False):
     "Remove all that runs and jobs made in an environment, and say what is left."
     with _manners():
         from llmops_ref.bundle import destroy
-        ws = open_workspace(load_config(env))
+        ws = open_workspace(load_config(env, **(dict(platform=platform) if platform else {})))
+        where = f"this machine ({ws.store}, {ws.runs})" if ws.config.platform == "local" else f"the workspace ({ws.config.catalog}.{ws.config.schema})"
         if not yes:
-            if not sys.stdin.isatty(): raise SettingsError("Nobody can be asked here. Say --yes if everything is to go.")
-            if typer.prompt(f"All tables, models, runs and endpoints of {env} will be gone. Type {env} to go on") != env: raise typer.Exit(1)
+            if not sys.stdin.isatty(): raise SettingsError(f"Nobody can be asked here. Say --yes if all of {env} on {where} is to go.")
+            if typer.prompt(f"What runs and jobs of {env} made on {where} will be gone. Type {env} to go on") != env: raise typer.Exit(1)
+        typer.echo(f"Removing {env} from {where}")
         removed, left = destroy(ws)
         for what in removed: typer.echo(f"Removed {what}")
         if not removed: typer.echo("There was nothing to remove.")

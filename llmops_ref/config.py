@@ -127,6 +127,7 @@ class Config:
     serving_target: Literal["model_serving", "app"]
     serving_size: Literal["Small", "Medium", "Large"]
     serving_scale_to_zero: bool
+    serving_token: str
     smoke_questions: int
     rollout_steps: list[str]
     rollout_questions: int

@@ -91,7 +91,8 @@ def roll_out(
             share_out({old: 1 - share, new: share})
             tables.append(check(share).assign(share=share))
         except BaseException as error:
-            share_out({old: 1.0})
+            try: share_out({old: 1.0})
+            except Exception as second: raise DataError(f"The rollout of version {new} ended at {share:.0%} of the traffic: {error} And its share could not be taken back: {second} Look who has the traffic, and run the deployment or `llmops rollback` again.") from None
             if not isinstance(error, Exception): raise
             raise DataError(f"The rollout of version {new} ended at {share:.0%} of the traffic: {error} Version {old} has all of it again.") from None
     return pd.concat(tables, ignore_index=True)
@@ -129,10 +130,17 @@ def hand_over(
     table, champion = pd.DataFrame(columns=["share", "version", "asked", "seconds"]), ws.alias("assistant", "champion", record=False)
     if host.shares and champion not in (None, version):
         host.start(champion)
-        check = lambda share: check_traffic(functools.partial(host.ask, purpose="rollout"), questions, ws.config.gate_p95_seconds, version, share)
-        table = roll_out(host.share, champion, version, read_shares(ws.config, "rollout_steps"), check)[list(table.columns)]
-    elif host.shares: host.share({version: 1.0})    # a deployment that was killed may have left other shares
-    promote(ws, version)
+        def share_out(shares):                      # somebody on another machine may have gone back in the meantime
+            if (now := ws.alias("assistant", "champion", record=False)) != champion: raise DataError(f"Version {now} became champion while version {version} was taking over from version {champion}. That stands, and nothing more was changed.")
+            host.share(shares)
+        def check(share):
+            table = check_traffic(functools.partial(host.ask, purpose="rollout"), questions, ws.config.gate_p95_seconds, version, share)
+            if share == 1: promote(ws, version)     # here, so that the traffic goes back if the registry fails
+            return table
+        table = roll_out(share_out, champion, version, read_shares(ws.config, "rollout_steps"), check)[list(table.columns)]
+    else:
+        if host.shares: host.share({version: 1.0})  # a deployment that was killed may have left other shares
+        promote(ws, version)
     if champion not in (None, version): host.retire(champion)
     return table
 

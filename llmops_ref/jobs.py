@@ -14,6 +14,7 @@ import os, sys
 from .config import SettingsError, load_config
 from .deployment import check_deployable
 from .evidence import version_facts
+from .hosting import asking_for, open_client
 from .pipeline import Lines, StageFailed, find_stage, make_plan, preflight, run_pipeline
 from .validation import log_candidate
 from .workspace import DataError, Workspace, open_workspace
@@ -24,12 +25,13 @@ def run_stage_task(
     name: str, # Of a stage, such as corpus
 ) -> None:
     "Run one stage unless it is up to date; `StageFailed`, `DataError` or `SettingsError` says why it could not be."
-    force = name == "monitoring"                    # what users do is in no books
+    force = name in ("monitoring", "deployment")    # what users do is in no books, nor whether an endpoint is still there
     steps = make_plan(ws, only=find_stage(name), force=force)
     if steps[0].state == "skipped": return print(f"{name} is not needed: {steps[0].why}")
     if steps[0].state == "cached": return print(f"{name} is up to date: {steps[0].headline}")
     preflight(ws, [step.stage for step in steps])
     record = run_pipeline(ws, steps, force, Lines(), command=f"task {name}")
+    if record["waiting"]: raise DataError(record["waiting"])
     print(f"The executed notebook: {ws.runs / record['run_id']}")
 
 # %% ../nbs/90b_jobs.ipynb #12792d01
@@ -65,8 +67,7 @@ TASKS = dict(evaluate=evaluate_task, approve=approve_task, deploy=deploy_task)
 
 def hand_on_credentials() -> None:
     "Put the host and the token of this process into its environment, for the processes that it starts."
-    from databricks.sdk import WorkspaceClient
-    me = WorkspaceClient().config
+    me = open_client().config
     os.environ |= dict(DATABRICKS_HOST=me.host, DATABRICKS_TOKEN=me.authenticate()["Authorization"].removeprefix("Bearer "))
 
 def run_task(
@@ -96,7 +97,6 @@ def deployment_job(
     env: str,
 ) -> int: # Its id
     "The deployment job that the bundle made; `DataError` if there is none, or more than one."
-    from llmops_ref.hosting import asking_for
     wanted = f"llmops deployment {env}"
     with asking_for("its jobs"): found = [job for job in client.jobs.list() if (job.settings.name or "").endswith(wanted)]      # in dev the name begins with the developer's
     if not found: raise DataError(f"The workspace has no job {wanted!r}. Make it: `databricks bundle deploy -t {env}`.")

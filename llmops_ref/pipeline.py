@@ -7,8 +7,9 @@ Reads the notebooks, the settings and the books of each stage. Leaves executed n
 # %% auto #0
 __all__ = ['STAGES', 'ALONE', 'USUAL_IMPORTS', 'MORE_IMPORTS', 'Stage', 'find_stage', 'code_digest', 'stage_code', 'manifest',
            'reasons', 'Step', 'not_needed', 'make_plan', 'check_parameters', 'preflight', 'check_platform',
-           'check_databricks', 'StageKernel', 'StageFailed', 'run_stage', 'waits_for', 'Quiet', 'duration', 'Lines',
-           'progress_text', 'last_words', 'run_pipeline', 'notebook_title', 'machine', 'notebook_html']
+           'check_databricks', 'StageKernel', 'StageFailed', 'stage_notebook', 'run_stage', 'waits_for', 'Quiet',
+           'duration', 'Lines', 'progress_text', 'last_words', 'run_pipeline', 'notebook_title', 'machine',
+           'notebook_html']
 
 # %% ../nbs/90_pipeline.ipynb #25457c87
 import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, sys, tempfile, threading, time, tomllib
@@ -19,7 +20,7 @@ from pathlib import Path
 from jupyter_core.utils import run_sync
 
 from .config import Config, SettingsError, explain, load_config, read_shares
-from .workspace import MLFLOW_SWITCHES, DataError, Workspace, git_commit, open_workspace, write_atomic
+from .workspace import MLFLOW_SWITCHES, DataError, Workspace, git_commit, on_databricks, open_workspace, write_atomic
 
 # %% ../nbs/90_pipeline.ipynb #fd4431c8
 @dataclass(frozen=True)
@@ -109,7 +110,15 @@ def reasons(
     out += [f"setting {key}: {_short(old)} → {_short(values.get(key))}" for key, old in last["params"].items() if values.get(key) != old]
     out += [f"input {name}: {_short(old)} → {_short(now)}{_touched(ws, name, old)}" for name, old in last["reads"].items() if (now := ws.current(name)) != old]
     out += [f"output {name} is gone" for name in last["writes"] if ws.current(name) is None]
-    return out
+    return out or (_undeployed(ws) if stage.name == "deployment" else [])
+
+def _undeployed(ws):                                # a version that was taken back, and then approved again
+    from llmops_ref.deployment import check_deployable
+    champion, challenger = (ws.alias("assistant", alias, record=False) for alias in ("champion", "challenger"))
+    if challenger in (None, champion): return []
+    try: check_deployable(ws, challenger)
+    except DataError: return []
+    return [f"version {challenger} may be deployed, and version {champion} serves"]
 
 def _touched(ws, name, old):                        # how many rows of a table, where its log says so
     kind, _, table = name.partition(":")
@@ -162,12 +171,14 @@ def make_plan(
     return steps
 
 # %% ../nbs/90_pipeline.ipynb #fdd77664
+def _sets_env(cell): return cell["cell_type"] == "code" and bool(re.match(r"env\s*=", "".join(cell["source"])))
+
 def check_parameters(
     notebook: Path,
 ) -> None:
     "Refuse a stage notebook that has no `parameters` cell that sets `env`: papermill would run it with its default."
     tagged = [c for c in _cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
-    if len(tagged) != 1 or not re.search(r"^env\s*=", "".join(tagged[0]["source"]), flags=re.M):
+    if len(tagged) != 1 or not _sets_env(tagged[0]):
         raise DataError(f"{notebook.name} must have exactly one cell with the tag `parameters` that sets `env`; it has {len(tagged)}. Without it papermill "
                         "injects the environment where the notebook's own default overrides it, and a run that asked for prod would run dev.")
 
@@ -190,7 +201,7 @@ def preflight(
     config = ws.config
     if config.platform == "databricks": check_platform(config)
     for stage in stages:
-        check_parameters(config.root / "nbs" / f"{stage.notebook}.ipynb")
+        if config.platform == "local": check_parameters(config.root / "nbs" / f"{stage.notebook}.ipynb")
         stage_code(stage, config.root)              # Python can read it
     check_splits(load_questions(config.root / config.questions), config.questions)
     if (source := corpus_source(config.corpus, config.root)) == "packages":
@@ -213,7 +224,7 @@ def preflight(
 
 def check_platform(config: Config) -> None:
     "`SettingsError` if the stages cannot run where we are, or as they are asked to."
-    if not Path("/Volumes").is_dir(): raise SettingsError(f"platform = databricks, and this is not a machine of Databricks: the Volume {config.store} is not here. Start the job there: `databricks bundle run data_and_index -t {config.env}`, or set platform = local.")
+    if not on_databricks(): raise SettingsError(f"platform = databricks, and this is not a machine of Databricks: the Volume {config.store} is not here. Start the job there: `databricks bundle run data_and_index -t {config.env}`, or set platform = local.")
     if config.serving_target == "app" and config.rollout_steps: raise SettingsError("`rollout_steps` shares traffic between two versions, and an App (serving_target = app) serves one. Leave it empty, or set serving_target = model_serving.")
 
 def check_databricks(config: Config) -> None:
@@ -261,6 +272,15 @@ class StageFailed(RuntimeError):
 
 def _three_lines(text): return "\n".join([line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).strip().splitlines() if line.strip()][:3])
 
+def stage_notebook(ws: Workspace, stage: Stage):  # A path, or a notebook
+    "What papermill executes: the file, or on Databricks its content with the tag `parameters`, which a workspace may have taken off when it took the file for a notebook of its own."
+    path = ws.config.root / "nbs" / f"{stage.notebook}.ipynb"
+    if ws.config.platform == "local": return str(path)
+    import nbformat
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells: cell.metadata["tags"] = ["parameters"] if _sets_env(cell) else []
+    return notebook
+
 def run_stage(
     ws: Workspace,
     stage: Stage,
@@ -274,7 +294,7 @@ def run_stage(
     result_file.unlink(missing_ok=True)
     output, running, outcome = folder / f"{stage.notebook}.ipynb", folder / f".running-{stage.notebook}.ipynb", {}
     def work():
-        try: papermill.execute_notebook(str(ws.config.root / "nbs" / output.name), str(running), dict(env=ws.config.env), progress_bar=False, kernel_name="python3", km=kernel.manager)
+        try: papermill.execute_notebook(stage_notebook(ws, stage), str(running), dict(env=ws.config.env), progress_bar=False, kernel_name="python3", km=kernel.manager)
         except BaseException as error: outcome["error"] = error
     started, last, code = time.time(), manifest(ws, stage), stage_code(stage, ws.config.root)
     thread = threading.Thread(target=work, daemon=True); thread.start()

@@ -129,6 +129,10 @@ class LocalHost:
         with owned_by(self.front.owner) if self.front else contextlib.nullcontext():
             self.endpoints[version] = start_endpoint(self.ws, version, 0 if self.shares else self.ws.config.serving_port)     # the port in the settings is the front door's
 
+    def reach(self, version: str) -> None:
+        "Make sure that a version that was deployed can be asked."
+        self.start(version)
+
     def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
         "Ask a version that was started, or whoever has the traffic; as `ask_endpoint`."
         return ask_endpoint(self.endpoints[version].url if version else self.url, question, purpose)

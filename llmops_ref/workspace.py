@@ -6,7 +6,8 @@ Reads a `Config`. Leaves a `Workspace`: tables, files, secrets and the model reg
 
 # %% auto #0
 __all__ = ['MLFLOW_SWITCHES', 'DataError', 'file_digest', 'verify_digest', 'write_atomic', 'visible_files', 'folder_digest',
-           'Card', 'Workspace', 'hush_pyspark', 'Changes', 'git_commit', 'DatabricksWorkspace', 'open_workspace']
+           'Card', 'Workspace', 'hush_pyspark', 'Changes', 'git_commit', 'on_databricks', 'DatabricksWorkspace',
+           'open_workspace']
 
 # %% ../nbs/00a_workspace.ipynb #62c9b988
 import atexit, contextlib, functools, hashlib, importlib.metadata, json, math, multiprocessing, os, subprocess, tempfile, threading, time, warnings
@@ -429,11 +430,15 @@ def finish(
     return Card(stage, headline, metrics, result["reads"], result["writes"])
 
 # %% ../nbs/00a_workspace.ipynb #3a907b08
+def on_databricks() -> bool:
+    "Whether this process runs on a machine of Databricks."
+    return "DATABRICKS_RUNTIME_VERSION" in os.environ
+
 class DatabricksWorkspace(Workspace):
     "The same, on a Databricks workspace: Unity Catalog tables, Volumes, secret scopes and the workspace's MLflow."
     def __init__(self, config):
         super().__init__(config)
-        if not Path("/Volumes").is_dir(): self.store = config.root / "stores" / f"{config.env}-of-the-workspace"      # not on Databricks
+        if not on_databricks(): self.store = config.root / "stores" / f"{config.env}-of-the-workspace"
 
     def here(self, *parts):
         path = Path(tempfile.gettempdir(), f"llmops-{self.config.env}", *parts)

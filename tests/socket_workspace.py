@@ -44,7 +44,9 @@ def on_a_socket(state: SocketWorkspace, monkeypatch):
 
         def reply(self):
             size = int(self.headers.get("Content-Length") or 0)
-            body, address = json.loads(self.rfile.read(size)) if size else None, urlsplit(self.path)
+            body, address = self.rfile.read(size) if size else None, urlsplit(self.path)
+            if body and "json" in self.headers.get("Content-Type", ""): body = json.loads(body)
+            state.authorization = self.headers.get("Authorization", "")
             headers, path = {}, unquote(address.path)
             if not path.startswith(state.prefix): status, answer = 404, {}          # the SDK looks for the host's metadata
             else:
@@ -68,6 +70,7 @@ def on_a_socket(state: SocketWorkspace, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *_: None                                           # connections that break are meant to
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    state.client = WorkspaceClient(config=Config(host=f"http://127.0.0.1:{server.server_port}", token="x", retry_timeout_seconds=5))
+    state.host = f"http://127.0.0.1:{server.server_port}"
+    state.client = WorkspaceClient(config=Config(host=state.host, token="x", retry_timeout_seconds=5))
     try: yield state
     finally: server.shutdown(); server.server_close()

@@ -11,9 +11,9 @@ from databricks.sdk.service.workspace import ImportFormat
 from conftest import BIN, ROOT, SMALL, copy_of
 from llmops_ref.bundle import load_bundle
 from llmops_ref.config import SettingsError, load_config
-from llmops_ref.jobs import TASKS
+from llmops_ref.jobs import TASKS, deployment_job
 from llmops_ref.pipeline import STAGES
-from llmops_ref.workspace import open_workspace
+from llmops_ref.workspace import DataError, open_workspace
 
 VALUES = dict(service_principal="5e0c2f1a-1d7b", approvers="ml-leads")
 
@@ -28,13 +28,15 @@ def test_every_resource_is_what_databricks_knows(target):
     assert found.mode == ("development" if target == "dev" else "production") and (target == "dev" or found.run_as == dict(service_principal_name=VALUES["service_principal"]))
     assert "model_serving_endpoints" not in found.resources and "vector_search_indexes" not in found.resources, "what needs a version or a table is made by a job, when there is one"
     assert "${" not in json.dumps(found.resources), "nothing is left to be filled in"
-    assert load_config(target, ROOT, **found.settings()).store == f"/Volumes/llmops_{target}/reference/files", "each setting that a task is told is one"
+    told = load_config(target, ROOT, **found.settings())
+    assert told.store == f"/Volumes/llmops_{target}/{'dev_you_reference' if target == 'dev' else 'reference'}/files", "each setting that a task is told is one"
+    assert (told.catalog, told.schema) == (found.resources["schemas"]["reference"]["catalog_name"], found.resources["schemas"]["reference"]["name"])
     assert open_workspace(load_config(target, ROOT, **found.settings())).experiment == found.resources["experiments"]["llmops"]["name"]
     run = [task.spark_python_task.parameters[0] for job in jobs.values() for task in job.tasks]
     assert sorted(run) == sorted([s.name for s in STAGES if s.name not in ("validation", "deployment")] + ["candidate", *TASKS]), "every stage is a task, once"
     for job in jobs.values():
         assert job.max_concurrent_runs == 1
-        for task in job.tasks: assert task.spark_python_task.python_file.endswith("files/resources/runtime/task.py") and task.environment_key == job.environments[0].environment_key
+        for task in job.tasks: assert task.spark_python_task.parameters[1] == found.variables["settings"] and task.spark_python_task.python_file.endswith("files/resources/runtime/task.py") and task.environment_key == job.environments[0].environment_key
 
 
 def test_the_deployment_job_keeps_the_contract():
@@ -70,7 +72,7 @@ def test_a_plan_says_what_it_costs_and_how_it_goes():
     plan = json.loads(llmops("bundle", "plan", "--env", "prod", "--var", "service_principal=5e0c", "--var", "approvers=leads", "--var", "gpu=GPU_8xH100", "--json").stdout)
     rows = {(row["kind"], row["name"]): row for row in plan["resources"]}
     endpoint, tuning = rows["Model Serving endpoint", "llmops-prod-reference-assistant"], rows["job", "llmops finetune prod"]
-    assert endpoint["made_by"] == "job deployment" and endpoint["idle"] == "0" and endpoint["removed_by"] == "llmops destroy --env prod"
+    assert endpoint["made_by"] == "job deployment" and endpoint["idle"] == "0" and endpoint["removed_by"] == "llmops destroy --env prod --platform databricks"
     assert tuning["size"] == "serverless, GPU_8xH100" and tuning["while_used"] == "over 10"
     assert all(row["removed_by"] for row in plan["resources"]) and plan["run_as"] == {"service_principal_name": "5e0c"}
 
@@ -187,10 +189,14 @@ def test_from_a_fine_tuned_model_to_a_deployed_version(site):
     assert [str(v.version) for v in client.search_model_versions(f"name = '{name}'")] == [version], "nothing has changed, so it is the version that is there"
 
     deployment = jobs(store, **settings)["deployment"]
+    with pytest.raises(DataError, match="has no job 'llmops deployment staging'. Make it"): deployment_job(emulator.client, "staging")
     unknown = emulator.run(deployment, model_name=name, model_version="999")
     assert unknown["evaluate"][0] == "FAILED" and "no version 999" in unknown["evaluate"][1] and unknown["deploy"][0] == "SKIPPED"
+    assert emulator.client.jobs.get(deployment_job(emulator.client, "staging")).settings.name == "llmops deployment staging", "the one that the model is connected to"
     other = emulator.run(deployment, model_name="main.other.assistant", model_version=version)
     assert other["evaluate"][0] == "FAILED" and "was started for main.other.assistant" in other["evaluate"][1]
+
+    with pytest.raises(DataError, match="has 2 jobs .*--job-id"): deployment_job(emulator.client, "staging")
 
     waiting = emulator.run(deployment, model_name=name, model_version=version)
     assert emulator.result == RunResultState.FAILED and [end for end, _ in waiting.values()] == ["SUCCESS", "FAILED", "SKIPPED"], waiting
@@ -207,3 +213,15 @@ def test_from_a_fine_tuned_model_to_a_deployed_version(site):
 
     watched = emulator.run(jobs(store, **settings)["monitoring"])
     assert emulator.result == RunResultState.SUCCESS and "ran     08_monitoring" in watched["monitoring"][1], watched
+
+
+# --- a workspace of yours
+
+def test_on_a_real_workspace():
+    "What Databricks' own command says of the bundle."
+    missing = [name for name in ("DATABRICKS_HOST",) if not os.environ.get(name)] + ["the command databricks"] * (shutil.which("databricks") is None)
+    if missing: pytest.skip(f"needs a Databricks workspace: {', '.join(missing)} not there (DATABRICKS_HOST and credentials; https://docs.databricks.com/dev-tools/cli)")
+    for target in ("dev", "staging", "prod"):
+        said = [word for name, value in VALUES.items() for word in ("--var", f"{name}={value}")]
+        done = subprocess.run(["databricks", "bundle", "validate", "-t", target, *said], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr

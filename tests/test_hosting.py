@@ -1,11 +1,12 @@
 """Model Serving and Apps over a real socket: the SDK's own client, a service that reads every body with the SDK's own classes, and the registry of this machine."""
-import functools, os, shutil
+import contextlib, functools, os, shutil, uuid
 
 import pytest
 from databricks.sdk import WorkspaceClient
 from databricks.sdk.service.serving import (
     EndpointCoreConfigInput, EndpointCoreConfigOutput, EndpointPendingConfig, EndpointState, EndpointStateConfigUpdate as Update, EndpointStateReady as Ready,
     ServedEntityInput, ServedEntityOutput, ServedModelState, ServingEndpointDetailed, TrafficConfig)
+from databricks.sdk.service.catalog import PermissionsChange
 from databricks.sdk.service.apps import App, AppDeployment, AppDeploymentState, AppDeploymentStatus, ApplicationState, ApplicationStatus, ComputeState, ComputeStatus
 
 from conftest import ROOT
@@ -21,19 +22,19 @@ BUSY = 409, {"error_code": "RESOURCE_CONFLICT", "message": "Endpoint is currentl
 
 
 class Serving(SocketWorkspace):
-    "Endpoints of Model Serving. A version in `broken` is never built, one in `stuck` never gets ready, one in `silent` comes up and gives empty answers."
+    "Endpoints of Model Serving. A version in `broken` is never built, one in `stuck` never gets ready, one in `silent` comes up and gives empty answers; a change of shares takes as many looks as `shares_take` says, one entry a change."
     prefix = "/"
 
     def __init__(self):
         super().__init__()
-        self.endpoints, self.broken, self.stuck, self.silent, self.builds, self.turn = {}, set(), set(), set(), 2, 0
+        self.endpoints, self.broken, self.stuck, self.silent, self.builds, self.turn, self.shares_take = {}, set(), set(), set(), 2, 0, []
 
     def answer(self, method, path, query, body):
         part = path.removeprefix("/api/2.0/").strip("/").split("/")
         if part[0] != "serving-endpoints": return 404, {}                        # the SDK looks for the host's metadata
         if method == "POST" and len(part) == 1:
             if body["name"] in self.endpoints: return 400, {"error_code": "RESOURCE_ALREADY_EXISTS", "message": f"Endpoint {body['name']} exists."}
-            self.endpoints[body["name"]] = dict(config={}, pending=body["config"], looks=0, update=Update.IN_PROGRESS)
+            self.endpoints[body["name"]] = dict(config={}, pending=body["config"], looks=0, update=Update.IN_PROGRESS, takes=self.builds)
             strict(EndpointCoreConfigInput, body["config"])
             return 200, self._shown(body["name"])
         if part[1] not in self.endpoints: return MISSING
@@ -45,7 +46,8 @@ class Serving(SocketWorkspace):
             if there["update"] == Update.IN_PROGRESS: return BUSY
             for entity in body["served_entities"]: strict(ServedEntityInput, entity)
             assert sum(r["traffic_percentage"] for r in strict(TrafficConfig, body["traffic_config"]).as_dict()["routes"]) == 100
-            there |= dict(pending=body, looks=0, update=Update.IN_PROGRESS)
+            new = {e["entity_version"] for e in body["served_entities"]} - {e["entity_version"] for e in there["config"]["served_entities"]}
+            there |= dict(pending=body, looks=0, update=Update.IN_PROGRESS, takes=self.builds if new else self.shares_take.pop(0) if self.shares_take else 0)
             return 200, self._shown(part[1])
         if method == "GET":
             self._build(there)
@@ -57,7 +59,7 @@ class Serving(SocketWorkspace):
         there["looks"] += 1
         new = {e["entity_version"] for e in there["pending"]["served_entities"]} - {e["entity_version"] for e in there["config"].get("served_entities", [])}
         if new & self.broken and there["looks"] > 1: there |= dict(update=Update.UPDATE_FAILED, pending=None)
-        elif there["looks"] > (self.builds if new else 0) and not new & (self.stuck | self.broken): there |= dict(config=there["pending"], pending=None, update=Update.NOT_UPDATING)
+        elif there["looks"] > there["takes"] and not new & (self.stuck | self.broken): there |= dict(config=there["pending"], pending=None, update=Update.NOT_UPDATING)
 
     def _shown(self, name):
         there, message = self.endpoints[name], "pip could not install the requirements."
@@ -179,6 +181,50 @@ def test_a_version_that_fails_under_traffic_gets_none(serving, ws):
     assert host.traffic() == {"1": 100, "2": 0}
 
 
+def test_a_step_that_takes_too_long_is_taken_back_when_it_arrives(serving, registry, ws):
+    "The change of shares is still under way when the rollout gives up: it is waited for, and undone."
+    deploy(host_of(serving, ws), ws, "1")
+    host_of(serving, ws).start("2")
+    hasty = workspace(registry, serving_timeout=0.3)
+    host, serving.shares_take = host_of(serving, hasty), [45]
+    with pytest.raises(DataError, match="ended at 10% of the traffic: .*not ready after 0.3 s.*Version 1 has all of it again"): roll_out(host.share, "1", "2", [0.1], lambda share: None)
+    assert host.traffic() == {"1": 100, "2": 0}
+
+
+def test_going_back_on_another_machine_stands(serving, ws):
+    "While version 3 takes over from 2, somebody goes back to 1: nothing more is shared, and 1 stays champion."
+    host = host_of(serving, ws)
+    deploy(host, ws, "1"); deploy(host, ws, "2")
+    ask, asked = host.ask, []
+    def interrupted(question, version=None, purpose="traffic"):
+        if purpose == "rollout" and not asked:
+            asked.append(question)
+            rollback(ws, QUESTION, host_of(serving, ws))
+        return ask(question, version, purpose)
+    host.ask = interrupted
+    with pytest.raises(DataError, match="Version 1 became champion while version 3 was taking over"): deploy(host, ws, "3")
+    assert ws.alias("assistant", "champion") == "1" and host_of(serving, ws).traffic()["1"] == 100
+
+
+def test_the_registry_fails_at_the_last_step(serving, ws, monkeypatch):
+    "Traffic and alias go together: if the alias cannot be moved, the traffic goes back."
+    host = host_of(serving, ws)
+    deploy(host, ws, "1")
+    def fails(*_): raise DataError("The registry is down.")
+    monkeypatch.setattr("llmops_ref.deployment.promote", fails)
+    with pytest.raises(DataError, match="ended at 100% of the traffic: The registry is down. Version 1 has all of it again"): deploy(host, ws, "2")
+    assert host.traffic() == {"1": 100, "2": 0} and ws.alias("assistant", "champion") == "1"
+
+
+def test_monitoring_brings_nothing_up(serving, ws):
+    host = host_of(serving, ws)
+    deploy(host, ws, "1")
+    serving.asked.clear()
+    host.reach("1")
+    with pytest.raises(DataError, match="Version 2 is champion of prod, and is not up"): host.reach("2")
+    assert changes(serving) == []
+
+
 # --- an API that fails now and then
 
 def test_a_create_that_breaks_off_after_it_worked(serving, ws):
@@ -240,38 +286,101 @@ def test_destroy_removes_what_jobs_made(serving, registry, ws):
 # --- Apps
 
 class Apps(SocketWorkspace):
-    "One App at most, and how often it was deployed."
+    "One App at most, its deployments, what it may use, and the App itself, which lets in who has an OAuth token. A version in `broken` does not come up."
+    prefix = "/"
+
     def __init__(self):
         super().__init__()
-        self.app, self.deployments = None, []
+        self.app, self.deployments, self.granted, self.broken = None, [], [], set()
 
     def answer(self, method, path, query, body):
+        if path == "/.well-known/databricks-config": return 200, dict(oidc_endpoint=f"{self.host}/oidc")
+        here = self.host
+        if path == "/oidc/.well-known/oauth-authorization-server": return 200, dict(authorization_endpoint=f"{here}/oidc/authorize", token_endpoint=f"{here}/oidc/token")
+        if path == "/oidc/token": return 200, dict(access_token="oauth", token_type="Bearer", expires_in=3600)
+        if path == "/app/responses":
+            if self.authorization != "Bearer oauth": return 401, {}
+            version = next(v.value for v in self.app.active_deployment.env_vars if v.name == "ASSISTANT_VERSION")
+            return 200, dict(output=[dict(content=[dict(text=f"Version {version} says so.")])], custom_outputs=dict(version=version, passages=[], citations=[], seconds=0.1))
+        if path.startswith("/api/2.1/unity-catalog/permissions/"):
+            self.granted.append((path.removeprefix("/api/2.1/unity-catalog/permissions/"), strict(PermissionsChange, body["changes"][0])))
+            return 200, {}
+        if not path.startswith("/api/2.0/apps"): return 404, {}
         part = path.removeprefix("/api/2.0/apps").strip("/").split("/")
         if method == "POST" and part == [""]:
             self.app = strict(App, body)
-            self.app.compute_status, self.app.app_status = ComputeStatus(state=ComputeState.ACTIVE), ApplicationStatus(state=ApplicationState.RUNNING)
+            self.app.compute_status, self.app.service_principal_client_id, self.app.url = ComputeStatus(state=ComputeState.ACTIVE), "app-7", f"{here}/app"
             return 200, self.app.as_dict()
         if self.app is None or part[0] != self.app.name: return MISSING
+        if method == "POST" and part[1] == "start":
+            self.app.compute_status = ComputeStatus(state=ComputeState.ACTIVE)
+            return 200, self.app.as_dict()
         if method == "POST":
             made = strict(AppDeployment, body)
-            made.deployment_id, made.status = str(len(self.deployments)), AppDeploymentStatus(state=AppDeploymentState.SUCCEEDED)
+            version = next(v.value for v in made.env_vars if v.name == "ASSISTANT_VERSION")
+            made.deployment_id, made.status = str(len(self.deployments)), AppDeploymentStatus(state=AppDeploymentState.FAILED if version in self.broken else AppDeploymentState.SUCCEEDED, message="It did not start.")
             self.deployments.append(made)
-            self.app.active_deployment = made
+            if version not in self.broken: self.app.active_deployment, self.app.app_status = made, ApplicationStatus(state=ApplicationState.RUNNING)
             return 200, made.as_dict()
-        if method == "DELETE": self.app = None; return 200, {}
+        if method == "DELETE":
+            self.app = None
+            return 200, {}
         return 200, self.deployments[int(part[2])].as_dict() if len(part) > 1 else self.app.as_dict()
 
 
-def test_an_app_serves_one_version(monkeypatch, registry):
-    "It is made with the first version; a new one is a new deployment of the same App; none is shared."
-    with on_a_socket(Apps(), monkeypatch) as apps:
-        host = AppHost(workspace(registry, rollout_steps=[]), apps.client, "/Workspace/files/resources/runtime")
-        host.share({"1": 1.0}); host.share({"1": 1.0}); host.share({"2": 1.0})
-        assert [{v.name: v.value for v in d.env_vars}["ASSISTANT_URI"] for d in apps.deployments] == [f"models:/llmops_prod.reference.assistant/{v}" for v in "12"]
-        assert host.serves() == "2" and apps.deployments[0].command == ["python", "app.py"]
-        with pytest.raises(SettingsError, match="traffic cannot be shared"): host.share({"1": 0.5, "2": 0.5})
-        assert host.remove() == [f"App {host.name}"] and host.remove() == []
-    with pytest.raises(SettingsError, match="Leave it empty"): AppHost(workspace(registry), None)
+@pytest.fixture
+def apps(monkeypatch):
+    with on_a_socket(Apps(), monkeypatch) as state:
+        monkeypatch.setenv("APP_CLIENT_ID", "us"); monkeypatch.setenv("APP_CLIENT_SECRET", "secret")
+        @contextlib.contextmanager                      # what a version says before the App has it
+        def loaded(ws, version): yield lambda question: dict(question=question["question"], answer=f"Version {version} says so.", passages=[], citations=[], seconds=0.1)
+        monkeypatch.setattr("llmops_ref.hosting.load_assistant", loaded)
+        yield state
+
+
+def test_an_app_from_its_first_version_to_the_way_back(apps, registry, ws):
+    "It is made with the first version and what it may use; the next one is tried here first, and then deployed there; going back deploys the old one."
+    one = workspace(registry, rollout_steps=[])
+    host = AppHost(one, apps.client)
+    deploy(host, one, "1")
+    assert host.name == "llmops-prod-referenc-" + host.name[-6:] or len(host.name) <= 30
+    assert apps.app.resources[0].experiment.experiment_id == ws.mlflow().get_experiment_by_name(ws.experiment).experiment_id
+    (on, change), = set((name, c.principal) for name, c in apps.granted)
+    assert (on, change) == ("schema/llmops_prod.reference", "app-7")
+    assert {v.name: v.value for v in apps.deployments[0].env_vars}["ASSISTANT_URI"] == "models:/llmops_prod.reference.assistant/1" and apps.deployments[0].command == ["python", "app.py"]
+    deploy(host, one, "1")
+    assert len(apps.deployments) == 1, "the same version again is no deployment"
+    deploy(host, one, "2")
+    assert host.serves() == "2" and host.ask(QUESTION)["version"] == "2" and len(apps.deployments) == 2
+    assert rollback(one, QUESTION, AppHost(one, apps.client))[0] == "1" and host.ask(QUESTION)["version"] == "1"
+
+
+def test_an_app_that_does_not_come_up_gets_the_old_version_back(apps, registry, ws):
+    one = workspace(registry, rollout_steps=[])
+    host = AppHost(one, apps.client)
+    deploy(host, one, "1")
+    apps.broken.add("2")
+    with pytest.raises(DataError, match="ended at 100% of the traffic: The workspace failed on the App .*Version 1 has all of it again"): deploy(host, one, "2")
+    assert host.serves() == "1" and ws.alias("assistant", "champion") == "1"
+
+
+def test_an_app_that_sleeps_is_woken(apps, registry, ws):
+    one = workspace(registry, rollout_steps=[])
+    host = AppHost(one, apps.client)
+    deploy(host, one, "1")
+    apps.app.compute_status, apps.app.app_status = ComputeStatus(state=ComputeState.STOPPED), ApplicationStatus(state=ApplicationState.UNAVAILABLE)
+    assert host.serves() is None
+    deploy(host, one, "1")
+    assert host.serves() == "1" and apps.app.compute_status.state == ComputeState.ACTIVE
+
+
+def test_what_an_app_cannot(apps, registry, ws, monkeypatch):
+    one = workspace(registry, rollout_steps=[])
+    with pytest.raises(SettingsError, match="Leave it empty"): AppHost(ws, apps.client).start("1")
+    with pytest.raises(SettingsError, match="traffic cannot be shared"): AppHost(one, apps.client).share({"1": 0.5, "2": 0.5})
+    monkeypatch.delenv("APP_CLIENT_ID")
+    with pytest.raises(SettingsError, match="APP_CLIENT_ID is not set"): AppHost(one, apps.client).start("1")
+    assert apps.app is None, "before anything is made"
 
 
 # --- a workspace of yours
@@ -283,6 +392,7 @@ def test_on_a_real_workspace():
         pytest.skip(f"needs a Databricks workspace: {', '.join(missing)} not set (LLMOPS_TEST_CATALOG: a catalog with the registered model reference.assistant; LLMOPS_TEST_VERSIONS: two of its versions, such as 1,2)")
     from llmops_ref.workspace import open_workspace
     host = ModelServingHost(open_workspace(load_config("staging", platform="databricks", catalog=os.environ["LLMOPS_TEST_CATALOG"])), WorkspaceClient())
+    host.name = f"llmops-test-{uuid.uuid4().hex[:8]}"   # not the one that people use
     old, new = os.environ["LLMOPS_TEST_VERSIONS"].split(",")
     try:
         host.start(old); host.start(new)
