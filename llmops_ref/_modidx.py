@@ -427,6 +427,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'llmops_ref.hosting.asking_for': ('hosting.html#asking_for', 'llmops_ref/hosting.py'),
                                     'llmops_ref.hosting.endpoint_name': ('hosting.html#endpoint_name', 'llmops_ref/hosting.py'),
                                     'llmops_ref.hosting.entity_name': ('hosting.html#entity_name', 'llmops_ref/hosting.py'),
+                                    'llmops_ref.hosting.look_up': ('hosting.html#look_up', 'llmops_ref/hosting.py'),
                                     'llmops_ref.hosting.open_client': ('hosting.html#open_client', 'llmops_ref/hosting.py'),
                                     'llmops_ref.hosting.open_host': ('hosting.html#open_host', 'llmops_ref/hosting.py'),
                                     'llmops_ref.hosting.read_reply': ('hosting.html#read_reply', 'llmops_ref/hosting.py'),
