@@ -117,7 +117,7 @@ class ModelServingHost:
             state, table = there.state, self._table(there.config)
             if state.config_update != Update.IN_PROGRESS:
                 if table == wanted and state.ready == Ready.READY: return
-                if state.config_update in (Update.UPDATE_FAILED, Update.UPDATE_CANCELED) or table != wanted and time.monotonic() - start > 3 * self.poll:      # at first it may not show yet
+                if time.monotonic() - start > 3 * self.poll and (table != wanted or state.config_update in (Update.UPDATE_FAILED, Update.UPDATE_CANCELED)):     # at first it may show what was before
                     raise DataError(f"The endpoint {self.name} did not take the change to {self._said(wanted)} ({state.config_update.value}): {why} What served before goes on serving: {self._said(table)}.")
             if time.monotonic() - start > self.ws.config.serving_timeout:
                 raise DataError(f"The endpoint {self.name} was not ready after {self.ws.config.serving_timeout} s (`serving_timeout`). {why} Traffic is where it was: {self._said(table)}. If it gets ready later, run this again.")
