@@ -124,7 +124,7 @@ class Config:
     approval_days: float
     serving_port: int
     serving_timeout: int
-    serving_target: Literal["model_serving", "app"]
+    serving_target: Literal["model_serving", "databricks_app"]
     serving_size: Literal["Small", "Medium", "Large"]
     serving_scale_to_zero: bool
     serving_token: str

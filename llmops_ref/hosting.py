@@ -22,8 +22,8 @@ def asking_for(what: str):
     "Turn the errors of the workspace's API into ours, which name the thing and the fix."
     from databricks.sdk.errors import DatabricksError, NotFound, OperationFailed, PermissionDenied, Unauthenticated
     try: yield
-    except (PermissionDenied, Unauthenticated) as error: raise SettingsError(f"We may not use {what}: {str(error).rstrip('.')}. Ask its owner for CAN MANAGE on it, and for EXECUTE on the registered model.") from None
-    except NotFound as error: raise DataError(f"The workspace does not know {what}, or a thing that it needs: {str(error).rstrip('.')}. Deploy first: `llmops run --from deployment`.") from None
+    except (PermissionDenied, Unauthenticated) as error: raise SettingsError(f"We may not use {what}: {str(error).rstrip('.')}. Ask its owner for the right to manage it, and, if it serves, for EXECUTE on the registered model.") from None
+    except NotFound as error: raise DataError(f"The workspace does not know {what}, or a thing that it needs: {str(error).rstrip('.')}. If nothing was deployed yet, run the job `deployment`.") from None
     except (DatabricksError, OperationFailed, TimeoutError) as error: raise DataError(f"The workspace failed on {what}: {error}") from None
 
 def look_up(what: str, get, name: str):
@@ -74,7 +74,7 @@ def whole_percents(
 # %% ../nbs/06d_hosting.ipynb #8f801544
 class ModelServingHost:
     "Serves versions on one Model Serving endpoint, whose table shares the traffic."
-    shares = True
+    takes_over = True
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class ModelServingHost:
                 if time.monotonic() - start > 3 * self.poll and (table != wanted or state.config_update in (Update.UPDATE_FAILED, Update.UPDATE_CANCELED)):     # at first it may show what was before
                     raise DataError(f"The endpoint {self.name} did not take the change to {self._said(wanted)} ({state.config_update.value}): {why} What served before goes on serving: {self._said(table)}.")
             if time.monotonic() - start > self.ws.config.serving_timeout:
-                raise DataError(f"The endpoint {self.name} was not ready after {self.ws.config.serving_timeout} s (`serving_timeout`). {why} Traffic is where it was: {self._said(table)}. If it gets ready later, run this again.")
+                raise DataError(f"The endpoint {self.name} was not ready after {self.ws.config.serving_timeout} s (`serving_timeout`). {why} Traffic at this moment: {self._said(table)}. If it gets ready later, run this again.")
             self.ws.progress(0, 1, f"waiting for {self.name}")
             time.sleep(self.poll)
 
@@ -157,14 +157,14 @@ class ModelServingHost:
         if version not in (table := self.traffic()): raise DataError(f"Version {version} is champion of {self.ws.config.env}, and is not up at the endpoint {self.name}, which has {self._said(table)}. Deploy it: run the job `deployment`.")
 
     def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
-        "Ask a version that was started, or whoever the table gives the question to; the answer dictionary."
+        "Ask a version that was started, or whoever the table gives the question to; gives `question answer passages citations seconds version ...`. `DataError` or `SettingsError` if there is no answer."
         path = f"/serving-endpoints/{self.name}/" + (f"served-models/{entity_name(version)}/" if version else "") + "invocations"
         with asking_for(f"the endpoint {self.name}"):
             reply = self.client.api_client.do("POST", path, body=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)), headers={"Accept": "application/json"})
         return read_reply(question, reply)
 
     def share(self, shares: dict[str, float]) -> None:
-        "Share the traffic between versions that are up; when this returns, it is. A change that is on its way is waited for first."
+        "Share the traffic between versions that are up; when this returns, it is. A change that is on its way is waited for first. `DataError` if a version is not up, somebody else changes the endpoint, or it takes too long; `SettingsError` if the shares do not add up to 1."
         percents, there = whole_percents(shares), self._settled()
         table = self._table(there.config) if there else {}
         if missing := sorted(percents.keys() - table.keys()): raise DataError(f"Version {', '.join(missing)} is not up at the endpoint {self.name}. It has {self._said(table)}.")
@@ -174,7 +174,7 @@ class ModelServingHost:
         time.sleep(self.poll)                       # questions that were under way come to their end
 
     def retire(self, version: str) -> None:
-        "Keep a version that has no traffic any more as the way back, and let older ones go."
+        "This version has no traffic any more: it stays as the way back, at 0%, and the one that was kept so far goes."
         table = self.traffic()
         kept = {v: percent for v, percent in table.items() if percent or v == version}
         if kept != table: self._change(kept)
@@ -196,7 +196,7 @@ def read_reply(question: str, reply: dict) -> dict:
 # %% ../nbs/06d_hosting.ipynb #4b89142c
 class AppHost:
     "Serves one version at a time in a Databricks App."
-    shares = True
+    takes_over = True
 
     def __init__(
         self,
@@ -236,7 +236,7 @@ class AppHost:
         if (serves := self.serves()) != version: raise DataError(f"Version {version} is champion of {self.ws.config.env}, and the App {self.name} serves {serves or 'nothing'}. Deploy it: run the job `deployment`.")
 
     def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
-        "Ask the version that was loaded, or the App."
+        "Ask the version that was loaded, or the App; gives `question answer passages citations seconds version ...`. `DataError` or `SettingsError` if there is no answer."
         if version in self.loaded: return self.loaded[version](dict(question=question)) | dict(version=version)
         import httpx
         with asking_for(f"the App {self.name}"): headers = self._key()
@@ -291,8 +291,8 @@ class AppHost:
 def open_host(
     ws: Workspace,
     client=None, # A `databricks.sdk.WorkspaceClient`; that of the environment by default
-): # With `start`, `reach`, `ask`, `share`, `retire`, `close`, and `shares`: whether a new version takes over from the old one
+): # With `start`, `reach`, `ask`, `share`, `retire`, `close`, `url` and `takes_over`: see `06c_serving`
     "Who serves the versions of an environment."
     if ws.config.platform == "local": return LocalHost(ws)
     client = client or open_client()
-    return AppHost(ws, client) if ws.config.serving_target == "app" else ModelServingHost(ws, client)
+    return AppHost(ws, client) if ws.config.serving_target == "databricks_app" else ModelServingHost(ws, client)

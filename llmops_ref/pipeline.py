@@ -225,7 +225,7 @@ def preflight(
 def check_platform(config: Config) -> None:
     "`SettingsError` if the stages cannot run where we are, or as they are asked to."
     if not on_databricks(): raise SettingsError(f"platform = databricks, and this is not a machine of Databricks: the Volume {config.store} is not here. Start the job there: `databricks bundle run data_and_index -t {config.env}`, or set platform = local.")
-    if config.serving_target == "app" and config.rollout_steps: raise SettingsError("`rollout_steps` shares traffic between two versions, and an App (serving_target = app) serves one. Leave it empty, or set serving_target = model_serving.")
+    if config.serving_target == "databricks_app" and config.rollout_steps: raise SettingsError("`rollout_steps` shares traffic between two versions, and an App (serving_target = databricks_app) serves one. Leave it empty, or set serving_target = model_serving.")
 
 def check_databricks(config: Config) -> None:
     "`SettingsError` if AI Search is asked for and no workspace can be."

@@ -115,7 +115,7 @@ class LocalHost:
         self.ws, self.front, self.endpoints = ws, find_front(ws), {}
 
     @property
-    def shares(self) -> bool:
+    def takes_over(self) -> bool:
         "Whether a new version takes over from the old one while both are up."
         return bool(self.front or self.ws.config.rollout_steps)
 
@@ -127,18 +127,18 @@ class LocalHost:
     def start(self, version: str) -> None:
         "Bring a version up beside what serves; `DataError` if it does not come up in time."
         with owned_by(self.front.owner) if self.front else contextlib.nullcontext():
-            self.endpoints[version] = start_endpoint(self.ws, version, 0 if self.shares else self.ws.config.serving_port)     # the port in the settings is the front door's
+            self.endpoints[version] = start_endpoint(self.ws, version, 0 if self.takes_over else self.ws.config.serving_port)     # the port in the settings is the front door's
 
     def reach(self, version: str) -> None:
         "Make sure that a version that was deployed can be asked."
         self.start(version)
 
     def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
-        "Ask a version that was started, or whoever has the traffic; as `ask_endpoint`."
+        "Ask a version that was started, or whoever has the traffic; gives and raises what `ask_endpoint` does."
         return ask_endpoint(self.endpoints[version].url if version else self.url, question, purpose)
 
     def share(self, shares: dict[str, float]) -> None:
-        "Share the traffic between versions that were started; when this returns, it is."
+        "Share the traffic between versions that were started; when this returns, it is. `SettingsError` if the shares do not add up to 1."
         shares = check_shares(shares)
         if self.front is None and len(self.endpoints) == 1: return      # it has all of it
         self.front = self.front or open_front(self.ws, self.ws.config.serving_port)

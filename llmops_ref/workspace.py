@@ -475,8 +475,8 @@ class DatabricksWorkspace(Workspace):
         return str(self.spark.sql(f"DESCRIBE HISTORY {self._name(table)} LIMIT 1").first()["version"])
 
     def read_spark(self, table):
-        self.reads[f"table:{table}"] = self.table_version(table)
-        return self.spark.table(self._name(table))
+        self.reads[f"table:{table}"] = version = self.table_version(table)
+        return self.spark.sql(f"SELECT * FROM {self._name(table)} VERSION AS OF {version}")      # the one that the books name
 
     def read(self, table): return self.read_spark(table).toPandas()
 

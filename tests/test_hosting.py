@@ -161,7 +161,7 @@ def test_a_killed_rollout_is_set_right_by_the_next(serving, ws):
 
 
 @pytest.mark.parametrize("why, says", [("broken", "did not take the change .*pip could not install the requirements. What served before goes on serving: version 1 100%"),
-                                       ("stuck", "not ready after 0.2 s .*Traffic is where it was: version 1 100%")])
+                                       ("stuck", "not ready after 0.2 s .*Traffic at this moment: version 1 100%")])
 def test_a_version_that_never_comes_up_changes_nothing(serving, registry, ws, why, says):
     deploy(host_of(serving, ws), ws, "1")
     getattr(serving, why).add("2")
@@ -211,7 +211,7 @@ def test_the_registry_fails_at_the_last_step(serving, ws, monkeypatch):
     host = host_of(serving, ws)
     deploy(host, ws, "1")
     def fails(*_): raise DataError("The registry is down.")
-    monkeypatch.setattr("llmops_ref.deployment.promote", fails)
+    monkeypatch.setattr("llmops_ref.deployment.make_champion", fails)
     with pytest.raises(DataError, match="ended at 100% of the traffic: The registry is down. Version 1 has all of it again"): deploy(host, ws, "2")
     assert host.traffic() == {"1": 100, "2": 0} and ws.alias("assistant", "champion") == "1"
 
@@ -343,7 +343,7 @@ def test_an_app_from_its_first_version_to_the_way_back(apps, registry, ws):
     one = workspace(registry, rollout_steps=[])
     host = AppHost(one, apps.client)
     deploy(host, one, "1")
-    assert host.name == "llmops-prod-referenc-" + host.name[-6:] or len(host.name) <= 30
+    assert host.name == endpoint_name(one.config, 30) != endpoint_name(one.config) and len(host.name) <= 30
     assert apps.app.resources[0].experiment.experiment_id == ws.mlflow().get_experiment_by_name(ws.experiment).experiment_id
     (on, change), = set((name, c.principal) for name, c in apps.granted)
     assert (on, change) == ("schema/llmops_prod.reference", "app-7")
