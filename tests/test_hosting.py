@@ -260,7 +260,7 @@ def test_two_deployments_at_once(serving, ws):
     assert [e["entity_version"] for e in serving.endpoints[host.name]["pending"]["served_entities"]] == ["9"]
 
 
-@pytest.mark.parametrize("status, kind, says", [(403, SettingsError, "CAN MANAGE"), (500, DataError, "failed on the endpoint llmops-prod-reference-assistant: The service says no")])
+@pytest.mark.parametrize("status, kind, says", [(403, SettingsError, "the right to manage it"), (500, DataError, "failed on the endpoint llmops-prod-reference-assistant: The service says no")])
 def test_errors_are_ours(serving, ws, status, kind, says):
     serving.refuse = [(status, {})]
     with pytest.raises(kind, match=says): host_of(serving, ws).start("1")
