@@ -19,7 +19,7 @@ import yaml
 from .config import ENVIRONMENTS, Config, SettingsError, load_config
 from .gateway import workspace_services
 from .hosting import AppHost, ModelServingHost, asking_for, endpoint_name, open_client
-from .workspace import DataError, Workspace, git_commit, open_workspace
+from .workspace import Workspace, git_commit, open_workspace
 
 # %% ../nbs/90c_bundle.ipynb #523075a8
 def declared(

@@ -1,5 +1,5 @@
 """AI Search over a real socket: a server that speaks its REST protocol in the SDK's own types, and the SDK's own client."""
-import json, os, threading, time
+import json, os, time
 
 import numpy as np, pandas as pd, pytest
 from databricks.sdk import WorkspaceClient

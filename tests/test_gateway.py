@@ -1,5 +1,5 @@
 """Providers and the gateway over real sockets: every fault that a provider has, a real one that is killed, and Unity Gateway in the SDK's own types."""
-import json, os, signal, threading, time
+import json, os, signal, threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
