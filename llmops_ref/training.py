@@ -150,13 +150,14 @@ def load_for_training(
     base: Path, # Folder with the base model
     recipe: Recipe,
     device: str = "cpu",
+    dtype: str = "", # float32 or bfloat16; that of `training_dtype` by default
 ): # PEFT model and tokenizer
     "The base model, frozen, with fresh LoRA matrices beside the linear layers that learn; `SettingsError` names those that it lacks."
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer
     torch.manual_seed(recipe.seed)
-    dtype, more = training_dtype(device), {}
+    dtype, more = getattr(torch, dtype) if dtype else training_dtype(device), {}
     if recipe.quantise == "4bit":
         from transformers import BitsAndBytesConfig
         more = dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype), device_map={"": device})
@@ -307,7 +308,8 @@ def _fit(folder, job, pairs, recipe, plan, on_step):
     state = PartialState(cpu=not torch.cuda.is_available())
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))       # FAISS, which searched in this process before, has set it to 1 for both
     device, processes = "cpu" if state.device.type == "cpu" else str(state.device), state.num_processes
-    model, tokenizer = load_for_training(Path(job["base"]), recipe, device)
+    plan.setdefault("dtype", str(training_dtype(device)).removeprefix("torch."))       # measured once: a training that goes on may find a busier machine
+    model, tokenizer = load_for_training(Path(job["base"]), recipe, device, plan["dtype"])
     groups = {split: encode(tokenizer, pairs[pairs.split == split], model.config.max_position_embeddings) for split in ("train", "validation")}
     plan["longest"] = max(len(prompt) + len(answer) for group in groups["train"] for prompt, answer in group)
     rows, held_out = (pack_rows(groups[split], plan["tokens"]) for split in ("train", "validation"))
