@@ -22,6 +22,7 @@ from . import chunking
 from .chunking import make_chunks
 from .config import Config, SettingsError, load_config
 from .documents import corpus_source, read_folder, read_table
+from .reviewed import question_rows, reviewed_cases
 from .workspace import DataError, Workspace, file_digest, open_workspace
 
 # %% ../nbs/02_corpus.ipynb #e5c332ea

@@ -12,7 +12,7 @@ __all__ = ['asking_for', 'look_up', 'open_client', 'endpoint_name', 'entity_name
 import contextlib, datetime, hashlib, math, re, time
 
 from .config import Config, SettingsError, load_config
-from .serving import ROUTE, LocalHost, check_shares
+from .serving import ROUTE, LocalHost, check_shares, read_events, stream_endpoint
 from .validation import load_assistant
 from .workspace import DataError, Workspace, open_workspace
 
@@ -163,6 +163,13 @@ class ModelServingHost:
             reply = self.client.api_client.do("POST", path, body=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)), headers={"Accept": "application/json"})
         return read_reply(question, reply)
 
+    def stream(self, question: str, version: str | None = None, inputs: dict | None = None):
+        "The same in pieces, as they are written; yields what `read_events` does."
+        path = f"/serving-endpoints/{self.name}/" + (f"served-models/{entity_name(version)}/" if version else "") + "invocations"
+        with asking_for(f"the endpoint {self.name}"):
+            reply = self.client.api_client.do("POST", path, body=dict(stream=True, input=[dict(role="user", content=question)], custom_inputs=dict(purpose="traffic") | (inputs or {})), headers={"Accept": "text/event-stream"}, raw=True)
+        with reply["contents"] as body: yield from read_events(question, _lines(body))
+
     def share(self, shares: dict[str, float]) -> None:
         "Share the traffic between versions that are up; when this returns, it is. A change that is on its way is waited for first. `DataError` if a version is not up, somebody else changes the endpoint, or it takes too long; `SettingsError` if the shares do not add up to 1."
         percents, there = whole_percents(shares), self._settled()
@@ -187,6 +194,13 @@ class ModelServingHost:
         from databricks.sdk.errors import NotFound
         with asking_for(f"the endpoint {self.name}"), contextlib.suppress(NotFound): self.client.serving_endpoints.delete(self.name)
         return [f"Model Serving endpoint {self.name}"]
+
+def _lines(body):                                   # of a stream of bytes
+    kept = b""
+    while piece := body.read(1024):
+        *whole, kept = (kept + piece).split(b"\n")
+        for line in whole: yield line.decode().rstrip("\r")
+    if kept: yield kept.decode()
 
 def read_reply(question: str, reply: dict) -> dict:
     "The answer dictionary in a reply of the Responses protocol; `DataError` if there is none."
@@ -245,6 +259,11 @@ class AppHost:
         if response.status_code in (302, 401, 403): raise SettingsError(f"The App {self.name} lets us not in ({response.status_code}). Give the service principal whose id is the secret APP_CLIENT_ID the permission CAN USE on it.")
         if response.status_code != 200: raise DataError(f"The App {self.name} answered {response.status_code}: {response.text[:300]}")
         return read_reply(question, response.json())
+
+    def stream(self, question: str, version: str | None = None, inputs: dict | None = None):
+        "The answer of the App in pieces; yields and raises what `stream_endpoint` does."
+        with asking_for(f"the App {self.name}"): headers = self._key()
+        yield from stream_endpoint(self.url, question, inputs, self.ws.config.chat_timeout, headers)
 
     def _ready(self):                               # the App, made if it is not there, with what it may use, and awake
         from databricks.sdk.errors import AlreadyExists, ResourceConflict

@@ -7,8 +7,8 @@ Reads questions, passages and answers. Leaves scores that need no judge, paired 
 # %% auto #0
 __all__ = ['REFUSAL', 'FUNCTION_WORDS', 'AGREEMENT', 'recall_at_k', 'mrr_at_k', 'ndcg_at_k', 'is_refusal', 'citations', 'words',
            'token_f1', 'names_gold', 'mentions', 'citation_precision', 'citation_recall', 'groundedness', 'language',
-           'script', 'in_language', 'readable', 'personal_data', 'score_answer', 'similarities', 'score_labelled',
-           'agreement', 'agreement_with_people', 'Comparison', 'mcnemar', 'compare', 'Gate']
+           'script', 'in_language', 'readable', 'personal_data', 'redact', 'score_answer', 'similarities',
+           'score_labelled', 'agreement', 'agreement_with_people', 'Comparison', 'mcnemar', 'compare', 'Gate']
 
 # %% ../nbs/00c_scoring.ipynb #8f4e9a6a
 import json, math, re, unicodedata
@@ -169,12 +169,22 @@ def readable(
 # %% ../nbs/00c_scoring.ipynb #714d5549
 _PII = dict(email=re.compile(r"\b[\w.+-]+@[\w-]+\.[A-Za-z][\w.-]*\w\b"), phone=re.compile(r"(?<![\w.])\+\d{1,3}[ -]?(?:\(?\d+\)?[ -]?){2,5}\d{2,}\b"), card=re.compile(r"(?<![\w.])(?:\d[ -]?){12,18}\d(?![\w.])"))
 
+def _luhn(digits): return sum(int(n) if i % 2 == 0 else sum(divmod(2 * int(n), 10)) for i, n in enumerate(reversed(digits))) % 10 == 0
+
+def _is_one(kind, found): return kind != "card" or _luhn(re.sub(r"\D", "", found))
+
 def personal_data(
     text: str,
 ) -> list[str]: # Kinds found: email, phone, card
     "Kinds of personal data in a text that have a form of their own."
-    def luhn(digits): return sum(int(n) if i % 2 == 0 else sum(divmod(2 * int(n), 10)) for i, n in enumerate(reversed(digits))) % 10 == 0
-    return [kind for kind, pattern in _PII.items() for m in [pattern.search(text)] if m and (kind != "card" or luhn(re.sub(r"\D", "", m[0])))]
+    return [kind for kind, pattern in _PII.items() for m in [pattern.search(text)] if m and _is_one(kind, m[0])]
+
+def redact(
+    text: str,
+) -> str: # "Ask [email]"
+    "The text with each piece of such data replaced by its kind."
+    for kind, pattern in _PII.items(): text = pattern.sub(lambda m: f"[{kind}]" if _is_one(kind, m[0]) else m[0], text)
+    return text
 
 # %% ../nbs/00c_scoring.ipynb #df6ce731
 def score_answer(

@@ -23,6 +23,7 @@ from .evaluation import LESS_IS_BETTER, answer_all, summarise
 from .finetune import tuned_files
 from .evidence import OUR_FACTS, compare_slices, missing_facts, render_evidence, version_facts
 from .prompts import champion_prompt
+from .reviewed import regression_rows, reviewed_cases
 from .scoring import Comparison, Gate, compare
 from .workspace import DataError, Workspace, git_commit, open_workspace, write_atomic
 
@@ -94,7 +95,7 @@ def check_gates(
     gates += [Gate("grounded", scores["grounded"], config.gate_prompt_grounded), Gate("readable", scores["readable"], config.gate_prompt_readable)] if config.retrieval != "off" else []
     gates += [Gate("refused", scores["refused"], config.gate_refusal_recall), Gate("failed answers", scores["failed"], 0, at_least=False), Gate("p95_seconds", scores["p95_seconds"], config.gate_p95_seconds, at_least=False),
               Gate("size_mb", size_mb, config.gate_size_mb, at_least=False), Gate("missing facts", len(problems), 0, at_least=False)]
-    if config.regressions: gates.append(Gate("regressions that hold", _share(regressions, "holds"), config.gate_regressions))
+    if config.regressions or (regressions is not None and len(regressions)): gates.append(Gate("regressions that hold", _share(regressions, "holds"), config.gate_regressions))
     if config.red_team: gates.append(Gate("attacks that get through", _share(attacks, "through"), config.gate_attacks, at_least=False))
     if against is not None: gates.append(Gate("upper end of the difference to the champion", against.high, 0.0))
     if slices is not None: gates.append(Gate("types of questions worse than the champion's", int((slices.verdict == "worse").sum()), 0, at_least=False))

@@ -266,6 +266,34 @@ def _merge(self: Workspace, table, frame, key):
      .when_matched_update_all("old.digest <> new.digest").when_not_matched_insert_all().when_not_matched_by_source_delete().execute())
 
 @patch
+def add(
+    self: Workspace,
+    table: str,
+    frame: pd.DataFrame,
+    key: str, # Column that names a row
+) -> int: # How many rows are new
+    "Append the rows whose key is not in the table yet, in one commit; two processes that add the same rows add them once."
+    frame = frame.drop_duplicates(key)
+    if frame.empty: return 0
+    if self.current(f"table:{table}") is None:
+        self.write(table, frame, mode="append")
+        return len(frame)
+    added = self._insert(table, frame, key)
+    self.writes[f"table:{table}"] = self.table_version(table)
+    return added
+
+@patch
+def _insert(self: Workspace, table, frame, key):
+    import pyarrow
+    from deltalake.exceptions import CommitFailedError
+    for patience in (0.1, 0.3, 1, 3, None):         # somebody else's commit came first
+        merge = self._delta(table).merge(pyarrow.Table.from_pandas(frame, preserve_index=False), f"old.{key} = new.{key}", source_alias="new", target_alias="old", merge_schema=True)
+        try: return merge.when_not_matched_insert_all().execute()["num_target_rows_inserted"]
+        except CommitFailedError:
+            if patience is None: raise
+            time.sleep(patience)
+
+@patch
 def changes_since(self: Workspace, table: str, version: str) -> Changes | None:
     "What the commits after a version touched, from the table's own log; `None` if one of them wrote the table anew."
     total = [0, 0, 0]
@@ -496,6 +524,10 @@ class DatabricksWorkspace(Workspace):
         self.spark.createDataFrame(frame).createOrReplaceTempView("llmops_rows")
         self.spark.sql(f"MERGE INTO {self._name(table)} old USING llmops_rows new ON old.{key} = new.{key} WHEN MATCHED AND old.digest <> new.digest THEN UPDATE SET * "
                        "WHEN NOT MATCHED THEN INSERT * WHEN NOT MATCHED BY SOURCE THEN DELETE")
+
+    def _insert(self, table, frame, key):
+        self.spark.createDataFrame(frame).createOrReplaceTempView("llmops_rows")
+        return self.spark.sql(f"MERGE WITH SCHEMA EVOLUTION INTO {self._name(table)} old USING llmops_rows new ON old.{key} = new.{key} WHEN NOT MATCHED THEN INSERT *").first()["num_inserted_rows"]
 
     def _history(self, table): return [row.asDict() for row in self.spark.sql(f"DESCRIBE HISTORY {self._name(table)}").collect()]
 

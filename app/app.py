@@ -1,0 +1,26 @@
+"""The chat page: on this machine (`python app/app.py`) and, with the same file, as a Databricks App.
+
+LLMOPS_ENV names the environment (dev by default); a Databricks App says itself at which port it must listen.
+"""
+import os, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from llmops_ref.chat import open_champion, serve_chat
+from llmops_ref.config import SettingsError, load_config
+from llmops_ref.workspace import DataError, open_workspace
+
+
+def main():
+    port, host_name = int(os.environ.get("DATABRICKS_APP_PORT", 8080)), "0.0.0.0" if "DATABRICKS_APP_PORT" in os.environ else "127.0.0.1"
+    ws = open_workspace(load_config(os.environ.get("LLMOPS_ENV", "dev"), ROOT))
+    host = open_champion(ws)
+    print(f"The assistant of {ws.config.env} is at http://{host_name}:{port}", flush=True)
+    serve_chat(ws, host, port, host_name)
+
+
+if __name__ == "__main__":
+    try: main()
+    except (SettingsError, DataError) as error: sys.exit(f"Error: {error}")
