@@ -115,7 +115,7 @@ class Turn {
     this.toPassages.onclick = () => this.toggle(this.passages, this.toPassages);
     this.toSteps.onclick = () => this.showSteps();
     this.up.onclick = () => this.voteUp();
-    this.down.onclick = () => this.openVote(false);
+    this.down.onclick = () => this.voteDown();
     this.vote.onsubmit = (event) => { event.preventDefault(); this.sendForm(); };
     part("cancel").onclick = () => this.closeVote();
     part("change").onclick = () => this.openVote(this.last.good);
@@ -295,6 +295,11 @@ class Turn {
     await this.sendVote({ good: true, reason: "", comment: "", correction: "" });
   }
 
+  async voteDown() {                                                // the click counts by itself; the form says more
+    if (this.last?.good !== false && !await this.sendVote({ good: false, reason: "", comment: "", correction: "" })) return;
+    this.openVote(false);
+  }
+
   openVote(good) {
     if (!this.vote.hidden && this.vote.good === good) return this.closeVote();
     this.vote.good = good;
@@ -303,7 +308,7 @@ class Turn {
     $(".wrong", this.vote).hidden = true;
     this.vote.hidden = false;
     this.mark(good);
-    $(good ? ".comment" : "input", this.vote).focus({ preventScroll: true });
+    ((!good && $("input", this.vote)) || $(".comment", this.vote)).focus({ preventScroll: true });
     this.vote.scrollIntoView({ block: "nearest" });
   }
 
@@ -327,7 +332,7 @@ class Turn {
 
   async sendVote(vote) {
     const words = JSON.stringify(vote);
-    if (this.sending) return;
+    if (this.sending) return false;
     if (this.words !== words) [this.words, this.event] = [words, randomId()];      // the same said twice is one vote
     const wrong = $(".wrong", this.vote), button = $(".primary", this.vote);
     this.sending = button.disabled = true;
@@ -340,14 +345,16 @@ class Turn {
         : vote.correction ? "Thank you. A reviewer looks at your correction; accepted, it becomes something to learn from." : "Thank you. A reviewer looks at it, and finds the right answer.";
       $(".change", this.thanks).textContent = vote.good ? "Add a comment" : "Change";
       this.thanks.hidden = false;
-      if (this.root.contains(document.activeElement) || document.activeElement === document.body) (vote.good ? this.up : this.down).focus({ preventScroll: true });
+      if (this.vote.contains(document.activeElement) || document.activeElement === document.body) (vote.good ? this.up : this.down).focus({ preventScroll: true });
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       wrong.textContent = error.message;
       if (this.vote.hidden) this.openVote(vote.good);
       wrong.hidden = false;
       this.mark(this.last?.good);
+      return false;
     } finally { this.sending = button.disabled = false; }
+    return true;
   }
 }
 Turn.count = 0;
