@@ -131,9 +131,21 @@ class Config:
     smoke_questions: int
     rollout_steps: list[str]
     rollout_questions: int
-    monitoring_requests: int
+    monitoring_probes: int
+    monitoring_days: int
+    monitoring_false_alarms: float
+    monitoring_max_errors: float
+    monitoring_max_lost: float
     monitoring_max_p95_seconds: float
-    monitoring_min_cited_share: float
+    monitoring_max_cost_per_1000: float
+    monitoring_max_refused: float
+    monitoring_max_weak: float
+    monitoring_max_uncited: float
+    monitoring_max_ungrounded: float
+    monitoring_max_unreadable: float
+    monitoring_max_down: float
+    monitoring_max_stale: float
+    monitoring_simulated: int
     origin: dict = field(default_factory=dict, compare=False, repr=False)  # key -> where its value came from
     used: set = field(default_factory=set, compare=False, repr=False)      # keys that were read: see below
 
@@ -168,9 +180,9 @@ def _check_range(key, value):
         if key in ("serving_port", "gateway_port") and value > 65535: raise ValueError("a port, at most 65535, or 0 for a free one")
         if key in ("finetune_lr", "finetune_epochs") and value == 0: raise ValueError("a number above 0")
         if key == "finetune_held_out" and value < 4: raise ValueError("a number of 4 or more: the held-out pairs tell when training should end")
-        if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "gate_attacks", "gate_regressions", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language", "monitoring_min_cited_share", "corpus_max_unreadable") and value > 1:
+        if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "gate_attacks", "gate_regressions", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language", "corpus_max_unreadable", "monitoring_false_alarms") and value > 1 or key.startswith("monitoring_max_") and key not in ("monitoring_max_p95_seconds", "monitoring_max_cost_per_1000") and value > 1:
             raise ValueError("a share between 0 and 1")
-        if key in ("retrieval_k", "chat_slots", "prompt_slots", "chat_max_tokens", "chunk_words", "passage_words", "question_words", "chat_timeout", "gateway_timeout", "finetune_examples", "finetune_rank", "finetune_tokens", "finetune_rows_per_step", "finetune_checks", "smoke_questions", "rollout_questions", "monitoring_requests") and value < 1:
+        if key in ("retrieval_k", "chat_slots", "prompt_slots", "chat_max_tokens", "chunk_words", "passage_words", "question_words", "chat_timeout", "gateway_timeout", "finetune_examples", "finetune_rank", "finetune_tokens", "finetune_rows_per_step", "finetune_checks", "smoke_questions", "rollout_questions", "monitoring_days") and value < 1:
             raise ValueError("a number of 1 or more")
 
 # %% ../nbs/00_config.ipynb #470ab21d
