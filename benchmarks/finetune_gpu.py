@@ -41,9 +41,10 @@ def build(shape, dtype, device, recompute):
     torch.set_default_dtype(dtype)
     with torch.device(device): model = LlamaForCausalLM(config)
     torch.set_default_dtype(before)
-    if recompute: model.enable_input_require_grads()
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=MODULES, task_type="CAUSAL_LM"))
-    if recompute: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        model.disable_input_require_grads()         # a hook that only the reentrant kind needs: the compiler would give up at it
     return model
 
 
@@ -123,7 +124,7 @@ def ladder(shape, row, windows, per_window, device, rungs):
             if compiled: model.base_model.model.model.compile(dynamic=False)
             tokens, computed = rate(model, data, loss, collator, counts, windows, per_window, device)
             peak = next((p for key, p in PEAK.items() if device == "cuda" and key in torch.cuda.get_device_name()), None)
-            out.append(dict(model=shape, rung=name, tokens_s=round(tokens), computed_s=round(computed), mfu=round(4 * parameters * computed / peak, 3) if peak else None, times=round(tokens / out[0]["tokens_s"], 2) if out else 1.0,
+            out.append(dict(model=shape, rung=name, tokens_s=round(tokens), computed_s=round(computed), mfu=round(4 * parameters * computed / peak, 3) if peak else None, times=round(tokens / (out[0]["tokens_s"] or float("nan")), 2) if out else 1.0,
                             memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1) if device == "cuda" else None))
         except (RuntimeError, torch.OutOfMemoryError) as error: out.append(dict(model=shape, rung=name, tokens_s=0, computed_s=0, mfu=None, times=0, memory_gb=None, error=str(error).strip().splitlines()[0][:160]))
         print(json.dumps(out[-1]), flush=True)

@@ -7,8 +7,11 @@ import pytest
 from langchain_core.exceptions import ModelError
 
 from llmops_ref.config import load_config
-from llmops_ref.monitoring import collect_requests, record_feedback, review_feedback
-from llmops_ref.pairs import build_pairs, check_pairs, reviewed_cases
+from llmops_ref.feedback import record_feedback
+from llmops_ref.inference_table import collect_requests
+from llmops_ref.pairs import build_pairs, check_pairs
+from llmops_ref.review import review_feedback
+from llmops_ref.reviewed import reviewed_cases
 from llmops_ref.pipeline import find_stage, reasons, stage_code
 from llmops_ref.teacher import open_teacher
 from llmops_ref.workspace import DataError, open_workspace
