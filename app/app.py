@@ -2,7 +2,7 @@
 
 LLMOPS_ENV names the environment (dev by default); a Databricks App says itself at which port it must listen.
 """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -10,11 +10,14 @@ sys.path.insert(0, str(ROOT))
 
 from llmops_ref.chat import open_champion, serve_chat
 from llmops_ref.config import SettingsError, load_config
+from llmops_ref.services import free_port
 from llmops_ref.workspace import DataError, open_workspace
 
 
 def main():
     port, host_name = int(os.environ.get("DATABRICKS_APP_PORT", 8080)), "0.0.0.0" if "DATABRICKS_APP_PORT" in os.environ else "127.0.0.1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))           # what was started for the page ends with it, however politely we are asked
+    free_port(port, "DATABRICKS_APP_PORT")                          # said now, not after the model has been loaded
     ws = open_workspace(load_config(os.environ.get("LLMOPS_ENV", "dev"), ROOT))
     host = open_champion(ws)
     print(f"The assistant of {ws.config.env} is at http://{host_name}:{port}", flush=True)
@@ -24,3 +27,4 @@ def main():
 if __name__ == "__main__":
     try: main()
     except (SettingsError, DataError) as error: sys.exit(f"Error: {error}")
+    except KeyboardInterrupt: print()

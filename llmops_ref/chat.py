@@ -15,6 +15,7 @@ import contextlib, json, logging, os, re, threading, time
 from urllib.parse import urlsplit
 
 import anyio
+from fastcore.basics import patch
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
@@ -72,8 +73,12 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope, receive, send):
         try: await super().__call__(scope, receive, send)
         finally:
-            with anyio.CancelScope(shield=True): await run_in_threadpool(self.events.close)
             self.over()
+            with anyio.CancelScope(shield=True): await run_in_threadpool(_close, self.events)
+
+def _close(events):
+    while events.gi_running: time.sleep(0.05)       # a thread reads the next piece; when a server is made to stop, nobody waits for that thread
+    events.close()
 
 # %% ../nbs/08a_chat.ipynb #4d5876d5
 HEADERS = {"Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'self'; form-action 'none'",
@@ -99,9 +104,9 @@ def is_app() -> bool: return "DATABRICKS_APP_NAME" in os.environ
 
 def check_origin(request: Request) -> None:
     "`Refused` unless a request that changes something comes from our page, or from no page."
-    hosts = {request.headers.get("host", "")} | ({request.headers.get("x-forwarded-host", "")} if is_app() else set())
-    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "same-origin")
-    if site not in ("same-origin", "none") or (origin and urlsplit(origin).netloc not in hosts): raise Refused(403, "This request comes from another page. Use the page of the assistant itself.")
+    site, origin, hosts = request.headers.get("sec-fetch-site"), request.headers.get("origin"), {request.headers.get("host")} | ({request.headers.get("x-forwarded-host")} if is_app() else set())
+    ours = site in ("same-origin", "none") if site else urlsplit(origin).netloc in hosts if origin else True       # older browsers say only the origin
+    if not ours: raise Refused(403, "This request comes from another page. Use the page of the assistant itself.")
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json": raise Refused(415, "Send JSON, with the content type application/json.")
 
 async def read_body(
@@ -141,30 +146,29 @@ STEPS = dict(read="Read the question", IndexRetriever="Search", retrieve="Search
 
 def steps_of(
     trace, # Of MLflow
-) -> list[dict]: # `name kind at seconds`, in order
+) -> list[dict]: # `name kind at seconds`, in the order in which they ended
     "The steps that did the work: the leaves of the trace."
     spans = trace.data.spans
     start, parents = min((s.start_time_ns for s in spans), default=0), {s.parent_id for s in spans}
     leaves = [s for s in spans if s.span_id not in parents and s.end_time_ns]
-    return [dict(name=STEPS.get(s.name, s.name), kind=s.span_type, at=(s.start_time_ns - start) / 1e9, seconds=(s.end_time_ns - s.start_time_ns) / 1e9) for s in sorted(leaves, key=lambda s: s.start_time_ns)]
+    return [dict(name=STEPS.get(s.name, s.name), kind=s.span_type, at=(s.start_time_ns - start) / 1e9, seconds=(s.end_time_ns - s.start_time_ns) / 1e9) for s in sorted(leaves, key=lambda s: s.end_time_ns)]
 
 def find_trace(
     ws: Workspace,
     trace_id: str,
     patience: float = 0.0, # Seconds: traces are written after the answer
 ):
-    "A trace, or `None` if it is not there in time."
-    mlflow, end = ws.mlflow(), time.monotonic() + patience
+    "A trace, as far as it has been written, or `None` if nothing of it is there in time."
+    mlflow, end, trace = ws.mlflow(), time.monotonic() + patience, None
     from mlflow.exceptions import MlflowException
     while True:
-        with contextlib.suppress(MlflowException):
-            if (trace := mlflow.get_trace(trace_id, silent=True)) is not None: return trace
-        if time.monotonic() > end: return None
+        with contextlib.suppress(MlflowException): trace = mlflow.get_trace(trace_id, silent=True)
+        if trace is not None or time.monotonic() > end: return trace
         time.sleep(0.25)
 
 # %% ../nbs/08a_chat.ipynb #233298df
 PAGE = {"": "index.html", "chat.css": "chat.css", "chat.js": "chat.js"}     # all there is
-QUESTION, AT_ONCE, REMEMBERED, PATIENCE = 4000, 16, 10_000, 5.0              # characters, answers, trace ids, seconds for a trace to arrive
+QUESTION, AT_ONCE, REMEMBERED, PATIENCE = 4000, 16, 10_000, 15.0             # characters, answers, trace ids, seconds for a trace to arrive
 
 def in_words(endpoint):
     "The endpoint, with errors as JSON that people can read."
@@ -189,7 +193,7 @@ class Chat:
 
     async def info(self, request):
         config = self.ws.config
-        about = ", ".join(config.corpus_packages) if config.corpus == "packages" else ""
+        about = "the reference of " + ", ".join(config.corpus_packages[:-1]) + " and " * (len(config.corpus_packages) > 1) + config.corpus_packages[-1] if config.corpus == "packages" else ""
         return JSONResponse(dict(env=config.env, app=config.app, about=about, questions=self.questions, reasons=REASONS, uses=USES, limit=QUESTION, user=user_of(request) if is_app() else ""))
 
     async def ask(self, request):
@@ -206,46 +210,55 @@ class Chat:
         if trace_id: self.given[trace_id] = user
         while len(self.given) > REMEMBERED: self.given.pop(next(iter(self.given)))
 
-    async def trace(self, request):
-        trace_id = request.path_params["trace_id"]
-        trace = await run_in_threadpool(find_trace, self.ws, trace_id, PATIENCE if trace_id in self.given else 0)
-        if trace is None: raise Refused(404, "The trace of this answer is not there (yet). Traces are written after the answer; look again in a moment.")
-        steps = steps_of(trace)
-        return JSONResponse(as_json(dict(trace_id=trace_id, seconds=max([s["at"] + s["seconds"] for s in steps], default=0), steps=steps)))
+# %% ../nbs/08a_chat.ipynb #b0e58194
+@patch
+async def trace(self: Chat, request):
+    trace_id = request.path_params["trace_id"]
+    trace = await run_in_threadpool(find_trace, self.ws, trace_id)
+    if trace is None: raise Refused(404, "The trace of this answer is not there (yet). Traces are written after the answer; look again in a moment.")
+    steps = steps_of(trace)
+    return JSONResponse(as_json(dict(trace_id=trace_id, complete=trace.info.state != "IN_PROGRESS", seconds=max([s["at"] + s["seconds"] for s in steps], default=0), steps=steps)))
 
-    async def vote(self, request):
-        data = await read_body(request)
-        user, trace_id, reason = user_of(request, text_of(data, "session")), text_of(data, "trace_id", 100), text_of(data, "reason", 100)
-        if not isinstance(data.get("good"), bool): raise Refused(400, "A vote is good or not: true or false.")
-        if reason and reason not in REASONS: raise Refused(400, f"There is no reason {reason!r}. There are {', '.join(REASONS)}.")
-        if self.given.get(trace_id, user) != user: raise Refused(403, "This answer was given to somebody else; only they can vote on it.")
-        row = await run_in_threadpool(self.record, trace_id, data["good"], text_of(data, "comment"), text_of(data, "correction"), user, reason, text_of(data, "event_id", 64))
-        return JSONResponse(as_json(dict(feedback_id=row["feedback_id"], good=row["good"])))
+# %% ../nbs/08a_chat.ipynb #dd52cfd4
+@patch
+async def vote(self: Chat, request):
+    data = await read_body(request)
+    user, trace_id, reason = user_of(request, text_of(data, "session")), text_of(data, "trace_id", 100), text_of(data, "reason", 100)
+    if not isinstance(data.get("good"), bool): raise Refused(400, "A vote is good or not: true or false.")
+    if reason and reason not in REASONS: raise Refused(400, f"There is no reason {reason!r}. There are {', '.join(REASONS)}.")
+    if self.given.get(trace_id, user) != user: raise Refused(403, "This answer was given to somebody else; only they can vote on it.")
+    row = await run_in_threadpool(self.record, trace_id, data["good"], text_of(data, "comment"), text_of(data, "correction"), user, reason, text_of(data, "event_id", 64))
+    return JSONResponse(as_json(dict(feedback_id=row["feedback_id"], good=row["good"])))
 
-    def record(self, trace_id, good, comment, correction, user, reason, event_id):
-        if trace_id in self.given: find_trace(self.ws, trace_id, PATIENCE)
-        with self.voting: return record_feedback(self.ws, trace_id, good, comment, correction, source=user, reason=reason, event_id=event_id)
+@patch
+def record(self: Chat, trace_id, good, comment, correction, user, reason, event_id):
+    if trace_id in self.given: find_trace(self.ws, trace_id, PATIENCE)
+    with self.voting: return record_feedback(self.ws, trace_id, good, comment, correction, source=user, reason=reason, event_id=event_id)
 
-    async def reviews(self, request):
-        self.reviewer(request)
-        waiting = await run_in_threadpool(to_review, self.ws)
-        return JSONResponse(dict(waiting=json.loads(waiting.to_json(orient="records", date_format="iso"))))
+# %% ../nbs/08a_chat.ipynb #ec98bded
+@patch
+async def reviews(self: Chat, request):
+    self.reviewer(request)
+    waiting = await run_in_threadpool(to_review, self.ws)
+    return JSONResponse(dict(waiting=json.loads(waiting.to_json(orient="records", date_format="iso"))))
 
-    def reviewer(self, request, name=""):           # on Databricks Apps it is who has logged in
-        name = user_of(request) if is_app() else name
-        if self.reviewers and name not in self.reviewers: raise Refused(403, "You may ask and vote here; reviewing is for others. Whoever runs this page can add you.")
-        return name
+@patch
+def reviewer(self: Chat, request, name=""):           # on Databricks Apps it is who has logged in
+    name = user_of(request) if is_app() else name
+    if self.reviewers and name not in self.reviewers: raise Refused(403, "You may ask and vote here; reviewing is for others. Whoever runs this page can add you.")
+    return name
 
-    async def review(self, request):
-        data = await read_body(request)
-        by, feedback_id, uses, accept = self.reviewer(request, text_of(data, "by", 80)), text_of(data, "feedback_id", 100), data.get("uses") or [], data.get("accept")
-        if not isinstance(accept, bool): raise Refused(400, "A review accepts or rejects: true or false.")
-        if not isinstance(uses, list) or any(use not in list(USES) for use in uses): raise Refused(400, f"What is accepted can become {', '.join(USES)}, and nothing else.")
-        with_answer = text_of(data, "answer")
-        row = await run_in_threadpool(lambda: review_feedback(self.ws, feedback_id, by=by, accept=accept, answer=with_answer, uses=tuple(uses)))
-        return JSONResponse(as_json(dict(row)))
+@patch
+async def review(self: Chat, request):
+    data = await read_body(request)
+    by, feedback_id, uses, accept = self.reviewer(request, text_of(data, "by", 80)), text_of(data, "feedback_id", 100), data.get("uses") or [], data.get("accept")
+    if not isinstance(accept, bool): raise Refused(400, "A review accepts or rejects: true or false.")
+    if not isinstance(uses, list) or any(use not in list(USES) for use in uses): raise Refused(400, f"What is accepted can become {', '.join(USES)}, and nothing else.")
+    with_answer = text_of(data, "answer")
+    row = await run_in_threadpool(lambda: review_feedback(self.ws, feedback_id, by=by, accept=accept, answer=with_answer, uses=tuple(uses)))
+    return JSONResponse(as_json(dict(row)))
 
-# %% ../nbs/08a_chat.ipynb #86061c7f
+# %% ../nbs/08a_chat.ipynb #83a87aee
 def chat_app(
     ws: Workspace,
     host, # Has `stream(question, inputs={"user": ...})`, as the hosts of `06c_serving` and `06d_hosting`
@@ -257,21 +270,23 @@ def chat_app(
     chat = Chat(ws, host, questions, reviewers)
     routes = [*((f"/{name}", chat.page, "GET") for name in PAGE), ("/api/info", chat.info, "GET"), ("/api/ask", chat.ask, "POST"), ("/api/trace/{trace_id}", chat.trace, "GET"),
               ("/api/vote", chat.vote, "POST"), ("/api/reviews", chat.reviews, "GET"), ("/api/review", chat.review, "POST")]
-    return Starlette(routes=[Route(path, in_words(endpoint), methods=[method]) for path, endpoint, method in routes], middleware=[Middleware(WithHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=list(names), www_redirect=False)])
+    app = Starlette(routes=[Route(path, in_words(endpoint), methods=[method]) for path, endpoint, method in routes], middleware=[Middleware(WithHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=list(names), www_redirect=False)])
+    app.state.chat = chat
+    return app
 
-# %% ../nbs/08a_chat.ipynb #8444a7ab
+# %% ../nbs/08a_chat.ipynb #264a679f
 def example_questions(
     ws: Workspace,
     n: int = 4,
 ) -> list[str]: # Fewer if the corpus has no such questions
-    "Short questions that the corpus answers, none of the test split, each about another document."
+    "Short questions that the corpus answers, none of the test split, each about another document, from all packages in turn."
     try: rows = ws.read("questions")
     except DataError: return []
     rows = rows[(rows.split != "test") & (rows.gold.map(len) > 0) & rows.question.str.len().between(20, 75)]
-    rows = rows.assign(first=rows.gold.map(lambda gold: ".".join(gold[0].split(".")[:2]))).drop_duplicates("first")
-    return rows.question.head(n).tolist()
+    rows = rows.assign(document=[gold[0] for gold in rows.gold], package=[gold[0].split(".")[0] for gold in rows.gold]).drop_duplicates("document")
+    return rows.iloc[rows.groupby("package").cumcount().argsort(kind="stable")].question.head(n).tolist()
 
-# %% ../nbs/08a_chat.ipynb #62e4ddd6
+# %% ../nbs/08a_chat.ipynb #972b2664
 def open_champion(
     ws: Workspace,
 ): # A host that can be asked

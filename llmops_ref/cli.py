@@ -12,7 +12,6 @@ __all__ = ['app', 'WAITING', 'Version', 'questions_app', 'bundle_app', 'Vars', '
 
 # %% ../nbs/91_cli.ipynb #351b98b2
 import hashlib, json, os, secrets, shlex, signal, sys, time
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer

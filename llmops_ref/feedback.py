@@ -39,10 +39,10 @@ def record_feedback(
     comment, source, event = _clean(str(comment or "")[:LONGEST + 500])[:LONGEST], _clean(source)[:100] or "user", str(event_id)[:100]
     if event:
         event = "f-" + hashlib.sha256(f"{source}\0{trace_id}\0{event}".encode()).hexdigest()[:20]
-        if ws.current("table:feedback") and len(same := (rows := ws.read("feedback"))[rows.feedback_id == event]): return same.iloc[0].to_dict()
+        if (same := next((vote for vote in _votes_on(ws.mlflow().get_trace(trace_id, silent=True)) if vote["feedback_id"] == event), None)): return same
     row = dict(trace_id=trace_id, time=pd.Timestamp.now(tz="UTC"), good=good, reason=reason, comment=comment, correction=correction, source=source)
     row = dict(feedback_id=_on_trace(ws, row, event)) | row
-    ws.add("feedback", pd.DataFrame([row], columns=VOTES), "feedback_id")
+    if ws.config.platform == "local": ws.add("feedback", pd.DataFrame([row], columns=VOTES), "feedback_id")       # there, the job `monitoring` does
     return row
 
 def _on_trace(ws, row, event):                      # as an assessment; gives the id of the vote
@@ -54,6 +54,13 @@ def _on_trace(ws, row, event):                      # as an assessment; gives th
     except MlflowException as error: raise DataError(f"There is no trace {row['trace_id']!r} to attach feedback to ({error.message[:100]}). Use the trace_id of an answer.") from None
     return event or found.assessment_id
 
+def _votes_on(trace): return [_vote(trace, a) for a in (trace.info.assessments or [] if trace is not None else []) if a.name == "helpful" and isinstance(getattr(a, "value", None), bool) and getattr(a, "valid", True) is not False]
+
+def _vote(trace, a):
+    said = a.metadata or {}
+    return dict(feedback_id=said.get("feedback_id") or a.assessment_id, trace_id=trace.info.trace_id, time=pd.Timestamp(a.create_time_ms, unit="ms", tz="UTC"), good=a.value, reason=said.get("reason", ""), comment=_clean(a.rationale)[:LONGEST],
+                correction=_clean(said.get("correction", ""))[:LONGEST], source="synthetic" if a.source.source_type == "CODE" else a.source.source_id)
+
 # %% ../nbs/07d_feedback.ipynb #134cea34
 def collect_feedback(
     ws: Workspace,
@@ -64,13 +71,7 @@ def collect_feedback(
     mlflow = ws.mlflow()
     since = int((pd.Timestamp.now(tz="UTC") - pd.Timedelta(days=days)).timestamp() * 1000)
     traces = mlflow.search_traces(locations=[mlflow.get_experiment_by_name(ws.experiment).experiment_id], filter_string=f"attributes.timestamp_ms > {since}", max_results=limit, return_type="list", include_spans=False)
-    rows = [_vote(trace, a) for trace in traces for a in trace.info.assessments or [] if a.name == "helpful" and isinstance(getattr(a, "value", None), bool) and getattr(a, "valid", True) is not False]
-    return ws.add("feedback", pd.DataFrame(rows, columns=VOTES), "feedback_id")
-
-def _vote(trace, a):
-    said = a.metadata or {}
-    return dict(feedback_id=said.get("feedback_id") or a.assessment_id, trace_id=trace.info.trace_id, time=pd.Timestamp(a.create_time_ms, unit="ms", tz="UTC"), good=a.value, reason=said.get("reason", ""), comment=_clean(a.rationale)[:LONGEST],
-                correction=_clean(said.get("correction", ""))[:LONGEST], source="synthetic" if a.source.source_type == "CODE" else a.source.source_id)
+    return ws.add("feedback", pd.DataFrame([vote for trace in traces for vote in _votes_on(trace)], columns=VOTES), "feedback_id")
 
 # %% ../nbs/07d_feedback.ipynb #a743f612
 def weigh_votes(

@@ -91,10 +91,9 @@ def _on_days(axis, every, title):
     axis.set_title(title, fontsize=8.5, loc="left"); axis.tick_params(labelsize=6.5); axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlim(-0.5, max(len(every), 1) - 0.5); axis.set_xticks(range(len(every)), [pd.Timestamp(d).strftime("%a %-d") for d in every])
 
-def _by_day(axis, look, title, label, columns, scale=1.0, quantiles=(0.5, 0.95)):
+def _by_day(axis, look, title, label, column, scale=1.0, quantiles=(0.5, 0.95)):
     every, grouped = sorted(look.days.day[look.days.day != "all"].unique()), look.requests.groupby(look.requests.time.dt.strftime("%Y-%m-%d"))
-    values = grouped[columns].sum(min_count=1) if isinstance(columns, str) and not quantiles else None
-    for q, colour in zip(quantiles, (BLUE, ORANGE)): axis.plot(range(len(every)), (grouped[columns].quantile(q) * scale).reindex(every), "o-", color=colour, ms=3, lw=1.2, label=f"p{q * 100:.0f}")
+    for q, colour in zip(quantiles, (BLUE, ORANGE)): axis.plot(range(len(every)), (grouped[column].quantile(q) * scale).reindex(every), "o-", color=colour, ms=3, lw=1.2, label=f"p{q * 100:.0f}")
     _on_days(axis, every, title); axis.set_ylim(0, None); axis.set_ylabel(label, fontsize=6.5); axis.legend(fontsize=6, frameon=False, loc="upper left")
 
 def _requests(axis, look, title):
@@ -228,5 +227,5 @@ def render_monitoring(
     return render_page(PAGE, env=config.env, word=f"{len(alarms)} ALARM{'S' if len(alarms) > 1 else ''}" if alarms else "NO ALARM" if len(look.requests) else "NO TRAFFIC", tone=tone,
                        title="; ".join(alarms[:3])[:1].upper() + "; ".join(alarms[:3])[1:] if alarms else "All signals are within their bounds" if len(look.requests) else "Nobody asked anything in this window",
                        reasons=[basis, f"Of windows in which all is well, at most {config.monitoring_false_alarms:.1%} raise an alarm."], when=f"{pd.Timestamp.now(tz='UTC'):%d %B %Y, %H:%M} UTC", triggers=look.triggers.to_dict("records"),
-                       signals=table.to_dict("records"), window=config.monitoring_days, figure=_inline(figure) if figure else None,
+                       signals=table.to_dict("records"), window=config.monitoring_days, figure=_inline(figure) if figure and len(set(look.days.day)) > 2 else None,
                        worst=waiting[["time", "question", "answer", "reason", "comment", "correction"]].head(10).assign(time=waiting.time.dt.strftime("%d %b %H:%M")).to_dict("records") if waiting is not None and len(waiting) else [], **shown)

@@ -17,7 +17,7 @@ import pandas as pd
 from .assistant import PLAIN_PROMPT, build_messages, cut_words
 from .retrieval import Index
 from .scoring import REFUSAL, token_f1
-from .workspace import DataError, Workspace
+from .workspace import DataError
 
 # %% ../nbs/04a_pairs.ipynb #38666ba9
 _SECTION = re.compile(r"\n\s*(?:Args|Arguments|Parameters|Returns?|Raises|Examples?|Notes?|Yields|Attributes)\b[^\n]*:|\n\s*(?::\w|\.\.|>>>)|::|\n\s*\n")

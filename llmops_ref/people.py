@@ -8,14 +8,14 @@ Reads arguments. Leaves votes, verdicts and alarms, through the modules that own
 __all__ = ['people_app', 'BREACH', 'chat', 'vote', 'review', 'monitor']
 
 # %% ../nbs/90e_people.ipynb #47cf5dfa
-import json, os, signal, sys
+import os, signal, sys
 from typing import Annotated, Optional
 
 import typer
 
 from .config import SettingsError, load_config
 from .pipeline import StageFailed, find_stage, make_plan, preflight, run_pipeline
-from .terminal import By, Env, Json, given, manners, me, one_of, out, who
+from .terminal import By, Env, Json, manners, me, one_of, out, who
 from .workspace import DataError, open_workspace
 
 # %% ../nbs/90e_people.ipynb #8f87031e

@@ -9,10 +9,8 @@ __all__ = ['SIGNALS', 'JOBS', 'Signal', 'watched', 'binomial_tail', 'judge', 'si
            'unlearned', 'find_triggers']
 
 # %% ../nbs/07g_signals.ipynb #dd8d01ef
-import json
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from .config import Config
@@ -143,7 +141,7 @@ def find_triggers(
     def said(names): return ", ".join(f"{n}" + (f" since {since[n]}" if since.get(n) else "") for n in names)
     if stale[0] is not None and stale[0] > config.monitoring_max_stale: add("stale index", "retrieval", stale[1], f"llmops run --env {config.env} --from retrieval")
     days = drift[drift.drifted.astype(bool)] if len(drift) else drift
-    if len(days): add("drift", "corpus", f"questions moved on {', '.join(str(d) for d in days.day)}: {days.grew.iloc[-1]}", f"llmops questions add --env {config.env}")
+    if len(days): add("drift", "corpus", f"questions moved on {', '.join(str(d) for d in days.day)}: {days.grew.iloc[0]}", f"llmops questions add --env {config.env}")
     if found := breached("weak retrieval", "refusals"): add("missing documents", "corpus", said(found), f"llmops run --env {config.env} --from corpus --force")
     quality = breached("answers without citation", "ungrounded answers", "unreadable answers", "thumbs down")
     if quality and cases and config.app == "self_hosted": add("quality drop, with new labels", "finetune", f"{said(quality)}; {cases} reviewed cases are not learned yet", f"llmops run --env {config.env} --from corpus")

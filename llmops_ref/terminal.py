@@ -15,7 +15,7 @@ from typing import Annotated, Optional
 import typer
 
 from .config import SettingsError
-from .workspace import DataError, Workspace
+from .workspace import DataError
 
 # %% ../nbs/90d_terminal.ipynb #e412ffdc
 Env = Annotated[str, typer.Option("--env", "-e", help="dev, staging or prod")]

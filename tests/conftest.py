@@ -13,7 +13,7 @@ BIN = Path(sys.executable).parent
 
 # A life cycle that is complete but small: every stage does its real work on little data.
 SMALL = dict(CORPUS_DOCUMENTS="220", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft", HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120",
-             PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16", FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="6", MONITORING_REQUESTS="3", SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120")   # no timed assertions: CI machines may be slow
+             PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16", FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="6", MONITORING_PROBES="3", SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120")   # no timed assertions: CI machines may be slow
 
 CACHE = tempfile.mkdtemp(prefix="llmops-cache-")        # converted weights, made once for all projects
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

@@ -11,7 +11,7 @@ from databricks.sdk.service.workspace import ImportFormat
 from conftest import BIN, ROOT, SMALL, copy_of
 from llmops_ref.bundle import load_bundle
 from llmops_ref.config import SettingsError, load_config
-from llmops_ref.jobs import TASKS, deployment_job
+from llmops_ref.jobs import TASKS, deployment_job, hand_on_triggers
 from llmops_ref.pipeline import STAGES
 from llmops_ref.workspace import DataError, open_workspace
 
@@ -32,11 +32,28 @@ def test_every_resource_is_what_databricks_knows(target):
     assert told.store == f"/Volumes/llmops_{target}/{'dev_you_reference' if target == 'dev' else 'reference'}/files", "each setting that a task is told is one"
     assert (told.catalog, told.schema) == (found.resources["schemas"]["reference"]["catalog_name"], found.resources["schemas"]["reference"]["name"])
     assert open_workspace(load_config(target, ROOT, **found.settings())).experiment == found.resources["experiments"]["llmops"]["name"]
-    run = [task.spark_python_task.parameters[0] for job in jobs.values() for task in job.tasks]
+    run = [task.spark_python_task.parameters[0] for job in jobs.values() for task in job.tasks if task.spark_python_task]
     assert sorted(run) == sorted([s.name for s in STAGES if s.name not in ("validation", "deployment")] + ["candidate", *TASKS]), "every stage is a task, once"
     for job in jobs.values():
         assert job.max_concurrent_runs == 1
-        for task in job.tasks: assert task.spark_python_task.parameters[1] == found.variables["settings"] and task.spark_python_task.python_file.endswith("files/resources/runtime/task.py") and task.environment_key == job.environments[0].environment_key
+        for task in job.tasks:
+            if task.spark_python_task: assert task.spark_python_task.parameters[1] == found.variables["settings"] and task.spark_python_task.python_file.endswith("files/resources/runtime/task.py") and task.environment_key == job.environments[0].environment_key
+
+
+def test_monitoring_starts_jobs_by_cause():
+    "Each condition reads a value that the task sets, and leads to a job of the bundle; nothing that a person must do is started."
+    found = load_bundle(ROOT, "prod", VALUES | dict(warehouse="abc123")).typed()
+    tasks = {t.task_key: t for t in found["jobs"]["monitoring"].tasks}
+    conditions = {key: t.condition_task.left for key, t in tasks.items() if t.condition_task}
+    asked = hand_on_triggers(dict(stages=[dict(name="monitoring", result=dict(details=dict(triggers=[dict(stage="retrieval")])))]))
+    assert asked == {s.name: s.name == "retrieval" for s in STAGES}
+    assert set(conditions.values()) <= {f"{{{{tasks.monitoring.values.{name}}}}}" for name in asked} and all(tasks[key].depends_on[0].task_key == "monitoring" for key in conditions)
+    started = [t for t in tasks.values() if t.run_job_task]
+    assert started and all(d.outcome == "true" or d.task_key in {t.task_key for t in started} for t in started for d in t.depends_on)
+    alert = found["alerts"]["monitoring"]
+    assert "llmops_prod.reference.signals" in alert.query_text and alert.warehouse_id == "abc123" and "alerts" not in load_bundle(ROOT, "prod", VALUES).resources
+    chat = found["apps"]["chat"]
+    assert chat.config.command[-1].endswith("app/app.py") and (ROOT / "app" / "app.py").is_file()
 
 
 def test_the_deployment_job_keeps_the_contract():
@@ -128,6 +145,7 @@ class Emulator:
     def run(self, job: dict, **parameters) -> dict: # Task -> (how it ended, what it printed)
         "Make a job and run it to its end."
         job = copy.deepcopy({key: value for key, value in job.items() if key != "permissions"})
+        job["tasks"] = [task for task in job["tasks"] if "spark_python_task" in task]       # minilake knows no conditions
         for task in job["tasks"]: task["spark_python_task"]["parameters"] = [p for p in task["spark_python_task"]["parameters"] if "{{" not in p]      # minilake fills none; it appends the job's parameters
         settings = JobSettings.from_dict(job)
         made = self.client.jobs.create(**{f.name: value for f in dataclasses.fields(settings) if (value := getattr(settings, f.name)) is not None})

@@ -75,13 +75,16 @@ async function* events(response) {                                  // [kind, da
 
 const MARKS = /```[^\n`]*\n?([\s\S]*?)(?:```|$)|`([^`\n]+)`|\*\*([^*\n]+)\*\*|\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\]/g;
 
-function written(text, cite) {                                      // code, bold and [n]; all else stays text
+const breakable = (name) => name.split(/(?<=[._/(])(?=\w)/).flatMap((part, i) => i ? [make("wbr"), part] : [part]);      // long names may end a line after a dot
+
+function written(text, cite, unfinished = false) {                  // code, bold and [n]; all else stays text
   const parts = [];
   let end = 0;
+  if (unfinished && text.split("`").length % 2 === 0) text += "`";  // the end of a name is on its way
   for (const found of text.matchAll(MARKS)) {
     const [whole, block, code, bold, numbers] = found;
     const made = block !== undefined ? [make("pre", {}, make("code", { text: block.trimEnd() }))]
-      : code !== undefined ? [make("code", { text: code })]
+      : code !== undefined ? [make("code", {}, ...breakable(code))]
       : bold !== undefined ? [make("strong", { text: bold })]
       : numbers.split(",").map((number) => cite(Number(number)));
     parts.push(text.slice(end, found.index), ...(made.every(Boolean) ? made : [whole]));
@@ -91,7 +94,7 @@ function written(text, cite) {                                      // code, bol
 }
 
 const seconds = (value) => value == null ? "–" : value < 0.095 ? `${Math.max(1, Math.round(value * 1000))} ms` : `${value.toFixed(value < 10 ? 2 : 1)} s`;
-const dollars = (value) => value == null ? "–" : value === 0 ? "$0" : `$${value >= 0.01 ? value.toFixed(2) : value.toFixed(Math.min(10, 1 - Math.floor(Math.log10(value))))}`;
+const dollars = (value) => value == null ? "–" : value >= 0.01 ? `$${value.toFixed(2)}` : `$${Number(value.toPrecision(2)).toFixed(12).replace(/\.?0+$/, "")}`;
 const counted = (n, one, many) => `${n} ${n === 1 ? one : many}`;
 const APPS = { self_hosted: "Own model", third_party: "Provider’s model" };
 
@@ -114,8 +117,8 @@ class Turn {
     part("copy").onclick = (click) => this.copy(click.currentTarget);
     this.toPassages.onclick = () => this.toggle(this.passages, this.toPassages);
     this.toSteps.onclick = () => this.showSteps();
-    this.up.onclick = () => this.voteUp();
-    this.down.onclick = () => this.voteDown();
+    this.up.onclick = (click) => { if (click.detail < 2) this.voteUp(); };             // the second of a double click is none
+    this.down.onclick = (click) => { if (click.detail < 2) this.voteDown(); };
     this.vote.onsubmit = (event) => { event.preventDefault(); this.sendForm(); };
     part("cancel").onclick = () => this.closeVote();
     part("change").onclick = () => this.openVote(this.last.good);
@@ -130,6 +133,7 @@ class Turn {
   // asking
 
   async ask() {
+    if (running) return;
     this.text = "";
     this.notice.hidden = this.under.hidden = true;
     this.said.setAttribute("aria-busy", "true");
@@ -149,8 +153,8 @@ class Turn {
       if (error.name === "AbortError") end = "stopped";
       else if (error instanceof Refused) { end = "failed"; this.why = error.message; }
     }
-    this.write(end === "whole" ? this.facts.answer || this.text : this.text, true);
     this.said.setAttribute("aria-busy", "false");
+    this.write(end === "whole" ? this.facts.answer || this.text : this.text, true);
     if (end === "whole") this.finish();
     else if (end === "stopped") this.say(this.text ? "You stopped the answer here." : "You stopped before there was an answer.");
     else if (this.text) this.say("The answer broke off here. What came so far may be incomplete.", this.why);
@@ -168,7 +172,7 @@ class Turn {
   paint() {
     cancelAnimationFrame(this.frame);
     this.frame = null;
-    this.said.replaceChildren(...written(this.text, (number) => this.citation(number)));
+    this.said.replaceChildren(...written(this.text, (number) => this.citation(number), this.said.ariaBusy === "true"));
   }
 
   citation(number) {
@@ -194,7 +198,7 @@ class Turn {
     this.toPassages.hidden = !n;
     this.up.hidden = this.down.hidden = this.toSteps.hidden = !facts.trace_id;
     this.passages.replaceChildren(...(facts.passages ?? []).map((p) => this.passage(p)));
-    $(".facts", this.root).textContent = [APPS[facts.app] ?? facts.app, facts.version && `version ${facts.version}`, seconds(facts.seconds)].filter(Boolean).join(" · ");
+    $(".facts", this.root).textContent = [APPS[facts.app ?? info.app] ?? facts.app, facts.version && `version ${facts.version}`, seconds(facts.seconds)].filter(Boolean).join(" · ");
     $(".facts", this.root).title = facts.served_by ? `Answered by ${facts.served_by}` : "";
     this.under.hidden = false;
     if (n && kept.get("passages") === "yes") this.toggle(this.passages, this.toPassages, true);
@@ -207,7 +211,7 @@ class Turn {
     root.dataset.number = p.number;
     root.classList.toggle("cited", (this.facts.citations ?? []).includes(p.number));
     $(".number", root).textContent = p.number;
-    $(".document", root).textContent = p.document_id;
+    $(".document", root).append(...breakable(p.document_id));
     $(".heading", root).textContent = p.heading ?? "";
     $(".text", root).textContent = p.text;
     if (near) {
@@ -229,7 +233,9 @@ class Turn {
   toggle(panel, button, show = panel.hidden) {
     panel.hidden = !show;
     button.setAttribute("aria-expanded", String(show));
-    if (show) this.back = button;
+    if (!show) return;
+    this.back = button;
+    if (panel.offsetHeight < 0.6 * innerHeight) panel.scrollIntoView({ block: "nearest" });
   }
 
   closeOne(target) {                                                // the panel in which the key was pressed, or else the last one that is open
@@ -249,13 +255,17 @@ class Turn {
     this.toggle(this.steps, this.toSteps);
     if (this.steps.hidden || this.traced) return;
     this.steps.replaceChildren(this.numbers(), make("p", { className: "soft small", text: "Looking up the trace …" }));
-    try {
-      const trace = await get(`api/trace/${encodeURIComponent(this.facts.trace_id)}`);
-      this.steps.replaceChildren(this.numbers(), this.bars(trace), this.traceLine());
-      this.traced = true;
-    } catch (error) {
-      if (!(error instanceof Refused)) throw error;
-      this.steps.replaceChildren(this.numbers(), make("p", { className: "soft small", text: error.message }), this.traceLine());
+    for (let tries = 0; tries < 12 && !this.steps.hidden && !this.traced; tries += 1) {      // it is written after the answer, step by step
+      if (tries) await new Promise((done) => { setTimeout(done, 1000); });
+      try {
+        const trace = await get(`api/trace/${encodeURIComponent(this.facts.trace_id)}`);
+        this.steps.replaceChildren(this.numbers(), this.bars(trace), this.traceLine());
+        this.traced = trace.complete;
+      } catch (error) {
+        if (!(error instanceof Refused)) throw error;
+        if (tries > 3) this.steps.replaceChildren(this.numbers(), make("p", { className: "soft small", text: error.message }), this.traceLine());
+      }
+      if (!tries) this.steps.scrollIntoView({ block: "nearest" });
     }
   }
 
@@ -263,17 +273,19 @@ class Turn {
     const f = this.facts, cell = (name, value) => make("div", {}, make("dt", { text: name }), make("dd", { text: value }));
     return make("dl", { className: "numbers" },
       cell("First words", seconds(f.first_token_seconds)), cell("Whole answer", seconds(f.seconds)),
-      cell("Tokens", `${f.prompt_tokens ?? "–"} + ${f.completion_tokens ?? "–"}`), cell("Cost", dollars(f.cost_usd)));
+      cell("Tokens in + out", `${f.prompt_tokens ?? "–"} + ${f.completion_tokens ?? "–"}`), cell("Cost", dollars(f.cost_usd)));
   }
 
   bars(trace) {
+    let busy = 0;
     const rows = trace.steps.map((step) => {
       const bar = make("i");
       bar.style.left = `${100 * Math.min(0.99, step.at / trace.seconds)}%`;
       bar.style.width = `${100 * Math.min(1, step.seconds / trace.seconds)}%`;
+      busy += step.seconds;
       return make("li", { className: step.kind === "CHAT_MODEL" ? "model" : "" }, make("span", { text: step.name }), make("span", { className: "track", ariaHidden: "true" }, bar), make("span", { text: seconds(step.seconds) }));
     });
-    return make("ol", { className: "bars" }, ...rows);
+    return make("div", { className: "bars" }, make("ol", {}, ...rows), busy > 1.1 * trace.seconds ? make("p", { className: "soft small", text: "Steps overlap: an answer is checked and sent on while it is written." }) : "");
   }
 
   traceLine() {
@@ -290,14 +302,15 @@ class Turn {
 
   // votes
 
-  async voteUp() {
+  voteUp() {
     if (this.last?.good) return this.openVote(true);
-    await this.sendVote({ good: true, reason: "", comment: "", correction: "" });
+    this.sendVote({ good: true, reason: "", comment: "", correction: "" });
   }
 
-  async voteDown() {                                                // the click counts by itself; the form says more
-    if (this.last?.good !== false && !await this.sendVote({ good: false, reason: "", comment: "", correction: "" })) return;
+  voteDown() {                                                      // the click counts by itself; the form says more
+    const counted = this.last?.good === false;
     this.openVote(false);
+    if (!counted) this.sendVote({ good: false, reason: "", comment: "", correction: "" }, false);
   }
 
   openVote(good) {
@@ -327,34 +340,40 @@ class Turn {
 
   sendForm() {
     const good = this.vote.good, value = (name) => $(name, this.vote).value.trim();
-    return this.sendVote({ good, comment: value(".comment"), reason: good ? "" : $("input:checked", this.vote)?.value ?? "", correction: good ? "" : value(".correction") });
+    this.sendVote({ good, comment: value(".comment"), reason: good ? "" : $("input:checked", this.vote)?.value ?? "", correction: good ? "" : value(".correction") });
   }
 
-  async sendVote(vote) {
+  sendVote(vote, closes = true) {                                   // one after the other; the same said twice is one vote
     const words = JSON.stringify(vote);
-    if (this.sending) return false;
-    if (this.words !== words) [this.words, this.event] = [words, randomId()];      // the same said twice is one vote
+    if (this.words === words && this.sending) return;
+    if (this.words !== words) [this.words, this.event] = [words, randomId()];
+    this.sending = this.postVote(vote, this.event, closes, this.sending).finally(() => { if (this.words === words) this.sending = null; });
+  }
+
+  async postVote(vote, event, closes, before) {
     const wrong = $(".wrong", this.vote), button = $(".primary", this.vote);
-    this.sending = button.disabled = true;
+    if (closes) button.disabled = true;
     this.mark(vote.good);
     try {
-      await post("api/vote", { trace_id: this.facts.trace_id, event_id: this.event, ...vote });
+      await before;
+      await post("api/vote", { trace_id: this.facts.trace_id, event_id: event, ...vote });
       this.last = vote;
-      this.vote.hidden = wrong.hidden = true;
+      wrong.hidden = true;
       $("span", this.thanks).textContent = vote.good ? "Thank you. It counts towards how well this version does."
         : vote.correction ? "Thank you. A reviewer looks at your correction; accepted, it becomes something to learn from." : "Thank you. A reviewer looks at it, and finds the right answer.";
       $(".change", this.thanks).textContent = vote.good ? "Add a comment" : "Change";
+      if (!closes) return;
+      const inside = this.vote.contains(document.activeElement);
+      this.vote.hidden = true;
       this.thanks.hidden = false;
-      if (this.vote.contains(document.activeElement) || document.activeElement === document.body) (vote.good ? this.up : this.down).focus({ preventScroll: true });
+      if (inside) (vote.good ? this.up : this.down).focus({ preventScroll: true });
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
-      wrong.textContent = error.message;
       if (this.vote.hidden) this.openVote(vote.good);
+      wrong.textContent = error.message;
       wrong.hidden = false;
       this.mark(this.last?.good);
-      return false;
-    } finally { this.sending = button.disabled = false; }
-    return true;
+    } finally { if (closes) button.disabled = false; }
   }
 }
 Turn.count = 0;
@@ -417,7 +436,7 @@ function reviewNotice(words) {
   $("#review-notice").hidden = !words;
 }
 
-function countWaiting(n) { $("#to-review").textContent = n ? `Review ${n}` : "Review"; }
+function countWaiting(n) { $("#to-review").replaceChildren("Review", ...(n ? [make("span", { className: "count", text: n, ariaLabel: `${n} waiting` })] : [])); }
 
 async function loadReviews() {
   showReviewer();
@@ -481,8 +500,7 @@ function route() {
   const review = location.hash === "#review";
   $("#ask-page").hidden = review;
   $("#review-page").hidden = !review;
-  $("#to-ask").toggleAttribute("aria-current", !review);
-  $("#to-review").toggleAttribute("aria-current", review);
+  for (const [link, here] of [[$("#to-ask"), !review], [$("#to-review"), review]]) here ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
   document.title = review ? "Review · Assistant" : "Assistant";
   if (review) loadReviews(); else $("#question").focus({ preventScroll: true });
 }
@@ -508,7 +526,7 @@ function start() {
     info = { ...info, ...found };
     $("#env").textContent = info.env;
     $("#env").hidden = false;
-    if (info.about) $("#about").textContent = `It answers from ${info.about}, and shows the passages that an answer rests on.`;
+    if (info.about) $("#about").textContent = `Answers come from ${info.about}, with the passages they rest on, so you can check them.`;
     $("#examples").replaceChildren(...info.questions.map((question) => {
       const button = make("button", { type: "button", text: question });
       button.onclick = () => askQuestion(question);
