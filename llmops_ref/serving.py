@@ -29,13 +29,15 @@ def serve_main(arguments: list[str] | None = None) -> None:
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=8000)
     chosen = options.parse_args(arguments)
+    if name := os.environ.pop("MLFLOW_EXPERIMENT_NAME", None): mlflow.set_experiment(name)      # else MLflow asks its store for it at each request, and an answer would wait for a store that is down
     agent = mlflow.pyfunc.load_model(os.environ["ASSISTANT_URI"])._model_impl.get_raw_model()
     @invoke()
     async def answer(request): return await asyncio.to_thread(agent.predict, request)
     @stream()
     async def pieces(request):
         async for event in iterate_in_threadpool(agent.predict_stream(request)): yield event
-    uvicorn.run(AgentServer("ResponsesAgent").app, host=chosen.host, port=chosen.port, log_level="warning")
+    try: uvicorn.run(AgentServer("ResponsesAgent").app, host=chosen.host, port=chosen.port, log_level="warning")
+    finally: mlflow.flush_trace_async_logging()      # the last answers are on record, too
 
 # %% ../nbs/06c_serving.ipynb #ce5cb274
 ROUTE, FRONT = "assistant", "front"                 # name of the assistant for clients, and of the service that is the front door
