@@ -114,7 +114,8 @@ def ladder(shape, row, windows, per_window, device, rungs):
     recompute = shape == "7b"
     table = [("plain Trainer, padded", torch.float32, batches, None, lambda b: padded(b[0]), plain, False), ("packed rows", torch.float32, rows, whole_loss, collate, packed, False),
              ("+ bfloat16", torch.bfloat16, rows, whole_loss, collate, packed, False), ("+ compiled", torch.bfloat16, full, whole_loss, collate, [(c[0], row) for c in packed], True),
-             ("+ only answers' logits", torch.bfloat16, full, answer_loss, collate, [(c[0], row) for c in packed], True), ("ours on a CPU: packed, fp32, only answers' logits", torch.float32, rows, answer_loss, collate, packed, False)]
+             ("+ only answers' logits", torch.bfloat16, full, answer_loss, collate, [(c[0], row) for c in packed], True), ("ours on a CPU: packed, fp32, only answers' logits", torch.float32, rows, answer_loss, collate, packed, False),
+             ("ours on a GPU: packed, bfloat16 with autocast, only answers' logits", torch.bfloat16, rows, answer_loss, collate, packed, False), ("plain Trainer, padded, bfloat16", torch.bfloat16, batches, None, lambda b: padded(b[0]), plain, False)]
     for number, (name, dtype, data, loss, collator, counts, compiled) in enumerate(table, 1):
         if rungs and number not in rungs: continue
         try:

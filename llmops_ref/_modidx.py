@@ -517,6 +517,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmops_ref.hub.probe_main': ('hub.html#probe_main', 'llmops_ref/hub.py'),
                                 'llmops_ref.hub.reachability': ('hub.html#reachability', 'llmops_ref/hub.py'),
                                 'llmops_ref.hub.register_choice': ('hub.html#register_choice', 'llmops_ref/hub.py'),
+                                'llmops_ref.hub.retired': ('hub.html#retired', 'llmops_ref/hub.py'),
                                 'llmops_ref.hub.run_probes': ('hub.html#run_probes', 'llmops_ref/hub.py'),
                                 'llmops_ref.hub.summarise': ('hub.html#summarise', 'llmops_ref/hub.py'),
                                 'llmops_ref.hub.weights': ('hub.html#weights', 'llmops_ref/hub.py')},

@@ -301,10 +301,10 @@ def serve_chat(
     host, # From `open_champion`
     port: int = 8080,
     host_name: str = "127.0.0.1", # 0.0.0.0 = also for others; there should be a proxy that knows them
-    reviewers=(), # Names that may review; everybody if there are none
+    reviewers=None, # Names that may review; by default those of the setting `reviewers`, and everybody if there are none
 ) -> None:
     "Serve the page until Ctrl-C."
     import uvicorn
     threading.Thread(target=ws.mlflow, daemon=True).start()                 # its import takes seconds, and the first vote should not
-    app = chat_app(ws, host, example_questions(ws), reviewers, ("127.0.0.1", "localhost") if host_name == "127.0.0.1" else ("*",))
+    app = chat_app(ws, host, example_questions(ws), ws.config.reviewers if reviewers is None else reviewers, ("127.0.0.1", "localhost") if host_name == "127.0.0.1" else ("*",))
     uvicorn.run(app, host=host_name, port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=3)

@@ -34,6 +34,7 @@ class Config:
     seed: int
     hub_probe_questions: int
     hub_max_seconds_per_answer: float
+    hub_retired: list[str]
     corpus: str
     corpus_packages: list[str]
     corpus_exclude: list[str]
@@ -131,6 +132,7 @@ class Config:
     smoke_questions: int
     rollout_steps: list[str]
     rollout_questions: int
+    reviewers: list[str]
     monitoring_probes: int
     monitoring_days: int
     monitoring_false_alarms: float

@@ -7,7 +7,7 @@ Reads the list of candidate models. Leaves the table `scorecard`, and the chosen
 # %% auto #0
 __all__ = ['MAX_TOKENS', 'RUNNERS', 'SLOW_IMPORTS', 'LICENCES', 'Candidate', 'reachability', 'peak_memory', 'fastest_dtype',
            'measure', 'probe_main', 'run_probes', 'base_checkpoint', 'weights', 'prepare_weights', 'summarise',
-           'probe_candidates', 'choose', 'register_choice', 'champion', 'chosen_gguf']
+           'probe_candidates', 'retired', 'choose', 'register_choice', 'champion', 'chosen_gguf']
 
 # %% ../nbs/01_hub.ipynb #6c67e85b
 import contextlib, functools, gc, importlib, io, json, multiprocessing, os, re, shutil, subprocess, sys, tempfile, threading, time, unittest.mock, urllib.request
@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
+from .config import SettingsError
 from .gateway import gateway_endpoint
 from .llm import BASE_MODEL, BASE_SHA256, Endpoint, base_gguf, gguf_in_memory, openai_client, q8_gguf, serve_gguf
 from .embedding import TEXT_TOKENS
@@ -316,6 +317,15 @@ def _ineligible(row, max_seconds):
     if row.licence not in LICENCES: return f"licence {row.licence!r} is not on the list"
     if row.runner in ("endpoint", "transformers"): return {"endpoint": "its weights are not ours to pin", "transformers": "a reference, not a server"}[row.runner]
     return f"{row.seconds:.1f} s an answer, over {max_seconds:g} s" if row.seconds > max_seconds else ""
+
+def retired(
+    names: list[str], # From the setting `hub_retired`
+    shortlist: list[Candidate],
+) -> dict[str, str]: # Name -> why it is not probed
+    "The candidates that are not to be used any more; `SettingsError` for a name that is none."
+    known = [c.name for c in shortlist]
+    if unknown := [name for name in names if name not in known]: raise SettingsError(f"`hub_retired` names {', '.join(unknown)}, which is no candidate. There are {', '.join(known)}.")
+    return {name: "retired: `hub_retired` names it" for name in names}
 
 def choose(
     card: pd.DataFrame, # Scorecard of one kind: `name status licence runner right seconds`

@@ -86,10 +86,12 @@ def review_feedback(
 ) -> dict: # The row in `reviewed`, columns `REVIEWED`
     "A person's verdict on what somebody said. `DataError` says why it cannot be accepted; nothing is written then."
     if not by.strip(): raise DataError("A review needs a name: say who reviews.")
+    if ws.config.reviewers and by.strip() not in ws.config.reviewers: raise DataError(f"{by.strip()[:100]} may not review in {ws.config.env}. The setting `reviewers` names {', '.join(ws.config.reviewers)}.")
     if accept and (not uses or (wrong := [use for use in uses if use not in USES])): raise DataError(f"Say what the case becomes: {', '.join(USES)}" + (f", not {wrong[0]!r}." if uses else "."))
     feedback = ws.read("feedback") if ws.current("table:feedback") else pd.DataFrame(columns=["feedback_id"])
     vote = next((v for v in feedback.fillna("").itertuples() if v.feedback_id == feedback_id), None)
     if vote is None: raise DataError(f"There is no feedback {feedback_id!r} in {ws.config.env}. Use a feedback_id of the table feedback.")
+    if ws.config.reviewers and by.strip() == vote.source: raise DataError(f"The feedback {feedback_id} is {by.strip()}'s own, and somebody else reviews it: {', '.join(r for r in ws.config.reviewers if r != vote.source)}.")
     cases = reviewed_cases(ws)
     if feedback_id in (done := cases.set_index("id")).index: raise DataError(f"The feedback {feedback_id} was {'accepted' if done.accepted[feedback_id] else 'rejected'} by {done.by[feedback_id]} already.")
     question, gold, answer = _case(ws, vote, answer, uses, cases) if accept else ("", [], "")

@@ -107,7 +107,8 @@ def answer_loss(
     labels = batch["labels"][0]
     learned = (labels >= 0).nonzero()[:, 0]
     mask = sees(batch["group"][0], batch["branch"][0])[None, None]
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, logits_to_keep=learned, use_cache=False).logits[0]
+    with torch.autocast("cuda", torch.bfloat16, enabled=labels.is_cuda and torch.cuda.is_bf16_supported()):
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, logits_to_keep=learned, use_cache=False).logits[0]
     return torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="sum") / (len(learned) if items is None else items)
 
 # %% ../nbs/04b_training.ipynb #974ef2e9
