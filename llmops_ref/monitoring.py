@@ -63,7 +63,9 @@ def look_at(
     rows = requests[requests.time <= now].drop_duplicates("trace_id").sort_values("time", ignore_index=True)
     window, before = rows[rows.time > start].reset_index(drop=True), rows[(rows.time <= start) & (rows.time > start - pd.Timedelta(days=28))]
     votes = votes[votes.trace_id.isin(window.trace_id)]
-    def asked(some): return some.assign(user=some.user.where(some.user.fillna("") != "", some.trace_id)).drop_duplicates(["user", "question"]).question.tolist()
+    def asked(some):                                # one who asks the same twice on a day has asked once, earlier as today
+        by = some.user.where(some.user.fillna("") != "", some.trace_id)
+        return some.assign(by=by, day=some.time.dt.date).drop_duplicates(["by", "day", "question"]).question.tolist()
     days = {day: asked(some) for day, some in window.groupby(window.time.dt.strftime("%Y-%m-%d"))} if len(window) else {}
     drift, topics = find_drift(asked(before), days, embedder, config.monitoring_false_alarms, seed=config.seed)
     by_day = signal_days(config, window, votes, rows)
@@ -186,7 +188,7 @@ def rehearse(
     now = (now or pd.Timestamp.now(tz="UTC")).normalize()
     monday = now - pd.Timedelta(days=int(now.dayofweek) + 14)
     moves, down, topic = 9, 11, list(topics)[-1]
-    requests, votes = simulate(answers, topics, monday, 14, config.monitoring_simulated, (moves, topic, 0.45 if faults else 0.0), (down, 9, 3) if faults else None, similarity, seed)
+    requests, votes = simulate(answers, topics, monday, 14, config.monitoring_simulated, (moves, topic, 0.5 if faults else 0.0), (down, 9, 3) if faults else None, similarity, seed)
     week = Config(**config.__dict__ | dict(monitoring_days=7))
     seen = look_at(week, requests, votes, embedder, monday + pd.Timedelta(days=14))
     day = lambda n: (monday + pd.Timedelta(days=n)).strftime("%Y-%m-%d")

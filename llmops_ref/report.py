@@ -67,7 +67,7 @@ def verdict(
     for row in (checked.get("comparison") or [])[:1]:
         reasons.append(f"Score “{row.get('metric')}”: {show('', row.get('base'))} for what it is compared with ({_names(checked)['base'].lower()}), {show('', row.get('candidate'))} for the candidate. Difference {row.get('difference')}.")
     if alarms := [str(a.get("signal")) for a in watched.get("alerts") or [] if a.get("breached")]:
-        reasons.append(f"Attention: {len(alarms)} of {len(watched['alerts'])} signals in use are over their threshold ({', '.join(alarms)}).")
+        reasons.append(f"Attention: {len(alarms)} of {len(watched['alerts'])} signals in use are over their bound ({', '.join(alarms)}).")
     if run.get("waiting"): reasons.append(f"Attention: {run['waiting']}")
     if error: reasons.append(error if len(error) < 400 else error[:400] + " …")
     if stop: reasons.append("What was deployed before is untouched by stages that did not run. Repeat the command when this is mended: stages that finished are not run again.")
@@ -93,6 +93,7 @@ KEY_NUMBERS = [ # Stage, metric (a regular expression; {best} is the stage's win
     ("hub", r"{best}\.decode_tps", "Tokens a second, base model"),
     ("retrieval", r"query_p\d+_ms", "Time of one search"),
     ("deployment", r"ready_seconds", "Start of the endpoint"),
+    ("monitoring", r"probe_correct", "Right answers to probes of the deployed version"),
     ("monitoring", r"cited(_share)?", "Answers in use that cite a passage"),
     ("monitoring", r"p95_seconds", "Answer time in use, slowest in twenty")]
 
@@ -139,7 +140,7 @@ def timeline(
 CAPTIONS = dict(decision="Decision", gates="Gates", test_split="The winner on the test split, beside what it would replace", designs="Every design, on the train split", questions="Problems of the questions", left_out="Left out", datasets="Evaluation datasets", by_type="Right answers by type of question", registry="The prompt registry", behaviour="Behaviour of the winner", failures="What the winner gets wrong on the test split", judges="Judges beside the scorers", judge_failures="What the judge could not say", search="Search for a better prompt", proposal="Its proposal",
                 variants="The fine-tune as served: quality and cost of each file", against_base="Each variant against the base model, on the held-out pairs", wrong="Where the tuned model still fails", scaling="What more pairs buy",
                 scorecard="The candidates", packages="Where the documents come from", by_method="Ways to search, on the test questions", misses="Questions that the search misses",
-                smoke="Smoke test of the endpoint", alerts="Signals and their thresholds", url="Endpoint", rollback="To go back")
+                smoke="Smoke test of the endpoint", alerts="Signals and their bounds", triggers="What to do, by cause", drift="Drift of questions, day by day", planted="The rehearsal: hidden in made-up traffic, and found", basis="What the numbers are of", cases_left_out="Reviewed cases that were left out", url="Endpoint", rollback="To go back")
 SCORECARD = ("name", "format", "licence", "size_mb", "quality", "seconds", "decode_tps", "mrr", "verdict") # Of its many columns, those to show
 
 def split_details(

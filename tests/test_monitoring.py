@@ -13,7 +13,7 @@ from llmops_ref.monitoring import look_at, question_topics, rehearse, render_mon
 from llmops_ref.retrieval import open_index
 from llmops_ref.workspace import open_workspace
 
-ANSWER = dict(dict.fromkeys(COLUMNS, ""), status="OK", answer="Use it [1].", cited=True, refused=False, passages=["a"], similarity=0.6, grounded=0.9, readable=1.0, first_token_seconds=0.3, prompt_tokens=300, completion_tokens=20, cost_usd=1e-4)
+ANSWER = dict(dict.fromkeys(COLUMNS, ""), status="OK", answer="Use it [1].", cited=True, refused=False, passages=["a"], similarity=0.6, grounded=0.9, readable=1.0, first_token_seconds=0.3, prompt_tokens=300, completion_tokens=20, cost_usd=1e-4, sequence=0)
 ANSWERS = pd.DataFrame([ANSWER | dict(seconds=s) for s in (0.7, 0.9, 1.0, 1.1, 1.4)])
 NO_VOTES = pd.DataFrame(columns=["feedback_id", "trace_id", "time", "good", "reason", "comment", "correction", "source"])
 
@@ -31,7 +31,7 @@ class Kept:
 @pytest.fixture(scope="module")
 def material(finished):
     "Settings, an embedder, and questions about the documents of the finished project."
-    config = load_config("staging", finished.root, cache=finished.environment["LLMOPS_CACHE"], monitoring_simulated=60)
+    config = load_config("staging", finished.root, cache=finished.environment["LLMOPS_CACHE"], monitoring_simulated=100)
     ws = open_workspace(config)
     return config, Kept(open_embedder(ws, "int8")), question_topics(ws.read("chunks"))
 
