@@ -26,7 +26,7 @@ def reviewed_cases(
     if ws.reads["table:reviewed"] is None: return pd.DataFrame(columns=REVIEWED)
     found = ws.read("reviewed").sort_values(["time", "id"], ignore_index=True).drop_duplicates("id", ignore_index=True)
     found = found.assign(gold=found.gold.str.split(), uses=found.uses.str.split(), accepted=found.accepted.astype(bool))
-    return found if not use else found[found.accepted & [use in uses for uses in found.uses]].reset_index(drop=True)
+    return found if not use else found[[accepted and use in uses for accepted, uses in zip(found.accepted, found.uses)]].reset_index(drop=True)
 
 # %% ../nbs/01c_reviewed.ipynb #99e019fa
 def question_rows(
