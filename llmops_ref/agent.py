@@ -22,7 +22,7 @@ from .gateway import open_route
 from .llm import Endpoint, chat_client, serve_gguf, token_cost
 from .embedding import Embedder
 from .retrieval import open_ai_search
-from .scoring import redact
+from .scoring import pseudonym, redact
 from .vector_index import Index, open_reranker
 
 # %% ../nbs/03b_agent.ipynb #2fae0c66
@@ -105,7 +105,7 @@ class AssistantAgent(ResponsesAgent):
         number = next(self.numbers.setdefault(purpose, itertools.count(1)))
         if mlflow.get_active_trace_id():
             tags = dict(purpose=purpose, app=self.config["app"], assistant_version=_version(), server=self.server, sequence=number)
-            mlflow.update_current_trace(tags={key: str(value) for key, value in tags.items()}, metadata={"mlflow.trace.user": redact(str(said["user"])[:100])} if said.get("user") else None)
+            mlflow.update_current_trace(tags={key: str(value) for key, value in tags.items()}, metadata={"mlflow.trace.user": pseudonym(str(said["user"])[:100])} if said.get("user") else None)
 
     def _facts(self, request, result, seconds):
         facts = {key: value for key, value in result.items() if key != "question"} | dict(seconds=seconds, version=_version(), app=self.config["app"])

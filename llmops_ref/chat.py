@@ -244,6 +244,7 @@ async def reviews(self: Chat, request):
 
 @patch
 def reviewer(self: Chat, request, name=""):           # on Databricks Apps it is who has logged in
+    if self.reviewers and not is_app(): raise Refused(403, "Names cannot be proven on this page, and `reviewers` says who may review. Use the command: llmops review.")
     name = user_of(request) if is_app() else name
     if self.reviewers and name not in self.reviewers: raise Refused(403, "You may ask and vote here; reviewing is for others. Whoever runs this page can add you.")
     return name

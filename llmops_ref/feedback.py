@@ -12,7 +12,7 @@ import hashlib, re
 
 import pandas as pd
 
-from .scoring import redact
+from .scoring import pseudonym, redact
 from .workspace import DataError, Workspace
 
 # %% ../nbs/07d_feedback.ipynb #8ff1b2e8
@@ -36,7 +36,7 @@ def record_feedback(
     if not isinstance(good, bool): raise DataError(f"A vote is true or false, not {good!r}.")
     if reason and reason not in REASONS: raise DataError(f"There is no reason {str(reason)[:40]!r}. There are {', '.join(REASONS)}.")
     if len(correction := _clean(correction)) > LONGEST: raise DataError(f"The correction has {len(correction):,} characters, at most {LONGEST:,} are taken. Shorten it: one or two sentences are best.")
-    comment, source, event = _clean(str(comment or "")[:LONGEST + 500])[:LONGEST], _clean(source)[:100] or "user", str(event_id)[:100]
+    comment, source, event = _clean(str(comment or "")[:LONGEST + 500])[:LONGEST], pseudonym(re.sub(r"\s+", " ", str(source)).strip()[:100]) or "user", str(event_id)[:100]
     if event:
         event = "f-" + hashlib.sha256(f"{source}\0{trace_id}\0{event}".encode()).hexdigest()[:20]
         if (same := next((vote for vote in _votes_on(ws.mlflow().get_trace(trace_id, silent=True)) if vote["feedback_id"] == event), None)): return same
@@ -59,7 +59,7 @@ def _votes_on(trace): return [_vote(trace, a) for a in (trace.info.assessments o
 def _vote(trace, a):
     said = a.metadata or {}
     return dict(feedback_id=said.get("feedback_id") or a.assessment_id, trace_id=trace.info.trace_id, time=pd.Timestamp(a.create_time_ms, unit="ms", tz="UTC"), good=a.value, reason=said.get("reason", ""), comment=_clean(a.rationale)[:LONGEST],
-                correction=_clean(said.get("correction", ""))[:LONGEST], source="synthetic" if a.source.source_type == "CODE" else a.source.source_id)
+                correction=_clean(said.get("correction", ""))[:LONGEST], source="synthetic" if a.source.source_type == "CODE" else pseudonym(a.source.source_id))
 
 # %% ../nbs/07d_feedback.ipynb #134cea34
 def collect_feedback(
@@ -84,9 +84,10 @@ def weigh_votes(
 
 def share_down(
     votes: pd.DataFrame, # Rows of `feedback`
-) -> tuple[float, float]: # The share, and how many votes it is worth (Kish's effective sample size); (nan, 0) without votes
+) -> tuple[float, float]: # The share, and how many independent votes it is worth: Kish's effective sample size, and never more than there are people, or answers; (nan, 0) without votes
     "The share of votes that are thumbs down."
     counted = weigh_votes(votes)
     if counted.empty: return float("nan"), 0.0
     weight = counted.weight.to_numpy()
-    return float(1 - (weight * counted.good.astype(float)).sum() / weight.sum()), float(weight.sum() ** 2 / (weight ** 2).sum())
+    worth = min(weight.sum() ** 2 / (weight ** 2).sum(), counted.source.nunique(), counted.trace_id.nunique())
+    return float(1 - (weight * counted.good.astype(float)).sum() / weight.sum()), float(worth)

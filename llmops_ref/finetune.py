@@ -22,7 +22,7 @@ from .llm import BASE_LICENCE, BASE_MODEL, BASE_SHA256
 from .pairs import build_pairs, check_pairs
 from .prompts import champion_prompt
 from .retrieval import open_index
-from .reviewed import reviewed_cases
+from .reviewed import LEARNED, reviewed_cases
 from .teacher import open_teacher
 from .training import history_frame, launch, plot_loss, prepare_training, recipe_of
 from .variants import adapter_to_gguf, against_base, ask_variants, check_variants, plot_variants, variant_files
@@ -116,12 +116,12 @@ def register_tuned(
     metrics: dict[str, float],
     data_version: str,
     card: tuple[pd.DataFrame, dict], # Scorecard and result of the training, for `model_card`
-    learned: list[str] = (), # Ids of the reviewed cases among the pairs
+    cases: dict[str, list[str]] | None = None, # Ids of the reviewed cases: `known` and `learned`
 ) -> str: # Version of `chat_model`
     "Log adapter and model card, register them, and point `candidate` at the version."
     mlflow, name, run = ws.mlflow(), ws.registered("chat_model"), ws.mlflow().active_run().info.run_id
     tags = dict(licence=BASE_LICENCE, base_model=BASE_MODEL, base_sha256=BASE_SHA256, adapter_sha256=file_digest(folder / "adapter.gguf"),
-                data_version=data_version, git_commit=git_commit(ws.config.root), kind="lora", learned_cases=" ".join(learned)[:5000]) | {k: f"{v:.4g}" for k, v in metrics.items()}
+                data_version=data_version, git_commit=git_commit(ws.config.root), kind="lora") | {k: f"{v:.4g}" for k, v in metrics.items()}
     version = same_content(ws, tags["adapter_sha256"])
     if version is None:
         from mlflow.models import Model, ModelSignature
@@ -131,6 +131,7 @@ def register_tuned(
             content = shutil.copytree(folder, Path(temporary) / "chat_model")
             Model(artifact_path="chat_model", run_id=run, signature=signature, metadata=tags).add_flavor("lora", **tags).save(str(content / "MLmodel"))
             write_atomic(content / "README.md", model_card(tags, *card))
+            write_atomic(content / LEARNED, json.dumps(cases or dict(known=[], learned=[])))
             mlflow.log_artifacts(str(content), "chat_model")
         version = str(mlflow.register_model(f"runs:/{run}/chat_model", name, tags=tags).version)
     ws.set_alias("chat_model", "candidate", version)

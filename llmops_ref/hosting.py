@@ -197,7 +197,7 @@ class ModelServingHost:
 
 def _lines(body):                                   # of a stream of bytes
     kept = b""
-    while piece := body.read(1024):
+    while piece := body.read(16):                   # the SDK waits until it has as many, and a person waits with it
         *whole, kept = (kept + piece).split(b"\n")
         for line in whole: yield line.decode().rstrip("\r")
     if kept: yield kept.decode()

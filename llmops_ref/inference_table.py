@@ -50,7 +50,7 @@ OVERLAP = pd.Timedelta(days=1)
 def _find_traces(ws, since, limit):
     mlflow = ws.mlflow()
     place, after = [mlflow.get_experiment_by_name(ws.experiment).experiment_id], f" AND attributes.timestamp_ms > {int(since.timestamp() * 1000)}" if since is not None else ""
-    return [trace for purpose in PURPOSES for trace in mlflow.search_traces(locations=place, filter_string=f"tags.purpose = '{purpose}'{after}", max_results=limit, return_type="list")]
+    return [trace for purpose in PURPOSES for trace in mlflow.search_traces(locations=place, filter_string=f"tags.purpose = '{purpose}'{after}", max_results=limit, return_type="list") if trace.info.state != "IN_PROGRESS" and trace.data.spans]      # one that is being written is for the next look
 
 def collect_requests(
     ws: Workspace,

@@ -15,8 +15,8 @@ import pandas as pd
 from .feedback import weigh_votes
 from .inference_table import request_row
 from .questions import closest_id, twins
-from .reviewed import REVIEWED, USES, reviewed_cases
-from .scoring import is_refusal, personal_data
+from .reviewed import REVIEWED, USES, cases_of, reviewed_cases
+from .scoring import is_refusal, personal_data, pseudonym
 from .workspace import DataError, Workspace
 
 # %% ../nbs/07e_review.ipynb #b7763100
@@ -91,7 +91,7 @@ def review_feedback(
     feedback = ws.read("feedback") if ws.current("table:feedback") else pd.DataFrame(columns=["feedback_id"])
     vote = next((v for v in feedback.fillna("").itertuples() if v.feedback_id == feedback_id), None)
     if vote is None: raise DataError(f"There is no feedback {feedback_id!r} in {ws.config.env}. Use a feedback_id of the table feedback.")
-    if ws.config.reviewers and by.strip() == vote.source: raise DataError(f"The feedback {feedback_id} is {by.strip()}'s own, and somebody else reviews it: {', '.join(r for r in ws.config.reviewers if r != vote.source)}.")
+    if ws.config.reviewers and pseudonym(by.strip()) == vote.source: raise DataError(f"The feedback {feedback_id} is {by.strip()}'s own, and somebody else reviews it: {', '.join(r for r in ws.config.reviewers if r != vote.source)}.")
     cases = reviewed_cases(ws)
     if feedback_id in (done := cases.set_index("id")).index: raise DataError(f"The feedback {feedback_id} was {'accepted' if done.accepted[feedback_id] else 'rejected'} by {done.by[feedback_id]} already.")
     question, gold, answer = _case(ws, vote, answer, uses, cases) if accept else ("", [], "")
@@ -111,7 +111,7 @@ def send_to_review(
     mlflow = ws.mlflow()
     if ws.config.platform == "databricks":
         session = next((s for s in mlflow.genai.get_labeling_sessions() if s.name == QUEUE), None) or mlflow.genai.create_labeling_session(QUEUE)
-        if trace_ids: session.add_traces([mlflow.get_trace(t) for t in trace_ids])
+        if trace_ids: session.add_traces([trace for t in trace_ids if (trace := mlflow.get_trace(t, silent=True)) is not None])
         return session.url
     from mlflow.genai import review_queues
     if trace_ids: review_queues.add_items_to_review_queue(_queue().queue_id, item_ids=list(trace_ids))
@@ -158,8 +158,8 @@ def _learned(ws, id, case):
     if ws.current("table:questions") and id in set((questions := ws.read("questions")).id): rows.append(("question", f"asked in the {questions.set_index('id').split[id]} split", f"table questions, version {ws.table_version('questions')}"))
     if ws.current("table:training_pairs") and (n := int((ws.read("training_pairs").source == f"feedback {id}").sum())): rows.append(("pairs", f"{n} training pairs", f"table training_pairs, version {ws.table_version('training_pairs')}"))
     if "regression" in case.uses: rows.append(("regression", "each validation asks it from now on", "stage 06_validation"))
-    models = {str(v.version): v for v in client.search_model_versions(f"name = '{ws.registered('chat_model')}'")}
-    models = [number for number in sorted(models, key=int) if id in client.get_model_version(ws.registered("chat_model"), number).tags.get("learned_cases", "").split()]
+    models = [str(v.version) for v in client.search_model_versions(f"name = '{ws.registered('chat_model')}'")]
+    models = [number for number in sorted(models, key=int) if id in cases_of(ws, number)["learned"]]
     rows += [("learned", f"version {number} of chat_model was trained on it", ws.registered("chat_model")) for number in models]
     for v in sorted(client.search_model_versions(f"name = '{ws.registered('assistant')}'"), key=lambda v: int(v.version)):
         found = client.get_model_version(ws.registered("assistant"), str(v.version))

@@ -7,11 +7,11 @@ Reads questions, passages and answers. Leaves scores that need no judge, paired 
 # %% auto #0
 __all__ = ['REFUSAL', 'FUNCTION_WORDS', 'AGREEMENT', 'recall_at_k', 'mrr_at_k', 'ndcg_at_k', 'is_refusal', 'citations', 'words',
            'token_f1', 'names_gold', 'mentions', 'citation_precision', 'citation_recall', 'groundedness', 'language',
-           'script', 'in_language', 'readable', 'personal_data', 'redact', 'score_answer', 'similarities',
+           'script', 'in_language', 'readable', 'personal_data', 'redact', 'pseudonym', 'score_answer', 'similarities',
            'score_labelled', 'agreement', 'agreement_with_people', 'Comparison', 'mcnemar', 'compare', 'Gate']
 
 # %% ../nbs/00c_scoring.ipynb #8f4e9a6a
-import json, math, re, unicodedata
+import hashlib, json, math, re, unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +185,12 @@ def redact(
     "The text with each piece of such data replaced by its kind."
     for kind, pattern in _PII.items(): text = pattern.sub(lambda m: f"[{kind}]" if _is_one(kind, m[0]) else m[0], text)
     return text
+
+def pseudonym(
+    name: str, # Of somebody who asks or votes
+) -> str: # "user-3f1c…" for an address
+    "A name that tells people apart and does not say who they are; one that holds no such data stays."
+    return f"user-{hashlib.sha256(name.encode()).hexdigest()[:16]}" if personal_data(name) else name
 
 # %% ../nbs/00c_scoring.ipynb #df6ce731
 def score_answer(

@@ -526,8 +526,9 @@ class DatabricksWorkspace(Workspace):
                        "WHEN NOT MATCHED THEN INSERT * WHEN NOT MATCHED BY SOURCE THEN DELETE")
 
     def _insert(self, table, frame, key):
-        self.spark.createDataFrame(frame).createOrReplaceTempView("llmops_rows")
-        return self.spark.sql(f"MERGE WITH SCHEMA EVOLUTION INTO {self._name(table)} old USING llmops_rows new ON old.{key} = new.{key} WHEN NOT MATCHED THEN INSERT *").first()["num_inserted_rows"]
+        view = f"llmops_rows_{os.urandom(8).hex()}"  # others may add at this moment
+        self.spark.createDataFrame(frame).createOrReplaceTempView(view)
+        return self.spark.sql(f"MERGE WITH SCHEMA EVOLUTION INTO {self._name(table)} old USING {view} new ON old.{key} = new.{key} WHEN NOT MATCHED THEN INSERT *").first()["num_inserted_rows"]
 
     def _history(self, table): return [row.asDict() for row in self.spark.sql(f"DESCRIBE HISTORY {self._name(table)}").collect()]
 
