@@ -41,7 +41,7 @@ def hand_on_triggers(
 ) -> dict[str, bool]: # Stage -> whether monitoring asks for it
     "Say for each stage whether monitoring asks for it; on Databricks as values of the task, `true` or `false`, for the conditions of the job."
     seen = next((s["result"] or {} for s in record["stages"] if s["name"] == "monitoring"), {})
-    asked = {stage.name: any(t["stage"] == stage.name for t in seen.get("details", {}).get("triggers", [])) for stage in STAGES}
+    asked = {stage.name: any(t["stage"] == stage.name and t.get("job") for t in seen.get("details", {}).get("triggers", [])) for stage in STAGES}
     if on_databricks():
         from databricks.sdk.runtime import dbutils
         for name, wanted in asked.items(): dbutils.jobs.taskValues.set(key=name, value=str(wanted).lower())

@@ -9,11 +9,12 @@ __all__ = ['BLUE', 'GREEN', 'ORANGE', 'RED', 'GREY', 'PAGE', 'Look', 'look_at', 
            'rehearse', 'render_monitoring']
 
 # %% ../nbs/08_monitoring.ipynb #271b82e3
-import base64, io, random
+import base64, contextlib, io, random
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 
 from .config import Config, SettingsError, load_config
 from .corpus import sample_questions
@@ -55,7 +56,9 @@ def look_at(
     votes: pd.DataFrame, # The table `feedback`
     embedder, # Anything with `embed`
     now: pd.Timestamp | None = None, # End of the window
-    **known, # `stale cases waiting`, for `find_triggers`
+    version: str | None = None, # The one that serves
+    probes: tuple[int, int] = (0, 0), # Questions of ours without an answer, of how many
+    **known, # `stale cases waiting started`, for `find_triggers`
 ) -> Look:
     "Look at the last days of some traffic."
     now = now or pd.Timestamp.now(tz="UTC")
@@ -63,14 +66,14 @@ def look_at(
     rows = requests[requests.time <= now].drop_duplicates("trace_id").sort_values("time", ignore_index=True)
     window, before = rows[rows.time > start].reset_index(drop=True), rows[(rows.time <= start) & (rows.time > start - pd.Timedelta(days=28))]
     votes = votes[votes.trace_id.isin(window.trace_id)]
-    def asked(some):                                # one who asks the same twice on a day has asked once, earlier as today
+    def asked(some):                                # one question a day of each person: what somebody asks in a row is about one thing
         by = some.user.where(some.user.fillna("") != "", some.trace_id)
-        return some.assign(by=by, day=some.time.dt.date).drop_duplicates(["by", "day", "question"]).question.tolist()
+        return some.assign(by=by, day=some.time.dt.date).sample(frac=1, random_state=config.seed).drop_duplicates(["by", "day"]).question.tolist() if len(some) else []
     days = {day: asked(some) for day, some in window.groupby(window.time.dt.strftime("%Y-%m-%d"))} if len(window) else {}
-    drift, topics = find_drift(asked(before), days, embedder, config.monitoring_false_alarms, seed=config.seed)
-    by_day = signal_days(config, window, votes, rows)
+    drift, topics = find_drift(asked(before), days, embedder, config.monitoring_false_alarms / 2, seed=config.seed)      # half for drift, half for the signals
+    by_day = signal_days(config, window, votes, rows, version, probes, config.monitoring_false_alarms / 2)
     signals = signal_table(by_day)
-    return Look(window, votes, by_day, signals, drift, topics, find_triggers(config, signals, drift, **known))
+    return Look(window, votes, by_day, signals, drift, topics, find_triggers(config, signals, drift, versions=window.version.nunique() if len(window) else 0, **known))
 
 # %% ../nbs/08_monitoring.ipynb #c8bfb536
 BLUE, GREEN, ORANGE, RED, GREY = "#5b8def", "#57a773", "#e4a03a", "#d64545", "#9aa5b1"
@@ -141,7 +144,7 @@ def plot_monitoring(
     _shares(h, look, "quality: answers without citation, ungrounded, unreadable", **{"answers without citation": "no citation", "ungrounded answers": "ungrounded", "unreadable answers": "unreadable"})
     _shares(i, look, "thumbs down, of those who vote", **{"thumbs down": "down"})
     _shares(j, look, "slow and dear answers", **{"slow answers": "slow", "dear answers": "dear"})
-    _drift(k, look, config.monitoring_false_alarms / (2 * max(int(look.drift.embedding_p.notna().sum()) if len(look.drift) else 1, 1)))
+    _drift(k, look, config.monitoring_false_alarms / (4 * max(int(look.drift.embedding_p.notna().sum()) if len(look.drift) else 1, 1)))
     _topics(l, look)
     if note: figure.suptitle(note, fontsize=11, x=0.01, ha="left", color=RED if "simulated" in note.lower() else "black")
     figure.tight_layout(rect=(0, 0, 1, 0.98 if note else 1))

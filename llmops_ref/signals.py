@@ -16,7 +16,7 @@ import pandas as pd
 from .config import Config
 from .feedback import share_down
 from .inference_table import count_lost
-from .reviewed import reviewed_cases
+from .reviewed import cases_of, reviewed_cases
 from .workspace import DataError, Workspace
 
 # %% ../nbs/07g_signals.ipynb #ad4c4ece
@@ -71,20 +71,25 @@ def signal_days(
     requests: pd.DataFrame, # Rows of `requests`, of one window
     votes: pd.DataFrame | None = None, # Rows of `feedback`, on those requests
     everything: pd.DataFrame | None = None, # The whole table, to count what is missing from it; the window by default
+    version: str | None = None, # The one that serves: how good answers are is asked of it alone, not of one that was replaced; None = of all
+    probes: tuple[int, int] = (0, 0), # How many questions of ours got no answer, of how many
+    false_alarms: float | None = None, # `monitoring_false_alarms` by default
 ) -> pd.DataFrame: # `signal group day n bad share bound state`; the whole window has the day "all"
     "Each signal on each day and in the whole window."
     rows, days = [], sorted(requests.time.dt.strftime("%Y-%m-%d").unique()) if len(requests) else []
     by_day = {"all": requests} | {day: requests[requests.time.dt.strftime("%Y-%m-%d") == day] for day in days}
-    level = config.monitoring_false_alarms / ((len(watched(config)) + 2) * max(len(by_day), 1))
+    level = (false_alarms or config.monitoring_false_alarms) / ((len(watched(config)) + 3) * max(len(by_day), 1))
+    def of(group, some): return some[some.version == version] if version and group in ("quality", "people") and len(some) else some
     def add(name, group, day, bad, n, bound): rows.append(dict(signal=name, group=group, day=day, n=int(n), bad=int(bad), share=bad / n if n else None, bound=bound, state=judge(int(round(bad)), int(n), bound, level)))
     for day, some in by_day.items():
         for s in watched(config):
-            counted = s.rows(some) if len(some) else some
+            counted = s.rows(of(s.group, some)) if len(some) else some
             add(s.name, s.group, day, int(s.bad(counted, config).sum()) if len(counted) else 0, len(counted), s.bound(config))
-        down, worth = share_down(votes[votes.trace_id.isin(some.trace_id)]) if votes is not None and len(votes) and len(some) else (0.0, 0.0)
+        down, worth = share_down(votes[votes.trace_id.isin(of("people", some).trace_id)]) if votes is not None and len(votes) and len(some) else (0.0, 0.0)
         add("thumbs down", "people", day, 0 if worth == 0 else round(down * int(worth)), int(worth), config.monitoring_max_down)
     lost = count_lost(everything if everything is not None else requests) if len(requests) else pd.DataFrame(columns=["until", "lost"])
     lost = int(lost.lost[lost.until >= requests.time.min()].sum()) if len(lost) else 0
+    add("probes without an answer", "operations", "all", *probes, config.monitoring_max_errors)
     add("answers without a record", "operations", "all", lost, len(requests) + lost, config.monitoring_max_lost)
     return pd.DataFrame(rows, columns=["signal", "group", "day", "n", "bad", "share", "bound", "state"])
 
@@ -112,18 +117,18 @@ def staleness(
     return min(1.0, (changes.new + changes.changed + changes.gone) / max(len(ws.read("chunks")), 1)), f"made of chunks version {made_of}, now {now}: {changes}"
 
 # %% ../nbs/07g_signals.ipynb #cb251149
-JOBS = dict(retrieval="data_and_index", corpus="data_and_index", prompts="finetune", finetune="finetune", deployment="deployment", review="")
+JOBS = dict(retrieval="data_and_index", finetune="finetune")     # what needs no person
 
 def unlearned(
     ws: Workspace,
     version: str | None, # Of the assistant that serves
 ) -> list[str]: # Their ids
     "Cases that were accepted as training pairs since the model that serves was trained."
-    cases, client = reviewed_cases(ws, "pair").id.tolist(), ws.mlflow().MlflowClient()
+    cases = reviewed_cases(ws, "pair").id.tolist()
     if version is None or not cases: return cases
-    model = client.get_model_version(ws.registered("assistant"), version).tags.get("chat_model_version", "")
-    learned = client.get_model_version(ws.registered("chat_model"), model).tags.get("learned_cases", "").split() if model.isdigit() else []
-    return [id for id in cases if id not in learned]
+    model = ws.mlflow().MlflowClient().get_model_version(ws.registered("assistant"), version).tags.get("chat_model_version", "")
+    known = cases_of(ws, model)["known"] if model.isdigit() else []
+    return [id for id in cases if id not in known]
 
 def find_triggers(
     config: Config,
@@ -132,12 +137,14 @@ def find_triggers(
     stale: tuple[float | None, str] = (None, ""), # From `staleness`
     cases: int = 0, # Cases that are not learned yet, see `unlearned`
     waiting: int = 0, # Votes that wait for a review
+    versions: int = 1, # Versions that answered in the window
+    started: tuple[str, ...] = (), # Triggers whose job was started in this window already
 ) -> pd.DataFrame: # `trigger stage because command job`
     "What should be done, by cause."
     state, rows = table.set_index("signal").state.to_dict(), []
     since = table.set_index("signal").since.to_dict()
     def breached(*names): return [n for n in names if state.get(n) == "breach"]
-    def add(trigger, stage, because, command): rows.append(dict(trigger=trigger, stage=stage, because=because, command=f"{command} --env {config.env}" if "--env" not in command else command, job=JOBS[stage]))
+    def add(trigger, stage, because, command): rows.append(dict(trigger=trigger, stage=stage, because=because + "; its job was started in this window" * (trigger in started), command=command, job=JOBS.get(stage, "") * (trigger not in started)))
     def said(names): return ", ".join(f"{n}" + (f" since {since[n]}" if since.get(n) else "") for n in names)
     if stale[0] is not None and stale[0] > config.monitoring_max_stale: add("stale index", "retrieval", stale[1], f"llmops run --env {config.env} --from retrieval")
     days = drift[drift.drifted.astype(bool)] if len(drift) else drift
@@ -147,5 +154,5 @@ def find_triggers(
     if quality and cases and config.app == "self_hosted": add("quality drop, with new labels", "finetune", f"{said(quality)}; {cases} reviewed cases are not learned yet", f"llmops run --env {config.env} --from corpus")
     elif [q for q in quality if q != "thumbs down"]: add("prompt regression", "prompts", said(quality), f"llmops run --env {config.env} --from prompts --force")
     elif quality: add("unhappy users", "review", f"{said(quality)}; {waiting} votes wait for a person", f"llmops review --env {config.env}")
-    if found := breached("errors", "slow answers", "dear answers", "answers without a record"): add("operations", "deployment", said(found), f"llmops rollback --env {config.env}")
+    if found := breached("errors", "slow answers", "dear answers", "answers without a record", "probes without an answer"): add("operations", "deployment", said(found) + ("; more than one version answered" if versions > 1 else ""), f"llmops {'rollback' if versions > 1 else 'versions'} --env {config.env}")
     return pd.DataFrame(rows, columns=["trigger", "stage", "because", "command", "job"])

@@ -48,7 +48,7 @@ def simulate(
         drawn = good.iloc[rng.integers(len(good))].to_dict()
         down = outage is not None and day == outage[0] and outage[1] <= moment.hour < outage[1] + outage[2] and rng.random() < 0.9
         row = drawn | dict(trace_id=f"sim-{seed}-{number}", time=moment, purpose="simulated", question=topics[topic][rng.integers(len(topics[topic]))], seconds=drawn["seconds"] * float(rng.lognormal(0, 0.15)),
-                           user=f"simulated {rng.integers(40)}", server="simulation", sequence=number + 1)
+                           user=f"simulated {rng.integers(400)}", server="simulation", sequence=number + 1)
         if down: row |= dict(status="ERROR", error="simulated: the model did not answer in time", answer="", passages=[], cited=False, refused=False, grounded=None, readable=None, completion_tokens=0, seconds=60.0)
         rows.append(row)
         if not down and rng.random() < 0.15:

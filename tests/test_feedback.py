@@ -185,7 +185,7 @@ def test_the_loop_from_a_thumb_down_to_the_next_version(shop):
 
     index = (ws.store / "index" / "current.json").read_text()
     gates = dict(GATE_MODE="raise", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0", GATE_PROMPT_GROUNDED="0", GATE_PROMPT_READABLE="0", GATE_PROMPT_IN_LANGUAGE="0", GATE_ATTACKS="1", GATE_REGRESSIONS="0.9",
-                 FINETUNE_EXAMPLES="32", FINETUNE_EPOCHS="3", FINETUNE_SECONDS="0")
+                 FINETUNE_EXAMPLES="32", FINETUNE_EPOCHS="3", FINETUNE_SECONDS="0", VALIDATION_QUESTIONS="10")
     said = llmops("run", "--to", "deployment", timeout=1500, **gates)
     for stage in ("02_corpus", "05_finetune", "06_validation", "07_deployment"): assert f"ran     {stage}" in said
     assert index == (ws.store / "index" / "current.json").read_text(), "no document changed, so no index is made"
