@@ -103,12 +103,11 @@ def test_a_variable_that_is_missing_or_misspelt(words, says):
 
 @pytest.mark.parametrize("old, new, says", [("timeout_seconds: 7200", "timeout_secs: 7200", "jobs.data_and_index is not as Databricks wants it: Unexpected field 'timeout_secs'"),
                                             ("runtime/task.py", "runtime/tusk.py", "names the file runtime/tusk.py, which is not there"), ("${var.schedule}", "${var.shedule}", "refers to ${var.shedule}, which is not there"),
-                                            ("  jobs:\n", "  jubs:\n", "the kind 'jubs', which Databricks does not know"), ("    data_and_index:", "    monitoring:", "jobs.monitoring is declared twice")])
+                                            ("  volumes:\n", "  volumns:\n", "the kind 'volumns', which Databricks does not know"), ("    data_and_index:", "    monitoring:", "jobs.monitoring is declared twice")])
 def test_a_mistake_in_the_bundle_is_named(tmp_path, old, new, says):
     shutil.copy(ROOT / "databricks.yml", tmp_path)
     shutil.copytree(ROOT / "resources", tmp_path / "resources")
-    file = tmp_path / "resources" / "data_and_index.yml"
-    file.write_text(file.read_text().replace(old, new))
+    for file in (tmp_path / "resources").glob("data*.yml"): file.write_text(file.read_text().replace(old, new))
     with pytest.raises(SettingsError) as error: load_bundle(tmp_path, "staging", VALUES).typed()
     assert says in str(error.value)
 
