@@ -1,4 +1,4 @@
-"""Every request as a row, and a count of those without one
+"""Every request as a row, and a count of the missing
 
 Reads the traces of the deployed assistant. Leaves the table `requests`, one row a request, without personal data."""
 

@@ -1,4 +1,4 @@
-"""What the deployed assistant did, what is wrong, and what to do
+"""What the deployed assistant did, what is wrong, what to do
 
 Reads the traces of the deployed assistant, and what people said of its answers. Leaves the tables `requests`, `feedback`, `signals` and `triggers`, a queue for reviewers, and a page with charts and alarms."""
 

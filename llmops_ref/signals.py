@@ -1,4 +1,4 @@
-"""Shares with bounds, day by day, and what to do about them
+"""Shares with bounds, and what to do when one is over
 
 Reads rows of `requests` and `feedback`. Leaves a verdict for each signal, the day on which it began, and the stage that is to blame."""
 

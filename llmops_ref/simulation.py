@@ -1,4 +1,4 @@
-"""A made-up fortnight, with a drift and an outage hidden in it
+"""A made-up fortnight with a drift and an outage in it
 
 Reads answers that were really given, and questions by topic. Leaves rows as `requests` and `feedback` have them, of days that never were."""
 
