@@ -89,15 +89,22 @@ class AssistantAgent(ResponsesAgent):
 
     def predict_stream(self, request: ResponsesAgentRequest):
         "The answer in pieces as they are written, then whole, with the same `custom_outputs`."
-        start, result, first, name = time.perf_counter(), None, None, _message_id()
+        start, result, first, name, span, last = time.perf_counter(), None, None, _message_id(), mlflow.get_current_active_span(), None
         self._begin(request)
-        for chunk in self.chain.stream({"question": question_of(request)}, watch()):
-            result = chunk if result is None else result + chunk
-            if "answer" in chunk:
-                first = first or time.perf_counter() - start
-                yield ResponsesAgentStreamEvent(**self.create_text_delta(chunk["answer"], name))
-        facts = self._facts(request, result, time.perf_counter() - start) | dict(first_token_seconds=first)
-        yield ResponsesAgentStreamEvent(type="response.output_item.done", item=self.create_text_output_item(text=facts.pop("answer"), id=name), custom_outputs=facts)
+        try:
+            for chunk in self.chain.stream({"question": question_of(request)}, watch()):
+                result = chunk if result is None else result + chunk
+                if "answer" in chunk:
+                    first = first or time.perf_counter() - start
+                    yield ResponsesAgentStreamEvent(**self.create_text_delta(chunk["answer"], name))
+            facts = self._facts(request, result, time.perf_counter() - start) | dict(first_token_seconds=first)
+            last = ResponsesAgentStreamEvent(type="response.output_item.done", item=self.create_text_output_item(text=facts.pop("answer"), id=name), custom_outputs=facts)
+            yield last
+        except GeneratorExit:                       # who asked has gone; MLflow would leave the span open, and the request without a record
+            if span is not None:
+                span.set_outputs(self.responses_agent_output_reducer([last])) if last else span.set_attribute("stopped", True)
+                span.end()
+            raise
 
     def _begin(self, request):                      # what is known before there is an answer, so that a request that fails is on record too
         said = request.custom_inputs or {}

@@ -36,7 +36,7 @@ def request_row(
                 refused=refused, cited=bool(citations(text)), passages=[p["document_id"] for p in passages], similarity=max([float(p["similarity"]) for p in passages], default=0.0),
                 grounded=grounded, readable=float(readable(text)) if text else None, prompt_tokens=int(custom.get("prompt_tokens", 0)), completion_tokens=int(custom.get("completion_tokens", 0)),
                 seconds=(info.execution_duration or 0) / 1000, first_token_seconds=custom.get("first_token_seconds"), cost_usd=float(custom.get("cost_usd") or 0.0), app=str(info.tags.get("app", "")),
-                version=str(info.tags.get("assistant_version", "")), served_by=str(custom.get("served_by", "")), user=str(info.trace_metadata.get("mlflow.trace.user", "")), status=str(info.state.value),
+                version=str(info.tags.get("assistant_version", "")), served_by=str(custom.get("served_by", "")), user=str(info.trace_metadata.get("mlflow.trace.user", "")), status="STOPPED" if any(s.attributes.get("stopped") for s in trace.data.spans) else str(info.state.value),
                 error=_error(trace), server=str(info.tags.get("server", "")), sequence=int(number) if number.isdigit() else 0)
 
 def _error(trace):

@@ -102,7 +102,7 @@ def _by_day(axis, look, title, label, column, scale=1.0, quantiles=(0.5, 0.95)):
     _on_days(axis, every, title); axis.set_ylim(0, None); axis.set_ylabel(label, fontsize=6.5); axis.legend(fontsize=6, frameon=False, loc="upper left")
 
 def _requests(axis, look, title):
-    every, ok = sorted(look.days.day[look.days.day != "all"].unique()), look.requests.status == "OK"
+    every, ok = sorted(look.days.day[look.days.day != "all"].unique()), look.requests.status.isin(["OK", "STOPPED"])
     place = (look.requests.time.dt.tz_localize(None) - pd.Timestamp(every[0])) / pd.Timedelta(days=1) if every else pd.Series(dtype=float)
     bins = np.arange(0, len(every) + 1e-6, 1 / 12)
     if every: axis.hist([place[ok] - 0.5, place[~ok] - 0.5], bins=bins - 0.5, stacked=True, color=[BLUE, RED], label=["answered", "failed"])

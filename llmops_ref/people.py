@@ -94,7 +94,7 @@ def review(feedback_id: Annotated[Optional[str], typer.Argument(help="Of one vot
             if accept is None: raise SettingsError("Say --accept or --reject.")
             row = review_feedback(ws, feedback_id, who(by), accept, answer, tuple(uses or ["pair"]))
             if as_json: return out(row)
-            typer.echo(f"{feedback_id} is {'accepted as ' + row['uses'].replace(' ', ' and ') + '. The next run takes it up: ' + me() + ' run --env ' + env if accept else 'rejected'}.".replace(f"--env {env}.", f"--env {env}"))
+            typer.echo(f"{feedback_id} is {'accepted as ' + row['uses'].replace(' ', ' and ') + '. The next run takes it up: ' + me() + ' run --env ' + env if accept else 'rejected, or withdrawn if it had been accepted; the next run goes without it'}.".replace(f"--env {env}.", f"--env {env}"))
         else:
             waiting = to_review(ws)
             if as_json: return out(waiting.to_dict("records"))

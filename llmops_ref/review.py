@@ -84,7 +84,7 @@ def review_feedback(
     answer: str = "", # The right answer; by default the correction, or the answer itself after a thumb up
     uses: tuple[str, ...] = ("pair",), # What it becomes: of `USES`
 ) -> dict: # The row in `reviewed`, columns `REVIEWED`
-    "A person's verdict on what somebody said. `DataError` says why it cannot be accepted; nothing is written then."
+    "A person's verdict on what somebody said; to reject what was accepted is to withdraw it. `DataError` says why it cannot be accepted; nothing is written then."
     if not by.strip(): raise DataError("A review needs a name: say who reviews.")
     if ws.config.reviewers and by.strip() not in ws.config.reviewers: raise DataError(f"{by.strip()[:100]} may not review in {ws.config.env}. The setting `reviewers` names {', '.join(ws.config.reviewers)}.")
     if accept and (not uses or (wrong := [use for use in uses if use not in USES])): raise DataError(f"Say what the case becomes: {', '.join(USES)}" + (f", not {wrong[0]!r}." if uses else "."))
@@ -93,10 +93,11 @@ def review_feedback(
     if vote is None: raise DataError(f"There is no feedback {feedback_id!r} in {ws.config.env}. Use a feedback_id of the table feedback.")
     if ws.config.reviewers and pseudonym(by.strip()) == vote.source: raise DataError(f"The feedback {feedback_id} is {by.strip()}'s own, and somebody else reviews it: {', '.join(r for r in ws.config.reviewers if r != vote.source)}.")
     cases = reviewed_cases(ws)
-    if feedback_id in (done := cases.set_index("id")).index: raise DataError(f"The feedback {feedback_id} was {'accepted' if done.accepted[feedback_id] else 'rejected'} by {done.by[feedback_id]} already.")
+    known = feedback_id in (done := cases.set_index("id")).index
+    if known and (accept or not done.accepted[feedback_id]): raise DataError(f"The feedback {feedback_id} was {'accepted' if done.accepted[feedback_id] else 'rejected'} by {done.by[feedback_id]} already.")
     question, gold, answer = _case(ws, vote, answer, uses, cases) if accept else ("", [], "")
-    row = dict(id=feedback_id, time=pd.Timestamp.now(tz="UTC"), by=by.strip()[:100], accepted=accept, uses=" ".join(uses) if accept else "", question=question, gold=" ".join(gold), answer=answer)
-    if not ws.add("reviewed", pd.DataFrame([row], columns=REVIEWED), "id"): raise DataError(f"The feedback {feedback_id} was reviewed by somebody else at this moment.")
+    row = dict(verdict=feedback_id + "/withdrawn" * known, id=feedback_id, time=pd.Timestamp.now(tz="UTC"), by=by.strip()[:100], accepted=accept, uses=" ".join(uses) if accept else "", question=question, gold=" ".join(gold), answer=answer)
+    if not ws.add("reviewed", pd.DataFrame([row], columns=REVIEWED), "verdict"): raise DataError(f"The feedback {feedback_id} was reviewed by somebody else at this moment.")
     _tell_mlflow(ws, vote.trace_id, row)
     return row
 

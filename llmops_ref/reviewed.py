@@ -18,7 +18,7 @@ from .workspace import Workspace
 
 # %% ../nbs/01c_reviewed.ipynb #1a994df5
 USES = dict(pair="A training pair: the next model learns it", question="An evaluation question: each later version is asked, none learns it", regression="A regression: a version that gets it wrong is not deployed")
-REVIEWED = "id time by accepted uses question gold answer".split()
+REVIEWED = "verdict id time by accepted uses question gold answer".split()
 
 def reviewed_cases(
     ws: Workspace,
@@ -27,7 +27,7 @@ def reviewed_cases(
     "What reviewers said so far. A stage that asks depends on it, even while there is nothing."
     ws.reads["table:reviewed"] = ws.current("table:reviewed")
     if ws.reads["table:reviewed"] is None: return pd.DataFrame(columns=REVIEWED)
-    found = ws.read("reviewed").sort_values(["time", "id"], ignore_index=True).drop_duplicates("id", ignore_index=True)
+    found = ws.read("reviewed").sort_values(["time", "id"], ignore_index=True).drop_duplicates("id", keep="last", ignore_index=True)      # a case can be withdrawn
     found = found.assign(gold=found.gold.str.split(), uses=found.uses.str.split(), accepted=found.accepted.astype(bool))
     return found if not use else found[[accepted and use in uses for accepted, uses in zip(found.accepted, found.uses)]].reset_index(drop=True)
 
@@ -57,10 +57,11 @@ def question_rows(
 # %% ../nbs/01c_reviewed.ipynb #1c100a55
 def regression_rows(
     cases: pd.DataFrame, # From `reviewed_cases`
+    documents: list[str] | None = None, # Ids: a case whose documents are gone cannot hold, and is left out
 ) -> pd.DataFrame: # Columns `id question must what why`, as from `load_regressions`
     "Cases that were accepted as regressions."
     rows = [dict(id=c.id, question=c.question, must="refuse" if is_refusal(c.answer) else "name", what=[] if is_refusal(c.answer) else list(c.gold), why=f"a user met it; accepted by {c.by} on {c.time:%d %B %Y}".replace(" on 0", " on "))
-            for c in cases.itertuples() if c.accepted and "regression" in c.uses]
+            for c in cases.itertuples() if c.accepted and "regression" in c.uses and (documents is None or not len(c.gold) or set(c.gold) & set(documents))]
     return pd.DataFrame(rows, columns=["id", "question", "must", "what", "why"])
 
 # %% ../nbs/01c_reviewed.ipynb #42998999

@@ -77,15 +77,16 @@ def read_events(
     lines, # Iterable of lines, of an answer in the Responses protocol
 ):
     "Yield the pieces of an answer as strings, and at the end the answer dictionary of `ask_endpoint`; `DataError` if the end never comes."
-    for line in lines:
+    whole = False
+    for line in lines:                              # to the end: to hang up before it looks like somebody who has gone away
         if not line.startswith("data:") or line.endswith("[DONE]"): continue
         event = json.loads(line[5:])
         if error := event.get("error"): raise DataError(f"The endpoint failed while it answered: {str(error.get('message', error) if isinstance(error, dict) else error)[:300]}")
         if event.get("type") == "response.output_text.delta": yield event["delta"]
         elif event.get("type") == "response.output_item.done":
+            whole = True
             yield dict(question=question, answer=event["item"]["content"][0]["text"]) | (event.get("custom_outputs") or {})
-            return
-    raise DataError("The answer broke off: the endpoint ended it in the middle. Ask again; the log of the endpoint says why.")
+    if not whole: raise DataError("The answer broke off: the endpoint ended it in the middle. Ask again; the log of the endpoint says why.")
 
 def stream_endpoint(
     url: str, # Of a service, or of the front door

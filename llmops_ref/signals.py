@@ -34,7 +34,7 @@ def _answers(r): return r[(r.status == "OK") & ~r.refused.astype(bool) & (r.answ
 def _searched(r): return r[r.status == "OK"]
 
 SIGNALS = (
-    Signal("errors", "operations", _all, lambda r, c: r.status != "OK", lambda c: c.monitoring_max_errors),
+    Signal("errors", "operations", _all, lambda r, c: ~r.status.isin(["OK", "STOPPED"]), lambda c: c.monitoring_max_errors),
     Signal("slow answers", "operations", _all, lambda r, c: r.seconds > c.monitoring_max_p95_seconds, lambda c: 0.05),
     Signal("dear answers", "operations", _searched, lambda r, c: r.cost_usd * 1000 > c.monitoring_max_cost_per_1000, lambda c: 0.05),
     Signal("weak retrieval", "retrieval", _searched, lambda r, c: (r.similarity < c.refuse_below) | (r.passages.str.len() == 0), lambda c: c.monitoring_max_weak),

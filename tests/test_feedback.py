@@ -1,5 +1,5 @@
 """What users say, between processes: floods, repeats, a store that is down, and the way of one vote to the model that learned it."""
-import json, sqlite3, subprocess
+import json, sqlite3, subprocess, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -160,6 +160,11 @@ def test_a_user_who_leaves_in_mid_stream_leaves_the_server_well(served):
     collect_requests(ws, [whole[-1]["trace_id"]])
     row = ws.read("requests").set_index("trace_id").loc[whole[-1]["trace_id"]]
     assert row.user == "ann" and row.first_token_seconds > 0 and row.answer == whole[-1]["answer"]
+    for _ in range(20):
+        collect_requests(ws)
+        if len(stopped := ws.read("requests").query("status == 'STOPPED'")): break
+        time.sleep(1)
+    assert stopped.user.tolist() == ["ann"] and stopped.server.tolist() == [row.server], "who stops is on record, and is no loss"
 
 
 def test_a_failed_request_is_a_row(served):
