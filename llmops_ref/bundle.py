@@ -22,25 +22,26 @@ from .hosting import AppHost, ModelServingHost, asking_for, endpoint_name, open_
 from .workspace import Workspace, git_commit, open_workspace
 
 # %% ../nbs/90c_bundle.ipynb #523075a8
-def alert(config: Config, where: str, warehouse: str) -> dict:
-    "A SQL alert on the table `signals`, for whoever is to be woken."
-    return dict(display_name=f"llmops monitoring {config.env}", warehouse_id=warehouse, schedule=dict(quartz_cron_schedule="0 45 * * * ?", timezone_id="UTC"),
+def alert(config: Config, where: str, warehouse: str, notify: str = "") -> dict:
+    "A SQL alert on the table `signals`, for whoever is to be woken; it also rings when nothing has been looked at for three hours."
+    return dict(display_name=f"llmops monitoring {config.env}", warehouse_id=warehouse, schedule=dict(quartz_cron_schedule="0 45 * * * ?", timezone_id="UTC", pause_status="UNPAUSED"),
                 custom_description="A signal of the assistant is over its bound. What to do about it stands in the table triggers, and on the page of the job llmops monitoring.",
-                query_text=f"SELECT count(*) AS alarms, concat_ws(', ', collect_list(signal)) AS signals FROM {where}.signals WHERE breached AND time = (SELECT max(time) FROM {where}.signals)",
-                evaluation=dict(source=dict(name="alarms"), comparison_operator="GREATER_THAN", threshold=dict(value=dict(double_value=0)), empty_result_state="OK"))
+                query_text=f"SELECT count_if(breached) + if(max(time) < now() - INTERVAL 3 HOURS, 1, 0) AS alarms, concat_ws(', ', collect_list(if(breached, signal, NULL))) AS signals FROM {where}.signals WHERE time = (SELECT max(time) FROM {where}.signals)",
+                evaluation=dict(source=dict(name="alarms"), comparison_operator="GREATER_THAN", threshold=dict(value=dict(double_value=0)), empty_result_state="OK") | (dict(notification=dict(subscriptions=[dict(user_email=notify)], notify_on_ok=True)) if notify not in ("", "none") else {}))
 
 def declared(
     config: Config, # With the catalog and the schema that are deployed to
     service_principal: str = "",
     approvers: str = "", # Group that gets the rights to approve; "" or none = no group does
     warehouse: str = "", # Id of the SQL warehouse that looks for alarms; "" or none = none does
+    notify: str = "", # Address of whoever is told
 ) -> dict[str, dict[str, dict]]: # Kind -> key -> what it is, as YAML would say it
     "The resources of an environment that follow from its settings."
     where, deciding = f"{config.catalog}.{config.schema}", [] if approvers in ("", "none") else [dict(principal=approvers, privileges=["EXECUTE", "APPLY_TAG"])]
     model = lambda noun, about: dict(catalog_name=config.catalog, schema_name=config.schema, name=noun, comment=about, grants=deciding)
     out = dict(registered_models={"assistant": model("assistant", "The assistant: prompt, index and model in one version"), "chat_model": model("chat_model", "The fine-tuned model inside it")})
     if config.vector_index != "faiss": out["vector_search_endpoints"] = {"search": dict(name=config.ai_search_endpoint, endpoint_type=config.ai_search_endpoint_type)}
-    if warehouse not in ("", "none"): out["alerts"] = {"monitoring": alert(config, where, warehouse)}
+    if warehouse not in ("", "none"): out["alerts"] = {"monitoring": alert(config, where, warehouse, notify)}
     if config.app == "third_party" and not config.gateway_url:
         for name, service in workspace_services(config).items():
             kind, key = name.partition("/")[0].replace("-", "_"), name.rpartition(".")[2]
@@ -58,7 +59,7 @@ def load_resources(bundle): # Called by `databricks bundle`, as databricks.yml s
     resources, v = Resources(), bundle.variables
     if bundle.target == "dev": return resources
     said = {key: value for key, value in told(v["settings"]).items() if key not in ("env", "root", "commit") and "${" not in value}       # what refers to other resources is not known yet
-    for kind, found in declared(load_config(bundle.target, **said | dict(platform="databricks", catalog=v["catalog"])), v["service_principal"], v["approvers"], v.get("warehouse", "")).items():
+    for kind, found in declared(load_config(bundle.target, **said | dict(platform="databricks", catalog=v["catalog"])), v["service_principal"], v["approvers"], v.get("warehouse", ""), v.get("notify", "")).items():
         for key, what in found.items(): resources.add_resource(key, resource_class(kind).from_dict(what))
     return resources
 

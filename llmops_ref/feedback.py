@@ -65,7 +65,7 @@ def _vote(trace, a):
 def collect_feedback(
     ws: Workspace,
     days: float = 30, # How old the traces may be
-    limit: int = 10_000, # Of traces, newest first
+    limit: int = 100_000, # Of traces, newest first
 ) -> int: # How many votes were new
     "Add what people said on traces to the table `feedback`."
     mlflow = ws.mlflow()

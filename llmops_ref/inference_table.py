@@ -61,13 +61,10 @@ def collect_requests(
     "Add the assistant's new traces to the table `requests`."
     known = ws.read("requests") if ws.current("table:requests") else pd.DataFrame(columns=COLUMNS)
     since = min(known.time.max(), pd.Timestamp.now(tz="UTC")) - OVERLAP if len(known) else None
-    end = time.time() + patience
-    while True:
-        traces = _find_traces(ws, since, limit)
-        if set(expected) <= {t.info.trace_id for t in traces} | set(known.trace_id) or time.time() > end: break
-        time.sleep(0.2)
-    there = set(known.trace_id)
-    new = pd.DataFrame([request_row(t) for t in traces if t.info.trace_id not in there], columns=COLUMNS).sort_values("time", ignore_index=True)
+    there, end, client = set(known.trace_id), time.time() + patience, ws.mlflow()
+    for trace_id in set(expected) - there:
+        while ((trace := client.get_trace(trace_id, silent=True)) is None or trace.info.state == "IN_PROGRESS") and time.time() < end: time.sleep(0.2)
+    new = pd.DataFrame([request_row(t) for t in _find_traces(ws, since, limit) if t.info.trace_id not in there], columns=COLUMNS).sort_values("time", ignore_index=True)
     ws.add("requests", new.astype(dict(grounded=float, readable=float, first_token_seconds=float)), "trace_id")
     return new
 

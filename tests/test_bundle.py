@@ -42,7 +42,7 @@ def test_every_resource_is_what_databricks_knows(target):
 
 def test_monitoring_starts_jobs_by_cause():
     "Each condition reads a value that the task sets, and leads to a job of the bundle; nothing that a person must do is started."
-    found = load_bundle(ROOT, "prod", VALUES | dict(warehouse="abc123")).typed()
+    found = load_bundle(ROOT, "prod", VALUES | dict(warehouse="abc123", notify="ada@example.com")).typed()
     tasks = {t.task_key: t for t in found["jobs"]["monitoring"].tasks}
     conditions = {key: t.condition_task.left for key, t in tasks.items() if t.condition_task}
     asked = hand_on_triggers(dict(stages=[dict(name="monitoring", result=dict(details=dict(triggers=[dict(stage="retrieval", job="data_and_index"), dict(stage="prompts", job="")])))]))
@@ -51,7 +51,7 @@ def test_monitoring_starts_jobs_by_cause():
     started = [t for t in tasks.values() if t.run_job_task]
     assert started and all(d.outcome == "true" or d.task_key in {t.task_key for t in started} for t in started for d in t.depends_on)
     alert = found["alerts"]["monitoring"]
-    assert "llmops_prod.reference.signals" in alert.query_text and alert.warehouse_id == "abc123" and "alerts" not in load_bundle(ROOT, "prod", VALUES).resources
+    assert "llmops_prod.reference.signals" in alert.query_text and alert.warehouse_id == "abc123" and alert.evaluation.notification.subscriptions[0].user_email == "ada@example.com" and "alerts" not in load_bundle(ROOT, "prod", VALUES).resources
     chat = found["apps"]["chat"]
     assert chat.config.command[-1].endswith("app/app.py") and (ROOT / "app" / "app.py").is_file()
 

@@ -10,7 +10,6 @@ from llmops_ref.config import load_config
 from llmops_ref.embedding import open_embedder
 from llmops_ref.inference_table import COLUMNS
 from llmops_ref.monitoring import look_at, question_topics, rehearse, render_monitoring
-from llmops_ref.retrieval import open_index
 from llmops_ref.workspace import open_workspace
 
 ANSWER = dict(dict.fromkeys(COLUMNS, ""), status="OK", answer="Use it [1].", cited=True, refused=False, passages=["a"], similarity=0.6, grounded=0.9, readable=1.0, first_token_seconds=0.3, prompt_tokens=300, completion_tokens=20, cost_usd=1e-4, sequence=0)
