@@ -52,7 +52,7 @@ def test_the_life_cycle_of_a_provider(third):
 def test_each_trace_says_who_served_at_what_price_with_which_prompt(third):
     project, *_ = third
     tags = traces(project)
-    tags = tags[tags.purpose == "traffic"]
+    tags = tags[tags.purpose == "probe"]
     assert len(tags) and set(tags.served_by) <= {"acme-large", ""} and set(tags.app) == {"third_party"} and tags.cost_usd.astype(float).max() > 0
     assert tags["mlflow.linkedPrompts"].str.contains("answer_prompt").all()
     spans = sqlite3.connect(project.root / "stores" / "dev" / "mlflow.db").execute("select distinct type from spans").fetchall()
