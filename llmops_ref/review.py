@@ -47,11 +47,11 @@ def _answer_of(vote, request, answer):
     return re.sub(r"\s*\[[\d,\s]+\]", "", said)     # passages stand in another order next time
 
 def _gold_of(answer, documents):
-    named = [name.partition("(")[0] for name in re.findall(r"`([^`\s]+)`", answer)]
+    named = [name.partition("(")[0].strip() for name in re.findall(r"`([^`\n]+)`", answer)]      # a path may hold spaces
     gold = [name for name in dict.fromkeys(named) if name in documents]
     if gold or is_refusal(answer): return gold
     meant = next(filter(None, (closest_id(name, documents) for name in named)), None)
-    raise DataError(f"The answer {answer[:80]!r} names no document in backticks, so there is no passage to learn from." + (f" Did you mean `{meant}`?" if meant else " Name one, or refuse."))
+    raise DataError((f"`{named[0]}` is not among the {len(documents):,} documents of this environment, so there is no passage to learn from." if named else f"The answer {answer[:80]!r} names no document in backticks, so there is no passage to learn from.") + (f" Did you mean `{meant}`?" if meant else " Name one, or refuse."))
 
 def _check_split(question, gold, uses, questions, cases):
     if {"pair", "question"} <= set(uses): raise DataError("A case cannot be both learned (pair) and tested (question): the test would tell nothing. Choose one; a regression goes with either.")
@@ -97,7 +97,7 @@ def review_feedback(
     known = feedback_id in (done := cases.set_index("id")).index
     if known and (accept or not done.accepted[feedback_id]): raise DataError(f"The feedback {feedback_id} was {'accepted' if done.accepted[feedback_id] else 'rejected'} by {done.by[feedback_id]} already.")
     question, gold, answer = _case(ws, vote, answer, uses, cases) if accept else ("", [], "")
-    row = dict(verdict=feedback_id + "/withdrawn" * known, id=feedback_id, time=pd.Timestamp.now(tz="UTC"), by=by.strip()[:100], accepted=accept, uses=" ".join(uses) if accept else "", question=question, gold=" ".join(gold), answer=answer)
+    row = dict(verdict=feedback_id + "/withdrawn" * known, id=feedback_id, time=pd.Timestamp.now(tz="UTC"), by=by.strip()[:100], accepted=accept, uses=" ".join(uses) if accept else "", question=question, gold="\n".join(gold), answer=answer)
     if not ws.add("reviewed", pd.DataFrame([row], columns=REVIEWED), "verdict"): raise DataError(f"The feedback {feedback_id} was reviewed by somebody else at this moment.")
     _tell_mlflow(ws, vote.trace_id, row)
     return row

@@ -28,7 +28,7 @@ def reviewed_cases(
     ws.reads["table:reviewed"] = ws.current("table:reviewed")
     if ws.reads["table:reviewed"] is None: return pd.DataFrame(columns=REVIEWED)
     found = ws.read("reviewed").sort_values(["time", "id"], ignore_index=True).drop_duplicates("id", keep="last", ignore_index=True)      # a case can be withdrawn
-    found = found.assign(gold=found.gold.str.split(), uses=found.uses.str.split(), accepted=found.accepted.astype(bool))
+    found = found.assign(gold=[[g for g in gold.split("\n") if g] for gold in found.gold], uses=found.uses.str.split(), accepted=found.accepted.astype(bool))
     return found if not use else found[[accepted and use in uses for accepted, uses in zip(found.accepted, found.uses)]].reset_index(drop=True)
 
 # %% ../nbs/01c_reviewed.ipynb #99e019fa

@@ -78,7 +78,7 @@ def signal_days(
     "Each signal on each day and in the whole window."
     rows, days = [], sorted(requests.time.dt.strftime("%Y-%m-%d").unique()) if len(requests) else []
     by_day = {"all": requests} | {day: requests[requests.time.dt.strftime("%Y-%m-%d") == day] for day in days}
-    level = (false_alarms or config.monitoring_false_alarms) / ((len(watched(config)) + 3) * max(len(by_day), 1))
+    level = (false_alarms or config.monitoring_false_alarms) / ((len(watched(config)) + 3) * max(len(by_day), 1))      # and thumbs, probes, records
     def of(group, some): return some[some.version == version] if version and group in ("quality", "people") and len(some) else some
     def add(name, group, day, bad, n, bound): rows.append(dict(signal=name, group=group, day=day, n=int(n), bad=int(bad), share=bad / n if n else None, bound=bound, state=judge(int(round(bad)), int(n), bound, level)))
     for day, some in by_day.items():
