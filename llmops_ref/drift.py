@@ -79,6 +79,7 @@ def name_topics(
         return ", ".join(ranked[:words]) or "no words"
     return {int(t): name(t) for t in np.unique(topics)}
 
+# %% ../nbs/07f_drift.ipynb #412ad5f7
 def find_drift(
     reference: list[str], # Questions of the time before
     days: dict, # Day -> its questions

@@ -45,6 +45,7 @@ def record_feedback(
     if ws.config.platform == "local": ws.add("feedback", pd.DataFrame([row], columns=VOTES), "feedback_id")       # there, the job `monitoring` does
     return row
 
+# %% ../nbs/07d_feedback.ipynb #21f5076b
 def _on_trace(ws, row, event):                      # as an assessment; gives the id of the vote
     from mlflow.entities import AssessmentSource
     from mlflow.exceptions import MlflowException

@@ -101,6 +101,7 @@ def _by_day(axis, look, title, label, column, scale=1.0, quantiles=(0.5, 0.95)):
     for q, colour in zip(quantiles, (BLUE, ORANGE)): axis.plot(range(len(every)), (grouped[column].quantile(q) * scale).reindex(every), "o-", color=colour, ms=3, lw=1.2, label=f"p{q * 100:.0f}")
     _on_days(axis, every, title); axis.set_ylim(0, None); axis.set_ylabel(label, fontsize=6.5); axis.legend(fontsize=6, frameon=False, loc="upper left")
 
+# %% ../nbs/08_monitoring.ipynb #c0f1dd00
 def _requests(axis, look, title):
     every, ok = sorted(look.days.day[look.days.day != "all"].unique()), look.requests.status.isin(["OK", "STOPPED"])
     place = (look.requests.time.dt.tz_localize(None) - pd.Timestamp(every[0])) / pd.Timedelta(days=1) if every else pd.Series(dtype=float)
@@ -124,6 +125,7 @@ def _topics(axis, look):
     axis.set_xticks(range(len(shares.columns)), [c if c == "before" else pd.Timestamp(c).strftime("%a %-d") for c in shares.columns])
     if len(shares): axis.legend(fontsize=5, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
 
+# %% ../nbs/08_monitoring.ipynb #41184333
 def plot_monitoring(
     config: Config,
     look: Look,

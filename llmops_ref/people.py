@@ -77,6 +77,7 @@ def _decide(ws, row, by):                           # asks a person about one vo
             return True
         except DataError as error: typer.secho(f"  {error}", fg="yellow")
 
+# %% ../nbs/90e_people.ipynb #30f3f6e8
 @people_app.command()
 def review(feedback_id: Annotated[Optional[str], typer.Argument(help="Of one vote; all that wait by default")] = None, accept: Annotated[Optional[bool], typer.Option("--accept/--reject", help="Let it be learned or tested, or not")] = None,
            answer: Annotated[str, typer.Option(help="The right answer, if it is not the correction")] = "", uses: Annotated[Optional[list[str]], typer.Option("--as", help="pair (learned), question (tested), regression (must hold); may be repeated")] = None,

@@ -53,6 +53,7 @@ def _gold_of(answer, documents):
     meant = next(filter(None, (closest_id(name, documents) for name in named)), None)
     raise DataError((f"`{named[0]}` is not among the {len(documents):,} documents of this environment, so there is no passage to learn from." if named else f"The answer {answer[:80]!r} names no document in backticks, so there is no passage to learn from.") + (f" Did you mean `{meant}`?" if meant else " Name one, or refuse."))
 
+# %% ../nbs/07e_review.ipynb #488ba3f6
 def _check_split(question, gold, uses, questions, cases):
     if {"pair", "question"} <= set(uses): raise DataError("A case cannot be both learned (pair) and tested (question): the test would tell nothing. Choose one; a regression goes with either.")
     if not {"pair", "question"} & set(uses): return
@@ -155,6 +156,7 @@ def trace_case(
     else: rows.append(("accepted" if case.accepted else "rejected", f"by {case.by}" + (f" as {', '.join(case.uses)}: {case.answer}" if case.accepted else ""), f"table reviewed, {case.time:%Y-%m-%d %H:%M}"))
     return pd.DataFrame(rows + (_learned(ws, feedback_id, case) if case is not None and case.accepted else []), columns=["step", "what", "where"])
 
+# %% ../nbs/07e_review.ipynb #2299366d
 def _learned(ws, id, case):
     rows, client = [], ws.mlflow().MlflowClient()
     if ws.current("table:questions") and id in set((questions := ws.read("questions")).id): rows.append(("question", f"asked in the {questions.set_index('id').split[id]} split", f"table questions, version {ws.table_version('questions')}"))

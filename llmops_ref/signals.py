@@ -93,6 +93,7 @@ def signal_days(
     add("answers without a record", "operations", "all", lost, len(requests) + lost, config.monitoring_max_lost)
     return pd.DataFrame(rows, columns=["signal", "group", "day", "n", "bad", "share", "bound", "state"])
 
+# %% ../nbs/07g_signals.ipynb #db6e2106
 def signal_table(
     days: pd.DataFrame, # From `signal_days`
 ) -> pd.DataFrame: # One row a signal: `signal group n share bound state since`
@@ -130,6 +131,7 @@ def unlearned(
     known = cases_of(ws, model)["known"] if model.isdigit() else []
     return [id for id in cases if id not in known]
 
+# %% ../nbs/07g_signals.ipynb #d65a618a
 def find_triggers(
     config: Config,
     table: pd.DataFrame, # From `signal_table`
