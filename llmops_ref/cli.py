@@ -183,7 +183,7 @@ def ask(question: Annotated[Optional[str], typer.Argument()] = None, stream: Ann
                     typer.echo("" if stream else reply["answer"])
                     for p in reply["passages"]:
                         if p["number"] in reply["citations"]: typer.echo(typer.style(f"  [{p['number']}] {p['document_id']}", dim=True))
-                    if reply.get("trace_id"): typer.echo(typer.style(f"  {me()} vote {reply['trace_id']} --up, or --down", dim=True))
+                    if reply.get("trace_id"): typer.echo(typer.style(f"  {me()} vote {reply['trace_id']} --env {env} --up, or --down", dim=True))
 
 @app.command()
 def rollback(env: Env = "dev", prompt: Annotated[bool, typer.Option("--prompt", help="The prompt instead of the assistant: it is used from the next run on")] = False,

@@ -10,7 +10,7 @@ __all__ = ['BLUE', 'GREEN', 'ORANGE', 'RED', 'GREY', 'PAGE', 'Look', 'look_at', 
 
 # %% ../nbs/08_monitoring.ipynb #271b82e3
 import base64, contextlib, io, random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -138,7 +138,7 @@ def plot_monitoring(
     _requests(a, look, "requests, two hours a bar")
     _shares(b, look, "requests that fail", errors="errors")
     _by_day(c, look, "seconds an answer", "s", "seconds"); c.axhline(config.monitoring_max_p95_seconds, color=ORANGE, lw=0.8, ls=":")
-    tokens = Look(**look.__dict__ | dict(requests=look.requests.assign(tokens=look.requests.prompt_tokens + look.requests.completion_tokens)))
+    tokens = replace(look, requests=look.requests.assign(tokens=look.requests.prompt_tokens + look.requests.completion_tokens))
     _by_day(d, tokens, "tokens an answer", "read and written", "tokens")
     _by_day(e, look, "US dollars per 1,000 answers", "USD", "cost_usd", 1000)
     _by_day(f, look, "cosine of the best passage", "", "similarity", quantiles=(0.5, 0.05)); f.axhline(config.refuse_below, color=RED, lw=0.8, ls=":")
@@ -194,7 +194,7 @@ def rehearse(
     monday = now - pd.Timedelta(days=int(now.dayofweek) + 14)
     moves, down, topic = 9, 11, list(topics)[-1]
     requests, votes = simulate(answers, topics, monday, 14, config.monitoring_simulated, (moves, topic, 0.5 if faults else 0.0), (down, 9, 3) if faults else None, similarity, seed)
-    week = Config(**config.__dict__ | dict(monitoring_days=7))
+    week = Config(**config.__dict__ | dict(monitoring_days=7))       # `replace` would read every setting, and the stage would depend on all of them
     seen = look_at(week, requests, votes, embedder, monday + pd.Timedelta(days=14))
     day = lambda n: (monday + pd.Timedelta(days=n)).strftime("%Y-%m-%d")
     drifted, errors = seen.drift[seen.drift.drifted.astype(bool)].day.tolist(), seen.signals.set_index("signal").since.get("errors", "")

@@ -104,7 +104,7 @@ def review(feedback_id: Annotated[Optional[str], typer.Argument(help="Of one vot
             for number, row in enumerate(waiting.itertuples(), 1):
                 _show_vote(row, number, len(waiting))
                 if asks and not _decide(ws, row, name): break
-            typer.echo(f"\n{len(waiting)} votes wait in {env}." if not asks or not len(waiting) else "")
+            typer.echo(f"\nWaiting in {env}: {len(waiting)}." if not asks or not len(waiting) else "")
 
 # %% ../nbs/90e_people.ipynb #3b849f54
 BREACH = 4                                          # exit code of a look that found something

@@ -185,7 +185,7 @@ def test_the_loop_from_a_thumb_down_to_the_next_version(shop):
     llmops = lambda *words, code=0, **settings: _checked(shop.llmops(*words, "--env", "staging", **settings), code)
     vote = json.loads(llmops("vote", trace, "--down", "--reason", "wrong", "--correction", correction, "--by", "a user", "--json"))["feedback_id"]
     assert vote in llmops("review") and question in llmops("review")
-    assert "rejected" not in llmops("review", vote, "--accept", "--as", "pair", "--as", "regression", "--by", "Ada")
+    assert "accepted as pair and regression" in llmops("review", vote, "--accept", "--as", "pair", "--as", "regression", "--by", "Ada")
     assert "waits" not in trace_case(ws, vote).step.tolist()
 
     index = (ws.store / "index" / "current.json").read_text()
