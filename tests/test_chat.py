@@ -1,5 +1,5 @@
 """The chat page: its server over HTTP, and the page in a real browser, with a host that says what it is told to and real traces."""
-import json, os, shutil, threading, time
+import json, os, re, shutil, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -448,8 +448,7 @@ def test_the_deployed_champion(finished, chromium):
         page.click("#examples button >> nth=0")
         page.wait_for_selector(".under:not([hidden])")
         page.click(".to-steps")
-        page.wait_for_selector(".bars li")
-        assert "Write the answer" in page.text_content(".steps") or "Refuse" in page.text_content(".steps")
+        page.locator(".steps", has_text=re.compile("Write the answer|Refuse")).first.wait_for()      # steps are shown as they are written
         page.click(".down")
         page.fill(".vote .correction", "Use `mlflow.log_metric`.")
         page.click(".vote .primary")

@@ -69,12 +69,12 @@ def test_windows_that_are_odd(material, change):
 
 def test_the_command_for_a_scheduler(finished, tmp_path):
     "Exit code 4 names a breach, with the command that does something about it; the page and the tables are there."
-    project = copy_of(finished, tmp_path)
-    run = project.llmops("run", "--env", "staging", "--only", "deployment", "--force")
-    assert run.returncode == 0, run.stderr
+    project, start = copy_of(finished, tmp_path), pd.Timestamp.now(tz="UTC")        # other tests may have asked before
+    asked = project.llmops("ask", "--env", "staging", stdin="".join(f"How do I log {what}?\n" for what in ("a metric", "a parameter", "a model", "an artifact")))
+    assert asked.returncode == 0, asked.stderr
     calm = project.llmops("monitor", "--env", "staging", "--fail-on", "breach", MONITORING_MAX_P95_SECONDS="120")
     assert calm.returncode == 0, calm.stdout + calm.stderr
-    broken = project.llmops("monitor", "--env", "staging", "--fail-on", "breach", "--json", MONITORING_MAX_P95_SECONDS="0.001", MONITORING_PROBES="6")
+    broken = project.llmops("monitor", "--env", "staging", "--fail-on", "breach", "--json", MONITORING_MAX_P95_SECONDS="0.001", MONITORING_PROBES="6", MONITORING_FALSE_ALARMS="0.02")
     assert broken.returncode == 4, broken.stdout + broken.stderr
     said = json.loads(broken.stdout)
     assert [s["signal"] for s in said["signals"] if s["breached"]] == ["slow answers"]
@@ -84,4 +84,5 @@ def test_the_command_for_a_scheduler(finished, tmp_path):
     ws = open_workspace(load_config("staging", project.root))
     signals = ws.read("signals")
     assert signals[signals.breached.astype(bool)].signal.tolist() == ["slow answers"] and ws.read("triggers").stage.tolist() == ["deployment"]
-    assert set(ws.read("requests").purpose) == {"probe"}, "what we ask ourselves is not traffic"
+    requests = ws.read("requests")
+    assert requests.purpose[requests.time > start].value_counts()["traffic"] == 4, "what we ask ourselves is no traffic"
