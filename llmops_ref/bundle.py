@@ -24,8 +24,8 @@ from .workspace import Workspace, git_commit, open_workspace
 # %% ../nbs/90c_bundle.ipynb #523075a8
 def alert(config: Config, where: str, warehouse: str, notify: str = "") -> dict:
     "A SQL alert on the table `signals`, for whoever is to be woken; it also rings when nothing has been looked at for three hours."
-    return dict(display_name=f"llmops monitoring {config.env}", warehouse_id=warehouse, schedule=dict(quartz_cron_schedule="0 45 * * * ?", timezone_id="UTC", pause_status="UNPAUSED"),
-                custom_description="A signal of the assistant is over its bound. What to do about it stands in the table triggers, and on the page of the job llmops monitoring.",
+    return dict(display_name=f"llmops-ref monitoring {config.env}", warehouse_id=warehouse, schedule=dict(quartz_cron_schedule="0 45 * * * ?", timezone_id="UTC", pause_status="UNPAUSED"),
+                custom_description="A signal of the assistant is over its bound. What to do about it stands in the table triggers, and on the page of the job llmops-ref monitoring.",
                 query_text=f"SELECT count_if(breached) + if(max(time) < now() - INTERVAL 3 HOURS, 1, 0) AS alarms, concat_ws(', ', collect_list(if(breached, signal, NULL))) AS signals FROM {where}.signals WHERE time = (SELECT max(time) FROM {where}.signals)",
                 evaluation=dict(source=dict(name="alarms"), comparison_operator="GREATER_THAN", threshold=dict(value=dict(double_value=0)), empty_result_state="OK") | (dict(notification=dict(subscriptions=[dict(user_email=notify)], notify_on_ok=True)) if notify not in ("", "none") else {}))
 

@@ -18,6 +18,7 @@ import typer
 
 from .config import SettingsError, explain, load_config
 from .pipeline import STAGES, Lines, StageFailed, duration, find_stage, last_words, make_plan, manifest, not_needed, preflight, progress_text, reasons, run_pipeline
+from .kit import kit_app
 from .people import people_app
 from .terminal import By, Env, Json, given, manners, me, one_of, out, watched, who
 from .workspace import DataError, open_workspace
@@ -430,6 +431,7 @@ def destroy_environment(env: Env = "dev", platform: Annotated[Optional[str], typ
 
 # %% ../nbs/91_cli.ipynb #cd7fb30c
 app.add_typer(people_app)
+app.add_typer(kit_app)
 
 # %% ../nbs/91_cli.ipynb #a89c36de
 SERVED = ("assistant", "front", "chat_model", "gateway")

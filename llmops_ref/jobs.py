@@ -110,7 +110,7 @@ def deployment_job(
     env: str,
 ) -> int: # Its id
     "The deployment job that the bundle made; `DataError` if there is none, or more than one."
-    wanted = f"llmops deployment {env}"
+    wanted = f"llmops-ref deployment {env}"
     with asking_for("its jobs"): found = [job for job in client.jobs.list() if (job.settings.name or "").endswith(wanted)]      # in dev the name begins with the developer's
     if not found: raise DataError(f"The workspace has no job {wanted!r}. Make it: `databricks bundle deploy -t {env}`.")
     if len(found) > 1: raise DataError(f"The workspace has {len(found)} jobs {wanted!r} ({', '.join(str(job.job_id) for job in found)}). Say which one with --job-id.")

@@ -88,7 +88,7 @@ def llmops(*words): return subprocess.run([str(BIN / "llmops"), *words], cwd=ROO
 def test_a_plan_says_what_it_costs_and_how_it_goes():
     plan = json.loads(llmops("bundle", "plan", "--env", "prod", "--var", "service_principal=5e0c", "--var", "approvers=leads", "--var", "gpu=GPU_8xH100", "--json").stdout)
     rows = {(row["kind"], row["name"]): row for row in plan["resources"]}
-    endpoint, tuning = rows["Model Serving endpoint", "llmops-prod-reference-assistant"], rows["job", "llmops finetune prod"]
+    endpoint, tuning = rows["Model Serving endpoint", "llmops-prod-reference-assistant"], rows["job", "llmops-ref finetune prod"]
     assert endpoint["made_by"] == "job deployment" and endpoint["idle"] == "0" and endpoint["removed_by"] == "llmops destroy --env prod --platform databricks"
     assert tuning["size"] == "serverless, GPU_8xH100" and tuning["while_used"] == "over 10"
     assert all(row["removed_by"] for row in plan["resources"]) and plan["run_as"] == {"service_principal_name": "5e0c"}
@@ -206,10 +206,10 @@ def test_from_a_fine_tuned_model_to_a_deployed_version(site):
     assert [str(v.version) for v in client.search_model_versions(f"name = '{name}'")] == [version], "nothing has changed, so it is the version that is there"
 
     deployment = jobs(store, **settings)["deployment"]
-    with pytest.raises(DataError, match="has no job 'llmops deployment staging'. Make it"): deployment_job(emulator.client, "staging")
+    with pytest.raises(DataError, match="has no job 'llmops-ref deployment staging'. Make it"): deployment_job(emulator.client, "staging")
     unknown = emulator.run(deployment, model_name=name, model_version="999")
     assert unknown["evaluate"][0] == "FAILED" and "no version 999" in unknown["evaluate"][1] and unknown["deploy"][0] == "SKIPPED"
-    assert emulator.client.jobs.get(deployment_job(emulator.client, "staging")).settings.name == "llmops deployment staging", "the one that the model is connected to"
+    assert emulator.client.jobs.get(deployment_job(emulator.client, "staging")).settings.name == "llmops-ref deployment staging", "the one that the model is connected to"
     other = emulator.run(deployment, model_name="main.other.assistant", model_version=version)
     assert other["evaluate"][0] == "FAILED" and "was started for main.other.assistant" in other["evaluate"][1]
 
