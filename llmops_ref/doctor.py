@@ -8,7 +8,7 @@ Reads the machine, the project's files and, if one is named, the workspace. Chan
 __all__ = ['NEEDED', 'IN_SCHEMA', 'SAMPLES', 'Finding', 'findings_table', 'cpu_flags', 'locked_versions', 'check_machine',
            'check_gpu', 'check_project', 'check_git', 'check_workspace', 'find_samples']
 
-# %% ../nbs/90g_doctor.ipynb #679fd410
+# %% ../nbs/90g_doctor.ipynb #34b4e29f
 import importlib.metadata, os, re, shutil, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .fork import git, read_identity, read_upstream
 from .pipeline import STAGES, check_parameters
 from .workspace import DataError, open_workspace
 
-# %% ../nbs/90g_doctor.ipynb #93edb813
+# %% ../nbs/90g_doctor.ipynb #da86580c
 @dataclass(frozen=True)
 class Finding:
     "One thing that was looked at."
@@ -38,7 +38,7 @@ def _at_least(about, amount, enough, little, unit, fix, found=""):
     state = "ok" if amount >= enough else "note" if amount >= little else "fail"
     return Finding(about, state, found or f"{amount:.0f} {unit}", "" if state == "ok" else fix)
 
-# %% ../nbs/90g_doctor.ipynb #b4645540
+# %% ../nbs/90g_doctor.ipynb #b3488e60
 def cpu_flags() -> set[str]:
     "What the processor can do, as far as the system tells."
     try: return set(re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
@@ -74,7 +74,7 @@ def check_gpu(has_faiss_gpu: bool) -> Finding:
     if not torch.cuda.is_available(): return Finding("GPU", "note", f"{card}, which PyTorch cannot use", "This is the CPU build. Remove .venv, then: make setup")
     return Finding("GPU", "ok" if has_faiss_gpu else "note", card, "" if has_faiss_gpu else "For large indexes, faiss-gpu: conda env create -f environment.yml")
 
-# %% ../nbs/90g_doctor.ipynb #fc9318ec
+# %% ../nbs/90g_doctor.ipynb #4bb1d871
 def check_project(
     root: Path | str,
     env: str = "dev",
@@ -84,7 +84,7 @@ def check_project(
     try:
         config = load_config(env, root)
         found.append(Finding("settings", "ok", f"[{env}] of settings.ini is valid"))
-    except SettingsError as error: return [Finding("settings", "fail", str(error), "Correct settings.ini.")]
+    except SettingsError as error: return [Finding("settings", "fail", " ".join(str(error).split()), "Correct it there.")]
     lost = [str(error) for stage in STAGES for error in [_error(lambda: check_parameters(root / "nbs" / f"{stage.notebook}.ipynb"), DataError)] if error]
     kept = "tags" in re.findall(r'"(\w+)"', (re.search(r"^allowed_cell_metadata_keys = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.M) or ["", ""])[1])
     found.append(Finding("parameters", "fail" if lost or not kept else "ok", (lost or ["nbdev-clean would drop the tags of cells"])[0] if lost or not kept else f"{len(STAGES)} stages take theirs",
@@ -117,7 +117,7 @@ def check_git(root: Path | str) -> list[Finding]:
     if taken: found.append(Finding("upstream", "ok" if "upstream" in remotes else "note", f"{taken.name} {taken.version}, commit {taken.commit[:12]}", "" if "upstream" in remotes else "To take over what it mends: git remote add upstream <its URL>; llmops upgrade"))
     return found
 
-# %% ../nbs/90g_doctor.ipynb #cfbad571
+# %% ../nbs/90g_doctor.ipynb #9762ad61
 NEEDED = ("USE_CATALOG", "CREATE_SCHEMA")            # the bundle makes the schema, and who makes it owns it
 IN_SCHEMA = ("USE_SCHEMA", "CREATE_TABLE", "CREATE_VOLUME", "CREATE_MODEL")     # for those who did not
 
@@ -182,7 +182,7 @@ def _command_line():
     if not shutil.which("databricks"): return [Finding("databricks command", "fail", "not installed", "A bundle is deployed by it: https://docs.databricks.com/dev-tools/cli")]
     return [Finding("databricks command", "ok", subprocess.run(["databricks", "--version"], capture_output=True, text=True).stdout.strip())]
 
-# %% ../nbs/90g_doctor.ipynb #ed22b8a4
+# %% ../nbs/90g_doctor.ipynb #18901986
 SAMPLES = {"data/prompts": ("prompts for questions about Python libraries", "Put your own beside them; `llmops run --env dev --to prompts` compares all."),
            "data/labelled_answers.jsonl": ("answers on which the scorers were checked", "Label some of your own, or leave them: they check the scorers, not your assistant."),
            "data/regressions.jsonl": ("cases about the sample's corpus", "Empty the file, or set `regressions =` in settings.ini; `llmops review` adds your own."),

@@ -9,7 +9,7 @@ __all__ = ['KEPT', 'Identity', 'read_identity', 'choose_identity', 'rename_text'
            'rename_project', 'Upstream', 'read_upstream', 'record_upstream', 'version_of', 'check_clean',
            'fork_project', 'write_host', 'write_setting', 'merge_settings', 'prepare_project', 'upgrade_project']
 
-# %% ../nbs/90f_fork.ipynb #2dd1f658
+# %% ../nbs/90f_fork.ipynb #fb22882d
 import configparser, importlib.util, keyword, os, re, subprocess, sys, tempfile, tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ import pandas as pd
 from .config import SettingsError
 from .workspace import DataError, write_atomic
 
-# %% ../nbs/90f_fork.ipynb #de774558
+# %% ../nbs/90f_fork.ipynb #23b7022d
 @dataclass(frozen=True)
 class Identity:
     "What a project is called."
@@ -41,11 +41,11 @@ def read_identity(
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"{root} does not say what it is called ({type(error).__name__}: {error}). It takes pyproject.toml with project.name, project.description and tool.nbdev.lib_path, and settings.ini with catalog = something_{{env}}.") from None
 
-# %% ../nbs/90f_fork.ipynb #f72bd8fe
+# %% ../nbs/90f_fork.ipynb #341bd279
 _RULES = dict(name=(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", 22, "lower-case letters, digits and single hyphens, such as weather-desk"),
               package=(r"[a-z][a-z0-9_]*", 40, "lower-case letters, digits and underscores, such as weather_desk"),
               catalog=(r"[a-z][a-z0-9_]*[a-z0-9]", 60, "lower-case letters, digits and underscores, such as weather_desk"),
-              about=(r"[^\"\\<>{}\[\]\n`#|]+", 100, "one line without quotes, brackets or backslashes"))
+              about=(r"[^\"\\<>{}\[\]\n`#|]{10,}", 100, "one line of ten characters at least without quotes, brackets or backslashes"))
 
 def choose_identity(
     old: Identity, # What it is called now
@@ -66,7 +66,7 @@ def choose_identity(
         raise SettingsError(f"--package {new.package} would hide a package of that name, which is installed here. Choose another one.")
     return new
 
-# %% ../nbs/90f_fork.ipynb #4d144d02
+# %% ../nbs/90f_fork.ipynb #655e25ac
 def _renamer(old, new):
     def whole(text): return rf"(?<![\w-]){re.escape(text)}(?![\w-])"
     def begins(text, joint): return rf"(?<![\w-]){re.escape(text)}{joint}(?=\{{env\}}|\$\{{bundle\.target\}}|(?:dev|staging|prod)(?!\w))"
@@ -80,7 +80,7 @@ def rename_text(text: str, old: Identity, new: Identity) -> str:
     "A text in which a project is called otherwise."
     return _renamer(old, new)(text)[0]
 
-# %% ../nbs/90f_fork.ipynb #eb9e268b
+# %% ../nbs/90f_fork.ipynb #d53feb30
 KEPT = ("LICENSE", "CITATION.cff", "CHANGELOG.md", "requirements.lock", "data/")     # what others wrote, or a team's own
 
 def tracked_files(root: Path | str) -> list[str]:
@@ -103,17 +103,15 @@ def plan_rename(
     root: Path | str,
     new: Identity,
 ) -> pd.DataFrame: # Columns `file places`: how often a name stands in each file that has one
-    "What a rename would change; `SettingsError` if a new name is a word of the project already."
+    "What a rename would change; `SettingsError` if the name of today cannot be told from other words."
     old = read_identity(root)
-    renamed, rows, words = _renamer(old, new), [], {}
-    for name, text in _texts(root):
-        if (n := renamed(text)[1]) and new != old: rows.append((name, n))
-        for key in ("name", "package"):
-            if getattr(new, key) != getattr(old, key) and re.search(rf"(?<![\w-]){re.escape(getattr(new, key))}(?![\w-])", text): words.setdefault(key, name)
-    for key, name in words.items(): raise SettingsError(f"--{key} {getattr(new, key)} is a word that {name} has already, and could not be told from it afterwards. Choose another one, such as my-{new.name}." if key == "name" else f"--{key} {getattr(new, key)} is a word that {name} has already. Choose another one.")
-    return pd.DataFrame(rows, columns=["file", "places"])
+    if old == new: return pd.DataFrame(columns=["file", "places"])
+    if single := [word for word in (old.name, old.package) if not re.search("[-_]", word) and word not in (new.name, new.package)]:
+        raise SettingsError(f"This project is called {single[0]}, a single word, which cannot be told from the same word elsewhere. Begin with a fresh fork of what it was made from, or change by hand what `git grep -w {single[0]}` finds.")
+    renamed = _renamer(old, new)
+    return pd.DataFrame([(name, n) for name, text in _texts(root) if (n := renamed(text)[1])], columns=["file", "places"])
 
-# %% ../nbs/90f_fork.ipynb #714e13d7
+# %% ../nbs/90f_fork.ipynb #ad592edf
 def rename_project(
     root: Path | str,
     new: Identity,
@@ -125,7 +123,7 @@ def rename_project(
     if new.package != old.package: (root / old.package).rename(root / new.package)
     return plan
 
-# %% ../nbs/90f_fork.ipynb #b0c16bbd
+# %% ../nbs/90f_fork.ipynb #e2cd3837
 @dataclass(frozen=True)
 class Upstream:
     "What a project was made from, or took over last."
@@ -150,7 +148,7 @@ def version_of(root: Path | str, package: str) -> str:
     found = re.search(r'__version__ = "(.+?)"', path.read_text()) if path.is_file() else None
     return found[1] if found else "unknown"
 
-# %% ../nbs/90f_fork.ipynb #72a1f14d
+# %% ../nbs/90f_fork.ipynb #f6293cf8
 def check_clean(root: Path | str) -> None:
     "`SettingsError` unless the folder is a git repository with everything committed."
     try: changed = git(root, "status", "--porcelain").splitlines()
@@ -204,7 +202,7 @@ def _values(text):                                  # (section, key) -> value
     parser.read_string(text)
     return {(section, key): parser[section][key] for section in parser.sections() for key in parser[section]}
 
-# %% ../nbs/90f_fork.ipynb #589c7efa
+# %% ../nbs/90f_fork.ipynb #84270cdd
 def merge_settings(
     base: str, # Upstream's, as it was taken over
     ours: str,
@@ -220,7 +218,7 @@ def merge_settings(
             if before.get((section, key)) != value and section in known: _write_value(paths["theirs"], section, key, value)
         return paths["theirs"].read_text()
 
-# %% ../nbs/90f_fork.ipynb #02e9268a
+# %% ../nbs/90f_fork.ipynb #48f0d08e
 _MERGE_NOTEBOOKS = f"merge.jupyternotebook.driver={Path(sys.executable).parent / 'nbdev-merge'} %O %A %B %P"
 
 def _left_out(root, package): return [f for f in tracked_files(root) if f in ("README.md", "environment.yml", "settings.ini") or f.startswith("data/") or re.fullmatch(rf"{package}/\w+\.py", f)]

@@ -7,25 +7,25 @@ Reads arguments. Leaves a project of another name, a merge, or a list of what to
 # %% auto #0
 __all__ = ['kit_app', 'project_root', 'init', 'upgrade', 'doctor', 'todo']
 
-# %% ../nbs/90h_kit.ipynb #17f28edf
+# %% ../nbs/90h_kit.ipynb #d1d65502
 import os, re, shutil, subprocess, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from .config import SettingsError, load_config
+from .config import SettingsError, find_settings, load_config
 from .doctor import check_machine, check_project, check_workspace, find_samples
 from .fork import check_clean, choose_identity, fork_project, git, plan_rename, read_identity, read_upstream, upgrade_project
 from .terminal import Env, Json, manners, me, one_of, out
 from .workspace import DataError
 
-# %% ../nbs/90h_kit.ipynb #fbdcf1b5
+# %% ../nbs/90h_kit.ipynb #e33e2e52
 kit_app = typer.Typer()
 
 def project_root() -> Path:
     "The folder of the project that we stand in."
-    return load_config("dev").root
+    return find_settings().parent
 
 def _ask(given, question, default):                 # asks a person, never a script
     return given or (typer.prompt(f"  {question}", default=default).strip() if sys.stdin.isatty() else default)
@@ -64,9 +64,9 @@ def init(name: Annotated[Optional[str], typer.Option(help="Such as weather-desk:
         if smoke: _smoke(root, old, new)
         typer.echo("\nNext:  make run                    the whole life cycle under the new name\n       .venv/bin/llmops todo       what is still the sample's\n       git push")
 
-# %% ../nbs/90h_kit.ipynb #435469da
+# %% ../nbs/90h_kit.ipynb #777c3d3e
 def _smoke(root, old, new):
-    if old.package != new.package:
+    if old.package != new.package and Path(sys.prefix).resolve() == (root / ".venv").resolve():
         subprocess.run([sys.executable, "-m", "pip", "uninstall", "-q", "-y", old.name], capture_output=True)      # its command `llmops` would import what is gone
         for left in (f"{old.package}.egg-info", f"{old.package}/__pycache__"): shutil.rmtree(root / left, ignore_errors=True)
         if (root / old.package).is_dir() and not any((root / old.package).iterdir()): (root / old.package).rmdir()
@@ -76,7 +76,7 @@ def _smoke(root, old, new):
         done = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
         if done.returncode: raise DataError(f"The rename is committed, and `{' '.join(command)}` fails:\n{done.stdout[-2000:]}\nTo go back: git reset --hard HEAD~1 && make setup")
 
-# %% ../nbs/90h_kit.ipynb #783f3225
+# %% ../nbs/90h_kit.ipynb #90c28c19
 @kit_app.command()
 def upgrade(ref: Annotated[str, typer.Argument(help="Branch, tag or commit of upstream")] = "upstream/main", fetch: Annotated[bool, typer.Option("--fetch/--no-fetch", help="Ask the remote `upstream` first")] = True, as_json: Json = False):
     "Take over what has changed upstream, as if it had always been called like this project."
@@ -94,7 +94,7 @@ def upgrade(ref: Annotated[str, typer.Argument(help="Branch, tag or commit of up
         else: typer.echo(f"{now.name} {now.version}, commit {now.commit[:12]}: " + (f"{len(changed)} files changed, committed. Next: make test" if changed else "nothing is new."))
         if conflicts: raise typer.Exit(1)
 
-# %% ../nbs/90h_kit.ipynb #df2c646d
+# %% ../nbs/90h_kit.ipynb #8910c88e
 _MARKS = dict(ok=("·", None), note=("!", "yellow"), fail=("✗", "red"))
 
 def _show(findings):

@@ -6,10 +6,11 @@ Reads what a run left: the results of its stages, and their figures. Leaves `rep
 
 # %% auto #0
 __all__ = ['KEY_NUMBERS', 'CAPTIONS', 'SCORECARD', 'KINDS', 'current_stages', 'Verdict', 'verdict', 'key_numbers', 'timeline',
-           'split_details', 'versions', 'render_report', 'write_report', 'summary_markdown']
+           'split_details', 'versions', 'render_report', 'write_report', 'read_run', 'numbers_against',
+           'summary_markdown']
 
 # %% ../nbs/90a_report.ipynb #03e44513
-import html, re, time
+import html, json, re, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -214,13 +215,35 @@ def write_report(run: dict, folder: Path | str) -> Path:
 # %% ../nbs/90a_report.ipynb #f95832d6
 def _md(text): return html.escape(UNSEEN.sub("", " ".join(str(text or "").split())), quote=False).replace("|", "\\|").replace("`", "'")
 
+def read_run(
+    folder: Path | str, # runs/dev/latest, or what another machine left there
+) -> dict | None: # The record of a run, or None if there is none that can be read
+    "Read the record of a run."
+    try: run = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return None
+    return run if isinstance(run, dict) and isinstance(run.get("stages"), list) else None
+
+def numbers_against(
+    run: dict,
+    other: dict, # Of the same environment, from another commit
+) -> list[dict]: # As from `key_numbers`; `previous` is the other's
+    "The key numbers of a run beside those of another one, whatever the run before it was."
+    theirs = {name: stage["metrics"] for name, stage in current_stages(other).items()}
+    def beside(stage): return stage | dict(state="ran" if stage.get("state") == "cached" else stage.get("state"), previous=theirs.get(stage.get("name"), {}))
+    return key_numbers(run | dict(stages=[beside(stage) for stage in run.get("stages") or []]))
+
 def summary_markdown(
     run: dict,
+    other: dict | None = None, # A run of main to compare with, instead of the one before
 ) -> str:
-    "The verdict, the stages and the key numbers as short Markdown, for the summary of a job."
+    "The verdict, the stages and the key numbers as short Markdown, for the summary of a job or a pull request."
     found, said = verdict(run), dict(cached="up to date", failed="**failed**", skipped="skipped", waiting="**waits for a person**", pending="not run")
     lines = [f"## {_md(found.word)}: {_md(found.title)}", "", *(f"- {_md(reason)}" for reason in found.reasons), "", "| stage | | result |", "|---|--:|---|"]
     lines += [f"| {_md(s['number'])} {_md(s['name'])} | {said.get(s['state']) or duration(s.get('seconds'))} | {_md(s['result'].get('headline') or str(s.get('error') or '')[:200])} |"
               for s in current_stages(run).values()]
-    lines += ["", "| number | this run | last run | change |", "|---|--:|--:|--:|", *(f"| {_md(k['label'])} | {k['value']} | {k['previous']} | {k['change']['text']} |" for k in key_numbers(run))]
-    return "\n".join([*lines, "", f"{_md(run.get('env'))}, run {_md(run.get('run_id'))}, commit {_md(run.get('commit'))}, {duration(run.get('seconds'))}", ""])
+    heads = ("last run", "this run", "change") if other is None else ("main", "this", "difference")
+    rows = key_numbers(run) if other is None else numbers_against(run, other)
+    lines += ["", f"| number | {' | '.join(heads)} |", "|---|--:|--:|--:|", *(f"| {_md(k['label'])} | {k['previous']} | {k['value']} | {k['change']['text']} |" for k in rows)]
+    end = f"{_md(run.get('env'))}, run {_md(run.get('run_id'))}, commit {_md(run.get('commit'))}, {duration(run.get('seconds'))}"
+    if other is not None: end += f"; main: commit {_md(other.get('commit'))}, {duration(other.get('seconds'))}. Seconds depend on the machine: here {_md(run.get('machine'))}, there {_md(other.get('machine'))}."
+    return "\n".join([*lines, "", end, ""])

@@ -1,0 +1,240 @@
+"""A team forks the project, renames it, works on it, follows upstream, and asks what is missing.
+
+The fork here is a real one: a git clone, named otherwise by `llmops init`, with an environment of its own.
+"""
+import copy, json, os, re, shutil, subprocess, tempfile
+
+import psutil
+import pytest
+from databricks.sdk.service.catalog import PermissionsChange, Privilege
+
+from conftest import BIN, CACHE, ROOT, SMALL, Project
+from llmops_ref.config import load_config
+from llmops_ref.doctor import check_project, check_workspace
+from llmops_ref.fork import Identity, git, read_identity, read_upstream
+from test_bundle import Emulator
+
+HERE = read_identity(ROOT)
+ACME = Identity("acme-assistant", "acme_assistant", "acme_assistant", "Answers questions about what Acme sells")
+INIT = ["init", "--name", ACME.name, "--about", ACME.about, "--yes"]
+alone = not any(stats.isup for name, stats in psutil.net_if_stats().items() if not name.startswith("lo"))
+
+
+def committed(folder, text):
+    git(folder, "add", "-A")
+    git(folder, "-c", "user.name=Ada", "-c", "user.email=ada@example.com", "commit", "-qm", text)
+
+
+def clone_of(upstream: Project, folder) -> Project:
+    "Somebody's fork of it."
+    subprocess.run(["git", "clone", "-q", "--origin", "upstream", upstream.root, folder], check=True)
+    for key, value in {"user.name": "Bob", "user.email": "bob@example.com"}.items(): git(folder, "config", key, value)
+    fork = copy.copy(upstream)
+    fork.root, fork.environment = folder, upstream.environment | dict(PYTHONPATH=str(folder))
+    return fork
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory) -> Project:
+    "This project as a repository of its own."
+    project = Project(tmp_path_factory.mktemp("upstream"), **SMALL)
+    git(project.root, "init", "-q", "-b", "main")
+    committed(project.root, "Begin")
+    return project
+
+
+@pytest.fixture(scope="module")
+def acme(upstream, tmp_path_factory) -> Project:
+    "A fork of it, renamed by `llmops init` with its smoke test, in an environment of its own."
+    if alone: pytest.skip("no network: a renamed project installs itself from a package index")
+    fork = clone_of(upstream, tmp_path_factory.mktemp("fork") / "acme")
+    fork.said = fork.llmops(*INIT)
+    assert fork.said.returncode == 0, fork.said.stdout[-3000:] + fork.said.stderr[-3000:]
+    fork.environment.pop("PYTHONPATH")
+    return fork
+
+
+def make(project, *words, timeout=1800, **variables):
+    return subprocess.run(["make", *words], cwd=project.root, env=project.environment | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+
+
+# --- a new name
+
+def test_init_renames_everything_and_records_where_it_comes_from(acme, upstream):
+    assert read_identity(acme.root) == ACME
+    assert git(acme.root, "status", "--porcelain") == "" and git(acme.root, "log", "-1", "--format=%s") == f"Name it {ACME.name}"
+    assert git(acme.root, "rev-list", "--count", "HEAD") == str(1 + int(git(upstream.root, "rev-list", "--count", "HEAD"))), "its history is kept"
+    taken = read_upstream(acme.root)
+    assert (taken.name, taken.commit) == (HERE.name, git(upstream.root, "rev-parse", "HEAD"))
+    left = [name for name in git(acme.root, "grep", "-lIE", rf"\b({HERE.name}|{HERE.package})\b").splitlines() if not name.startswith("data/")]
+    assert set(left) <= {"pyproject.toml", "CHANGELOG.md", "CITATION.cff", "LICENSE"}, left
+    assert not (acme.root / HERE.package).exists()
+    plan = subprocess.run([".venv/bin/llmops", "bundle", "plan", "--env", "dev"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
+    assert f"{ACME.name} in dev" in plan.stdout and "acme_assistant_dev" in plan.stdout and f"{ACME.name} finetune dev" in plan.stdout, plan.stdout + plan.stderr
+
+
+def test_a_second_init_changes_nothing(acme):
+    before = git(acme.root, "rev-parse", "HEAD")
+    again = subprocess.run([".venv/bin/llmops", *INIT, "--no-smoke"], cwd=acme.root, env=acme.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert again.returncode == 0 and f"It is called {ACME.name} already" in again.stdout, again.stdout + again.stderr
+    assert git(acme.root, "rev-parse", "HEAD") == before
+
+
+def test_the_two_commands_of_the_renamed_project(acme):
+    "`make run` goes through the whole life cycle; `make test` runs the lessons, and of the tests those that need no life cycle of their own."
+    done = make(acme, "run")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert all(f"0{n}_" in done.stdout for n in range(1, 9)) and (acme.root / "runs" / "dev" / "latest" / "report.html").is_file()
+    asked = subprocess.run([".venv/bin/llmops", "ask", "How do I log a metric?", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
+    assert json.loads(asked.stdout)["answer"], asked.stderr
+    tested = make(acme, "test", PYTEST_ADDOPTS="tests/test_notebooks.py tests/test_workflows.py -p no:cacheprovider")
+    assert tested.returncode == 0, tested.stdout[-4000:] + tested.stderr[-2000:]
+    assert " passed" in tested.stdout and git(acme.root, "status", "--porcelain") == "", "neither leaves anything that git would see"
+
+
+@pytest.mark.parametrize("words, says", [(["--name", "Acme Assistant"], "such as weather-desk"), (["--name", "an-assistant-with-a-very-long-name"], "at most 22 characters"), (["--name", "pandas"], "would hide a package"),
+                                         (["--name", "acme-desk", "--catalog", "Acme-Prod"], "--catalog takes"), (["--name", "acme-desk", "--about", 'Say "hello" to everybody'], "without quotes"),
+                                         (["--name", "acme-desk", "--app", "theirs"], "--app takes"), (["--name", "acme-desk", "--host", "acme.example"], "--host takes the address"), ([], "Say --name")])
+def test_a_name_that_would_not_do_is_refused_before_anything_changes(upstream, words, says):
+    done = upstream.llmops("init", *words, "--yes", "--no-smoke")
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert git(upstream.root, "status", "--porcelain") == ""
+
+
+def test_init_refuses_what_is_not_committed_and_shows_what_it_would_do(upstream, tmp_path):
+    fork = clone_of(upstream, tmp_path / "fork")
+    shown = fork.llmops(*INIT, "--dry-run")
+    assert shown.returncode == 0 and "pyproject.toml" in shown.stdout and git(fork.root, "status", "--porcelain") == "" and read_identity(fork.root) == HERE
+    (fork.root / "settings.ini").write_text((fork.root / "settings.ini").read_text() + "\n")
+    done = fork.llmops(*INIT, "--no-smoke")
+    assert done.returncode == 1 and "settings.ini" in done.stderr and "git stash" in done.stderr
+    shutil.rmtree(fork.root / ".git")
+    done = fork.llmops(*INIT, "--no-smoke")
+    assert done.returncode == 1 and "git init" in done.stderr
+
+
+def test_application_and_workspace_are_written_where_they_are_read(upstream, tmp_path):
+    fork = clone_of(upstream, tmp_path / "fork")
+    done = fork.llmops(*INIT, "--no-smoke", "--app", "third_party", "--host", "https://adb-1.2.azuredatabricks.net/")
+    assert done.returncode == 0, done.stderr
+    assert load_config("prod", fork.root).app == "third_party" and "workspace:\n  host: https://adb-1.2.azuredatabricks.net\n" in (fork.root / "databricks.yml").read_text()
+
+
+# --- upstream
+
+def cell_with(path, text):
+    found = json.loads(path.read_text())
+    return found, next(cell for cell in found["cells"] if text in "".join(cell["source"]))
+
+
+def edit(project, notebook, old, new):
+    "Change a cell of a notebook, as an editor does."
+    path = project.root / "nbs" / notebook
+    found, cell = cell_with(path, old)
+    cell["source"] = "".join(cell["source"]).replace(old, new).splitlines(keepends=True)
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+def test_a_renamed_fork_takes_over_what_upstream_changed(acme, upstream):
+    "Both change the same notebook in other cells, and the settings beside each other; both are there afterwards, in the package too, and the fork's data are its own."
+    edit(acme, "07g_signals.ipynb", "A share of rows that must stay under a bound.", "A share of rows that Acme keeps under a bound.")
+    settings = acme.root / "settings.ini"
+    settings.write_text(re.sub(r"^retrieval_k = 2 ", "retrieval_k = 4 ", settings.read_text(), flags=re.M))
+    (acme.root / "data" / "questions.jsonl").write_text('{"id": "q1"}\n')
+    committed(acme.root, "Make it ours")
+
+    edit(upstream, "07g_signals.ipynb", "How likely so many bad ones are", "How probable so many bad ones are")
+    edit(upstream, "00c_scoring.ipynb", "from collections import Counter", "from collections import Counter        # " + HERE.package)
+    settings = upstream.root / "settings.ini"
+    settings.write_text(settings.read_text().replace("retrieval_candidates = 50", "retrieval_candidates = 60").replace("retrieval_k = 2 ", "retrieval_k = 3 "))
+    with (upstream.root / "data" / "questions.jsonl").open("a") as questions: questions.write("\n")
+    committed(upstream.root, "Go on")
+
+    done = subprocess.run([".venv/bin/llmops", "upgrade", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout)
+    assert not said["conflicts"] and said["now"]["commit"] == read_upstream(acme.root).commit == git(upstream.root, "rev-parse", "HEAD")
+    exported = (acme.root / ACME.package / "signals.py").read_text()
+    assert "that Acme keeps under" in exported and "How probable so many" in exported
+    assert f"# {ACME.package}" in (acme.root / ACME.package / "scoring.py").read_text(), "what upstream wrote came under our name"
+    assert re.search(r"^retrieval_k = 4 ", (acme.root / "settings.ini").read_text(), re.M) and "retrieval_candidates = 60" in (acme.root / "settings.ini").read_text()
+    assert (acme.root / "data" / "questions.jsonl").read_text() == '{"id": "q1"}\n'
+    assert git(acme.root, "status", "--porcelain") == "" and git(acme.root, "log", "-1", "--format=%s").startswith(f"Take over {HERE.name}")
+    again = subprocess.run([".venv/bin/llmops", "upgrade"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
+    assert "nothing is new" in again.stdout
+
+
+def test_a_conflict_is_named_and_left_in_a_notebook_that_opens(acme, upstream):
+    for project, word in ((acme, "Acme's"), (upstream, "Upstream's")): edit(project, "07h_simulation.ipynb", "# simulation", f"# simulation\n\n{word} words"); committed(project.root, "Differ")
+    done = subprocess.run([".venv/bin/llmops", "upgrade"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "nbs/07h_simulation.ipynb" in done.stderr and "git reset --hard" in done.stderr, done.stderr
+    text = json.dumps(json.loads((acme.root / "nbs" / "07h_simulation.ipynb").read_text()))
+    assert "Acme's words" in text and "Upstream's words" in text
+    git(acme.root, "reset", "-q", "--hard")
+
+
+def test_upgrade_says_how_to_begin(upstream, tmp_path):
+    done = upstream.llmops("upgrade")
+    assert done.returncode == 1 and "llmops init" in done.stderr
+    fork = clone_of(upstream, tmp_path / "fork")
+    assert fork.llmops(*INIT, "--no-smoke").returncode == 0
+    git(fork.root, "remote", "remove", "upstream")
+    done = fork.llmops("upgrade", "upstream/main")
+    assert done.returncode == 1 and "git remote add upstream" in done.stderr
+
+
+# --- what is missing
+
+def test_doctor_passes_here_and_names_what_would_stop_a_run(project):
+    done = project.llmops("doctor", "--local", "--json")
+    found = {f["about"]: f for f in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 0 and all(f["fix"] for f in found.values() if f["state"] != "ok"), done.stdout
+    assert found["weights of SmolLM2"]["state"] == found["parameters"]["state"] == "ok"
+
+    pyproject = project.root / "pyproject.toml"
+    pyproject.write_text(pyproject.read_text().replace('allowed_cell_metadata_keys = ["tags"]', ""))
+    done = project.llmops("doctor", "--local")
+    assert done.returncode == 1 and "allowed_cell_metadata_keys" in done.stdout and "1 would stop a run" in done.stdout
+
+    done = project.llmops("doctor", "--local", "--env", "prod", "--json", RETRIEVAL_K="many")
+    assert done.returncode == 1 and "LLMOPS_RETRIEVAL_K" in json.dumps(json.loads(done.stdout)["findings"])
+
+
+def test_doctor_on_a_workspace(tmp_path):
+    "The SDK's client asks an emulated workspace: no catalog, then too few rights in it, then enough."
+    emulator = Emulator(tmp_path, dict(os.environ))
+    try:
+        config = load_config("dev", ROOT, platform="databricks", catalog="llm_dev", serving_token="traces")
+        def states(): return {f.about: f for f in check_workspace(config, emulator.client)}
+        found = states()
+        assert found["login"].state == "ok" and found["catalog"].state == "fail" and "CREATE CATALOG llm_dev" in found["catalog"].fix
+        assert found["secrets"].state == "fail" and "llmops" in found["secrets"].fix
+
+        emulator.client.catalogs.create("llm_dev")
+        emulator.client.catalogs.update("llm_dev", owner="somebody-else")
+        me = emulator.client.current_user.me().user_name
+        emulator.client.grants.update("CATALOG", "llm_dev", changes=[PermissionsChange(add=[Privilege.USE_CATALOG], principal=me)])
+        found = states()
+        assert found["catalog"].state == "ok"
+        if emulator.client.catalogs.get("llm_dev").owner != me: assert found["rights in llm_dev"].state == "fail" and f"GRANT CREATE SCHEMA ON CATALOG llm_dev TO `{me}`" in found["rights in llm_dev"].fix
+        emulator.client.grants.update("CATALOG", "llm_dev", changes=[PermissionsChange(add=[Privilege.CREATE_SCHEMA], principal=me)])
+        emulator.client.secrets.create_scope("llmops")
+        emulator.client.secrets.put_secret("llmops", "traces", string_value="x")
+        found = states()
+        assert found["secrets"].state == "ok" and found.get("rights in llm_dev", found["catalog"]).state == "ok"
+    finally: emulator.process.terminate(); emulator.process.wait(); emulator.log.close()
+
+
+def test_todo_names_the_sample_until_it_is_gone(upstream, tmp_path):
+    fork = clone_of(upstream, tmp_path / "fork")
+    assert fork.llmops(*INIT, "--no-smoke").returncode == 0
+    def todo(): return {f["about"]: f["state"] for f in json.loads(subprocess.run([str(BIN / "python"), "-c", f"from {ACME.package}.cli import app; app()", "todo", "--json"], cwd=fork.root, env=fork.environment, capture_output=True, text=True, check=True).stdout)["findings"]}
+    first = todo()
+    assert first["name"] == "ok" and {first[about] for about in ("corpus", "questions", "data/prompts", "data/regressions.jsonl", "prices", "reviewers")} == {"note"}
+    questions = fork.root / "data" / "questions.jsonl"
+    lines = questions.read_text().splitlines(keepends=True)
+    questions.write_text("".join(lines[:20]) + lines[20].replace('"split"', '"status": "draft", "split"'))
+    (fork.root / "settings.ini").write_text((fork.root / "settings.ini").read_text().replace("corpus = packages ", "corpus = documents ").replace("reviewers = ", "reviewers = ada "))
+    shutil.rmtree(fork.root / "data" / "prompts")
+    second = todo()
+    assert second["corpus"] == second["questions"] == "ok" and second["drafts"] == "note" and "reviewers" not in second and "data/prompts" not in second
