@@ -411,6 +411,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmops_ref.feedback.share_down': ('feedback.html#share_down', 'llmops_ref/feedback.py'),
                                      'llmops_ref.feedback.weigh_votes': ('feedback.html#weigh_votes', 'llmops_ref/feedback.py')},
             'llmops_ref.finetune': { 'llmops_ref.finetune.model_card': ('finetune.html#model_card', 'llmops_ref/finetune.py'),
+                                     'llmops_ref.finetune.model_facts': ('finetune.html#model_facts', 'llmops_ref/finetune.py'),
                                      'llmops_ref.finetune.plot_scaling': ('finetune.html#plot_scaling', 'llmops_ref/finetune.py'),
                                      'llmops_ref.finetune.register_tuned': ('finetune.html#register_tuned', 'llmops_ref/finetune.py'),
                                      'llmops_ref.finetune.same_content': ('finetune.html#same_content', 'llmops_ref/finetune.py'),

@@ -90,10 +90,11 @@ def break_even(
 # %% ../nbs/06a_applications.ipynb #1de2f555
 def compare_applications(
     ws: Workspace,
-    systems: tuple[System, ...] = SYSTEMS,
+    systems: tuple[System, ...] | None = None, # Of `SYSTEMS`; all that the settings have by default
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]: # One row a system; and all answers by system
     "Let every system answer the test questions, and measure it; `DataError` if something that it needs has not been made."
     config, (template, _) = ws.config, champion_prompt(ws)
+    systems = systems or tuple(s for s in SYSTEMS if not s.tuned or config.finetune == "on")
     questions = sample_questions(ws.read("questions").query("split == 'test'"), ws.config.validation_questions)
     rows, answers, index = [], {}, open_index(ws)
     for number, system in enumerate(systems):

@@ -267,4 +267,9 @@ def _destroy_there(ws, client):
                 else:
                     client.vector_search_endpoints.delete_endpoint(config.ai_search_endpoint)
                     removed.append(f"AI Search endpoint {config.ai_search_endpoint}")
-    return removed, left + [f"what the bundle declares, with all tables, files and versions in the schema {config.catalog}.{config.schema}: databricks bundle destroy -t {config.env}"]
+    for model in (ws.registered("assistant"), ws.registered("chat_model")):         # a bundle cannot remove a model that has versions
+        with asking_for(f"the versions of {model}"), contextlib.suppress(NotFound):
+            versions = [v.version for v in client.model_versions.list(model)]
+            for version in versions: client.model_versions.delete(model, version)
+            if versions: removed.append(f"{len(versions)} versions of {model}")
+    return removed, left + [f"what the bundle declares, with all tables and files in the schema {config.catalog}.{config.schema}: databricks bundle destroy -t {config.env}"]

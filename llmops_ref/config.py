@@ -90,6 +90,7 @@ class Config:
     judge_questions: int
     teacher_url: str
     teacher_model: str
+    finetune: Literal["on", "off"]
     finetune_profile: Literal["smoke", "full"]
     finetune_examples: int
     finetune_held_out: int

@@ -144,6 +144,7 @@ def not_needed(
 ) -> str: # Why; empty if it is needed
     "Whether the application that is configured can do without a stage."
     if stage.name == "finetune" and config.app == "third_party": return "a provider's model is not ours to tune"
+    if stage.name == "finetune" and config.finetune == "off": return "the base model serves as it is (finetune = off)"
     if stage.name == "finetune" and config.promotion == "model": return "the model comes from another environment, by `llmops promote`"
     return ""
 

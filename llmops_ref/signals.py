@@ -153,7 +153,7 @@ def find_triggers(
     if len(days): add("drift", "corpus", f"questions moved on {', '.join(str(d) for d in days.day)}: {days.grew.iloc[0]}", f"llmops questions add --env {config.env}")
     if found := breached("weak retrieval", "refusals"): add("missing documents", "corpus", said(found), f"llmops run --env {config.env} --from corpus --force")
     quality = breached("answers without citation", "ungrounded answers", "unreadable answers", "thumbs down")
-    if quality and cases and config.app == "self_hosted": add("quality drop, with new labels", "finetune", f"{said(quality)}; {cases} reviewed cases are not learned yet", f"llmops run --env {config.env} --from corpus")
+    if quality and cases and config.app == "self_hosted" and config.finetune == "on": add("quality drop, with new labels", "finetune", f"{said(quality)}; {cases} reviewed cases are not learned yet", f"llmops run --env {config.env} --from corpus")
     elif [q for q in quality if q != "thumbs down"]: add("prompt regression", "prompts", said(quality), f"llmops run --env {config.env} --from prompts --force")
     elif quality: add("unhappy users", "review", f"{said(quality)}; {waiting} votes wait for a person", f"llmops review --env {config.env}")
     if found := breached("errors", "slow answers", "dear answers", "answers without a record", "probes without an answer"): add("operations", "deployment", said(found) + ("; more than one version answered" if versions > 1 else ""), f"llmops {'rollback' if versions > 1 else 'versions'} --env {config.env}")

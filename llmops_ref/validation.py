@@ -20,7 +20,7 @@ from .config import Config, SettingsError, load_config
 from .corpus import sample_questions
 from .gateway import gateway_endpoint
 from .evaluation import LESS_IS_BETTER, answer_all, summarise
-from .finetune import tuned_files
+from .finetune import model_facts, tuned_files
 from .evidence import OUR_FACTS, compare_slices, missing_facts, render_evidence, version_facts
 from .prompts import champion_prompt
 from .reviewed import regression_rows, reviewed_cases
@@ -35,7 +35,7 @@ def log_candidate(
     template, prompt_version = champion_prompt(ws)
     model, adapter, model_version = tuned_files(ws) if ws.config.app == "self_hosted" else (None, None, "of the provider")
     client, name = ws.mlflow().MlflowClient(), ws.registered("assistant")
-    ours = {} if model is None else {k: v for k, v in client.get_model_version(ws.registered("chat_model"), model_version).tags.items() if k in OUR_FACTS}
+    ours = {} if model is None else {k: v for k, v in model_facts(ws, model_version).items() if k in OUR_FACTS}
     version = log_assistant(ws, template, adapter, prompt=f"{ws.registered('answer_prompt')}/{prompt_version}", model=model,
                             tags=ours | dict(prompt_version=prompt_version, chat_model_version=model_version, app=ws.config.app, data_version=f"chunks {ws.table_version('chunks')}", git_commit=git_commit(ws.config.root)))
     if "model_validation_status" not in version_facts(ws, version): client.set_model_version_tag(name, version, "model_validation_status", "PENDING")
@@ -120,14 +120,14 @@ def side_by_side(
             for c, b in zip(candidate.loc[chosen].itertuples(), base.loc[chosen].itertuples())]
 
 def open_baseline(ws: Workspace, template: str):
-    "What a candidate is compared with: the base model, or the provider's model without passages."
+    "What a candidate is compared with: the base model, or the same model without passages if nothing was tuned."
     return open_assistant(ws, template) if _ours(ws.config) else open_assistant(ws, passages=False)
 
 def sides(config: Config) -> dict[str, str]:
     "What the two are called in the report."
     return dict(base="Base model", candidate="Tuned model") if _ours(config) else dict(base="Without passages", candidate="With passages")
 
-def _ours(config): return config.app == "self_hosted" and not config.chat_url         # an endpoint of somebody else serves one model, not two
+def _ours(config): return config.app == "self_hosted" and config.finetune == "on" and not config.chat_url         # an endpoint of somebody else serves one model, not two
 
 def score_table(candidate: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     "Scores of base and candidate with the paired difference of each that both have."

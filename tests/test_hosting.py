@@ -6,7 +6,7 @@ from databricks.sdk import WorkspaceClient
 from databricks.sdk.service.serving import (
     EndpointCoreConfigInput, EndpointCoreConfigOutput, EndpointPendingConfig, EndpointState, EndpointStateConfigUpdate as Update, EndpointStateReady as Ready,
     ServedEntityInput, ServedEntityOutput, ServedModelState, ServingEndpointDetailed, TrafficConfig)
-from databricks.sdk.service.catalog import PermissionsChange
+from databricks.sdk.service.catalog import ModelVersionInfo, PermissionsChange
 from databricks.sdk.service.apps import App, AppDeployment, AppDeploymentState, AppDeploymentStatus, ApplicationState, ApplicationStatus, ComputeState, ComputeStatus
 
 from conftest import ROOT
@@ -28,9 +28,11 @@ class Serving(SocketWorkspace):
     def __init__(self):
         super().__init__()
         self.endpoints, self.broken, self.stuck, self.silent, self.builds, self.turn, self.shares_take = {}, set(), set(), set(), 2, 0, []
+        self.versions = {}                              # registered model -> numbers
 
     def answer(self, method, path, query, body):
         part = path.removeprefix("/api/2.0/").strip("/").split("/")
+        if path.startswith("/api/2.1/unity-catalog/models/"): return self._models(method, *path.split("/")[5:])
         if part[0] != "serving-endpoints": return 404, {}                        # the SDK looks for the host's metadata
         if method == "POST" and len(part) == 1:
             if body["name"] in self.endpoints: return 400, {"error_code": "RESOURCE_ALREADY_EXISTS", "message": f"Endpoint {body['name']} exists."}
@@ -53,6 +55,14 @@ class Serving(SocketWorkspace):
             self._build(there)
             return 200, self._shown(part[1])
         return self._ask(there, part[3] if part[2] == "served-models" else None, body)
+
+    def _models(self, method, name, versions, number=None):
+        if name not in self.versions: return MISSING
+        if method == "DELETE":
+            assert not self.endpoints, "a version that is served cannot be removed"
+            self.versions[name].remove(int(number))
+            return 200, {}
+        return 200, dict(model_versions=[ModelVersionInfo(version=n).as_dict() for n in self.versions[name]])
 
     def _build(self, there):
         if there["update"] != Update.IN_PROGRESS: return
@@ -275,11 +285,13 @@ def test_what_is_not_there(serving, ws):
 
 
 def test_destroy_removes_what_jobs_made(serving, registry, ws):
-    "The endpoint goes, twice is no error, and what the bundle declares is named as left."
+    "The endpoint goes, then the versions, without which a bundle removes no model; twice is no error, and what the bundle declares is named as left."
     host_of(serving, ws).start("1")
     there = workspace(registry, vector_index="faiss")
+    assistant = there.registered("assistant")
+    serving.versions = {assistant: [1, 2]}
     removed, left = destroy(there, serving.client)
-    assert removed == ["Model Serving endpoint llmops-prod-reference-assistant"] and serving.endpoints == {}
+    assert removed == ["Model Serving endpoint llmops-prod-reference-assistant", f"2 versions of {assistant}"] and serving.endpoints == {} and serving.versions == {assistant: []}
     assert "databricks bundle destroy -t prod" in left[0] and destroy(there, serving.client)[0] == []
 
 

@@ -2,21 +2,23 @@
 
 The fork here is a real one: a git clone, named otherwise by `llmops init`, with an environment of its own.
 """
-import copy, json, os, re, shutil, subprocess, tempfile
+import copy, json, os, re, shutil, subprocess
 
 import psutil
 import pytest
 from databricks.sdk.service.catalog import PermissionsChange, Privilege
 
-from conftest import BIN, CACHE, ROOT, SMALL, Project
+from conftest import BIN, ROOT, SMALL, Project
 from llmops_ref.config import load_config
-from llmops_ref.doctor import check_project, check_workspace
+from llmops_ref.doctor import check_workspace
 from llmops_ref.fork import Identity, git, read_identity, read_upstream
+from llmops_ref.pipeline import STAGES
 from test_bundle import Emulator
 
 HERE = read_identity(ROOT)
 ACME = Identity("acme-assistant", "acme_assistant", "acme_assistant", "Answers questions about what Acme sells")
 INIT = ["init", "--name", ACME.name, "--about", ACME.about, "--yes"]
+STAGE_NAMES = [stage.name for stage in STAGES]
 alone = not any(stats.isup for name, stats in psutil.net_if_stats().items() if not name.startswith("lo"))
 
 
@@ -58,6 +60,11 @@ def make(project, *words, timeout=1800, **variables):
     return subprocess.run(["make", *words], cwd=project.root, env=project.environment | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
 
 
+def ended(project):
+    "How each stage of the last run ended."
+    return {s["name"]: s["state"] for s in json.loads((project.root / "runs" / "dev" / "latest" / "run.json").read_text())["stages"]}
+
+
 # --- a new name
 
 def test_init_renames_everything_and_records_where_it_comes_from(acme, upstream):
@@ -81,15 +88,28 @@ def test_a_second_init_changes_nothing(acme):
 
 
 def test_the_two_commands_of_the_renamed_project(acme):
-    "`make run` goes through the whole life cycle; `make test` runs the lessons, and of the tests those that need no life cycle of their own."
-    done = make(acme, "run")
+    "`make run` goes through the life cycle, here without fine-tuning; `make test` runs the lessons, and of the tests those that need no life cycle of their own."
+    done = make(acme, "run", LLMOPS_FINETUNE="off")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert all(f"0{n}_" in done.stdout for n in range(1, 9)) and (acme.root / "runs" / "dev" / "latest" / "report.html").is_file()
+    assert ended(acme) == {name: "skipped" if name == "finetune" else "ran" for name in STAGE_NAMES} and (acme.root / "runs" / "dev" / "latest" / "report.html").is_file()
     asked = subprocess.run([".venv/bin/llmops", "ask", "How do I log a metric?", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
     assert json.loads(asked.stdout)["answer"], asked.stderr
+    facts = json.loads(subprocess.run([".venv/bin/llmops", "versions", "--env", "dev", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True).stdout)
+    assert "champion" in json.dumps(facts)
     tested = make(acme, "test", PYTEST_ADDOPTS="tests/test_notebooks.py tests/test_workflows.py -p no:cacheprovider")
     assert tested.returncode == 0, tested.stdout[-4000:] + tested.stderr[-2000:]
     assert " passed" in tested.stdout and git(acme.root, "status", "--porcelain") == "", "neither leaves anything that git would see"
+
+
+def test_neither_fine_tuning_nor_an_index(acme):
+    "Two stages fewer, and the rest passes, to the end: the base model is asked directly, validated, deployed and watched."
+    done = subprocess.run([".venv/bin/llmops", "run", "--env", "dev", "--set", "finetune=off", "--set", "retrieval=off"], cwd=acme.root, env=acme.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    states = ended(acme)
+    assert states["finetune"] == "skipped" and {states[name] for name in ("prompts", "validation", "deployment", "monitoring")} == {"ran"}, states
+    asked = subprocess.run([".venv/bin/llmops", "ask", "How do I log a metric?", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
+    reply = json.loads(asked.stdout)
+    assert reply["answer"] and not reply["passages"], "what is deployed knows no passages"
 
 
 @pytest.mark.parametrize("words, says", [(["--name", "Acme Assistant"], "such as weather-desk"), (["--name", "an-assistant-with-a-very-long-name"], "at most 22 characters"), (["--name", "pandas"], "would hide a package"),
