@@ -64,6 +64,9 @@ prepare: .venv/installed   # after editing notebooks: export them, clean them, w
 	$(BIN)/jupyter nbconvert --to markdown --log-level ERROR --output-dir . --output README nbs/index.ipynb
 	$(MAKE) environment.yml
 
+site: .venv/installed      # notebooks and guides as pages, in _site/: what GitHub shows with Quarto, here without it
+	$(BIN)/python -c "from llmops_ref.docs import build_site, broken_links; build_site('.', '_site'); wrong = broken_links('_site'); print('_site/index.html' if not wrong else wrong); raise SystemExit(bool(wrong))"
+
 lock:                      # resolve the newest versions that fit pyproject.toml
 	$(BIN)/uv pip compile -q --no-header --no-annotate --extra test pyproject.toml -o requirements.lock
 	@sed -i.old -E 's/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia-|cuda-|triton==)/d' requirements.lock && rm requirements.lock.old   # torch chooses its own
@@ -81,4 +84,4 @@ environment.yml: requirements.lock
 clean:                     # remove what runs left (not the environment)
 	rm -rf runs stores
 
-.PHONY: run test offline setup prepare lock clean
+.PHONY: run test offline setup prepare site lock clean

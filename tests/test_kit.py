@@ -102,8 +102,8 @@ def test_the_two_commands_of_the_renamed_project(acme):
 
 
 def test_neither_fine_tuning_nor_an_index(acme):
-    "Two stages fewer, and the rest passes, to the end: the base model is asked directly, validated, deployed and watched."
-    done = subprocess.run([".venv/bin/llmops", "run", "--env", "dev", "--set", "finetune=off", "--set", "retrieval=off"], cwd=acme.root, env=acme.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    "Two stages fewer, and another base model, since the first was retired: the rest passes, to the end. The model is asked directly, validated, deployed and watched."
+    done = subprocess.run([".venv/bin/llmops", "run", "--env", "dev", "--set", "finetune=off", "--set", "retrieval=off", "--set", "hub_retired=smollm2-q8_0"], cwd=acme.root, env=acme.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     states = ended(acme)
     assert states["finetune"] == "skipped" and {states[name] for name in ("prompts", "validation", "deployment", "monitoring")} == {"ran"}, states

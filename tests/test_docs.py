@@ -1,0 +1,152 @@
+"""What the README and the guides say is true: their commands run, their links lead somewhere, the tests that they name are there, and the site can be read."""
+import json, re, shlex, signal
+
+import httpx
+import pytest
+
+from conftest import BIN, ROOT, copy_of
+from llmops_ref.docs import anchor_of, broken_links, build_site, site_pages
+from test_chat import chromium
+from test_workflows import commands, test_what_is_called_exists as exists
+
+PAGES = {name: (ROOT / name).read_text() for name in ["README.md", "CONTRIBUTING.md", "AGENTS.md", *(f"nbs/guides/{path.name}" for path in sorted((ROOT / "nbs" / "guides").glob("*.md")))]}
+
+
+def said(text: str) -> list[str]:
+    "The commands of a page: lines of its blocks, and what stands between backticks."
+    blocks = [line for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.M | re.S) if language in ("", "bash") for line in block.splitlines()]
+    lines = [re.sub(r"(?:\s{2,}|(?<=') )#.*$", "", line).strip() for line in blocks] + re.findall(r"`((?:\.venv/bin/)?(?:llmops|make|nbdev-\w+) [^`]+)`", text)
+    return [line for line in lines if re.match(r"(make|(\.venv/bin/)?(llmops|nbdev-[\w-]+)|databricks|git)( |$)", line) and "..." not in line and line.count("'") % 2 == 0]
+
+COMMANDS = {command: name for name, text in PAGES.items() for command in said(text)}
+
+# What takes minutes is run by another test, and what cannot be had here by none
+ELSEWHERE = {
+    r"make (run|test|setup)( TORCH=cpu)?": "test_kit.py::test_the_two_commands_of_the_renamed_project", r"make prepare": "test_kit.py::test_a_renamed_fork_takes_over_what_upstream_changed",
+    r"llmops run --env (dev|staging)": "conftest.py::finished", r"llmops run --env dev --app third_party": "test_applications.py::third", r"llmops compare .*": "test_applications.py::test_one_table_compares_the_applications",
+    r"llmops serve assistant|llmops serve front": "test_deployment.py::test_approval_rollout_and_rollback", r"llmops batch .*": "test_applications.py::test_a_batch_that_is_killed_goes_on_where_it_stopped",
+    r"llmops run --env dev --only (finetune|retrieval)( --force)?": "test_deployment.py::shop", r"llmops (run|approve|rollback|versions) --env prod|llmops approve|llmops rollback": "test_deployment.py::test_approval_rollout_and_rollback",
+    r"llmops (vote|review) .*": "test_feedback.py::test_the_loop_from_a_thumb_down_to_the_next_version", r"llmops monitor .*": "test_monitoring.py::test_the_command_for_a_scheduler",
+    r"llmops run --env dev --set (hub_retired=smollm2-q8_0|retrieval=off)": "test_kit.py::test_neither_fine_tuning_nor_an_index", r"llmops run --env dev --set finetune=off": "test_kit.py::test_the_two_commands_of_the_renamed_project",
+    r"llmops init.*": "test_kit.py::acme", r"llmops upgrade": "test_kit.py::test_a_renamed_fork_takes_over_what_upstream_changed", r"git remote add upstream .*": "test_kit.py::clone_of",
+    r"llmops run --env dev --to prompts": "test_prompts.py::test_a_new_prompt_that_is_no_better_changes_nothing", r"llmops questions (add|review) .*": "test_questions.py::test_a_question_is_used_once_it_is_reviewed",
+    r"llmops run --env dev --set corpus=.*": "test_retrieval.py::own", r"llmops promote .*": "test_deployment.py::test_approval_rollout_and_rollback", r"nbdev-test .*": "test_kit.py::test_the_two_commands_of_the_renamed_project",
+    r"llmops doctor --databricks": "test_kit.py::test_doctor_on_a_workspace", r"llmops bundle connect .*": "test_bundle.py::test_from_a_fine_tuned_model_to_a_deployed_version", r"llmops destroy .* --platform databricks": "test_hosting.py::test_destroy_removes_what_jobs_made",
+    r"llmops rollback --prompt": "test_prompts.py::test_going_back_to_the_previous_prompt", r"llmops chat.*": "test_docs.py::test_the_chat_command"}
+NOT_HERE = {
+    r"databricks .*": "takes a workspace", r"llmops run --env dev --app third_party --set gateway_models=openai/.*": "takes a paid provider", r".* --set finetune_profile=full": "takes half an hour; its settings are those of smoke, only more",
+    r"make offline": "takes both commands again; the life cycle of `finished` runs without a network", r"make lock.*": "resolves anew; the workflow `newest` does it every Monday", r"make run INSTALLER=pip": "takes ten minutes more; pip reads the same lock",
+    r"llmops bench .*": "takes minutes; its lesson, 03d_bench, measures", r"llmops load": "takes minutes; its lesson is 07b_load", r"nbdev-install-hooks": "writes into the home of whoever runs it", r"git .*": "is git's own"}
+
+
+def bare(command): return command.removeprefix(".venv/bin/").strip()
+def found(table, command): return next((value for pattern, value in table.items() if re.fullmatch(pattern, bare(command))), None)
+
+QUICK = [command for command in COMMANDS if not found(ELSEWHERE, command) and not found(NOT_HERE, command)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_exists(command):
+    "Command, options and targets are there, and each is run: here, or by the test that the table names."
+    exists(COMMANDS[command], re.sub(r"<([^>]*)>", "x", command))
+    if where := found(ELSEWHERE, command):
+        file, name = where.split("::")
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.M), f"{where} is gone"
+
+
+def test_the_tables_name_what_is_said():
+    for pattern in [*ELSEWHERE, *NOT_HERE]: assert any(re.fullmatch(pattern, bare(command)) for command in COMMANDS), f"no page says {pattern}"
+
+
+def test_quick_commands_run(finished, tmp_path):
+    "One after the other, in a copy of a project whose life cycle has run."
+    project, failed = copy_of(finished, tmp_path), {}
+    for command in QUICK:
+        words = shlex.split(bare(command))
+        if words[0] != "llmops" or "<" in command: continue
+        at_prod = words[words.index("--env") + 1] == "prod" if "--env" in words else False
+        words = [w for i, w in enumerate(words) if w != "--env" and words[i - 1] != "--env"][1:]
+        if words[:2] not in (["bundle", "plan"], ["questions", "check"]): words += ["--env", "prod" if at_prod else "staging"] if words[0] != "todo" else []
+        done = project.llmops(*words, BUNDLE_VAR="")
+        if done.returncode and command not in FAILS: failed[command] = done.stdout[-500:] + done.stderr[-1500:]
+        if command in FAILS: assert done.returncode == 1 and FAILS[command] in done.stderr, done.stderr
+    assert not failed, "\n\n".join(f"{command}\n{text}" for command, text in failed.items())
+
+FAILS = {".venv/bin/llmops run --env dev --only corpus --set questions=data/red_team.jsonl": "needs the key", ".venv/bin/llmops bundle plan --env prod": "service_principal", "llmops bundle plan --env staging": "service_principal", "llmops destroy": "Nobody can be asked"}      # to show how
+
+
+def test_the_chat_command(finished):
+    with httpx.Client() as client:
+        process = finished.start("chat", "--env", "staging", "--port", "0")
+        try:
+            address = next(m[0] for line in process.stdout if (m := re.search(r"http://\S+", line)))
+            assert "Ask a question" in client.get(address).text and client.get(f"{address}/api/info").json()["env"] == "staging"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+
+
+# --- links and names
+
+def links(text): return [link for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S)) if not re.match(r"\w+:", link)]
+
+
+@pytest.mark.parametrize("name", [*PAGES, *(f"nbs/{path.name}" for path in sorted((ROOT / "nbs").glob("*.ipynb")) if path.stem != "index")])
+def test_links_lead_somewhere(name):
+    text = PAGES.get(name) or "\n\n".join("".join(cell["source"]) for cell in json.loads((ROOT / name).read_text())["cells"] if cell["cell_type"] == "markdown")
+    for link in links(text):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.resolve().exists(), f"{name} links to {link}, which is not there"
+        if anchor and target.suffix == ".md": assert anchor in [anchor_of(h) for h in re.findall(r"^#+ (.+)$", target.read_text(), re.M)], f"{name} links to the heading {link}, which is not there"
+
+
+def test_the_tests_that_the_security_page_names():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGES["nbs/guides/security.md"])
+    assert len(named) > 20
+    for file, test in named: assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file} has no {test}"
+
+
+def test_citation_version_and_changelog_agree():
+    import yaml
+    from llmops_ref import __version__
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    first = re.search(r"^## (\S+) \((\S+)\)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert (cited["version"], str(cited["date-released"])) == first.groups() and cited["license"] == "Apache-2.0"
+    assert __version__.startswith(first[1]) or (ROOT / "pyproject.toml").read_text().count("[tool.upstream]"), "a fork counts its own versions"
+
+
+# --- the site
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages") / "site"
+    build_site(ROOT, folder)
+    return folder
+
+
+def test_no_link_of_the_site_is_broken(site):
+    assert broken_links(site) == []
+    pages = site_pages(ROOT)
+    assert len(pages) == len(list((ROOT / "nbs").glob("*.ipynb"))) + len(list((ROOT / "nbs" / "guides").glob("*.md"))), "every notebook and every guide is a page"
+    assert {str(path.relative_to(site)) for path in site.rglob("*.html")} == set(pages.page)
+    for path in site.rglob("*.html"): assert "<script src" not in path.read_text() and 'href="http' not in path.read_text().partition("<body>")[0], "nothing from outside"
+
+
+def test_the_site_in_a_browser(site, chromium):
+    "Nothing sticks out on a small screen, every picture loads, text can be told from its ground by day and by night."
+    for scheme, width in (("light", 360), ("dark", 1280)):
+        context = chromium.new_context(viewport=dict(width=width, height=800), color_scheme=scheme)
+        page = context.new_page()
+        for name in ("index.html", "05_finetune.html", "08_monitoring.html", "guides/components.html", "guides/ci.html"):
+            page.goto((site / name).as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} is wider than {width} pixels"
+            assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)"), f"a picture of {name} is missing"
+            assert contrast(*page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")) > 7
+        context.close()
+
+
+def contrast(*colours): # Of two CSS colours, as WCAG defines it
+    def light(colour): return sum(w * (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4) for w, c in zip((0.2126, 0.7152, 0.0722), (int(n) / 255 for n in re.findall(r"\d+", colour)[:3])))
+    low, high = sorted(map(light, colours))
+    return (high + 0.05) / (low + 0.05)
