@@ -1,11 +1,13 @@
 """What the README and the guides say is true: their commands run, their links lead somewhere, the tests that they name are there, and the site can be read."""
-import json, re, shlex, signal
+import dataclasses, json, re, shlex, signal
 
 import httpx
 import pytest
 
 from conftest import BIN, ROOT, copy_of
+from llmops_ref.config import Config
 from llmops_ref.docs import anchor_of, broken_links, build_site, site_pages
+from llmops_ref.pipeline import STAGES
 from test_chat import chromium
 from test_workflows import commands, test_what_is_called_exists as exists
 
@@ -99,6 +101,17 @@ def test_links_lead_somewhere(name):
         target = (ROOT / name).parent / path if path else ROOT / name
         assert target.resolve().exists(), f"{name} links to {link}, which is not there"
         if anchor and target.suffix == ".md": assert anchor in [anchor_of(h) for h in re.findall(r"^#+ (.+)$", target.read_text(), re.M)], f"{name} links to the heading {link}, which is not there"
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.notebook)
+def test_stages_open_alike(stage):
+    "What it reads and leaves, why it exists, and five lines: settings, time, Databricks, something to try, how it fails. Settings and commands are there."
+    cells = ["".join(cell["source"]) for cell in json.loads((ROOT / "nbs" / f"{stage.notebook}.ipynb").read_text())["cells"] if cell["cell_type"] == "markdown"]
+    assert cells[1].startswith("#| export\n\nReads ") and " Leaves " in cells[1] and len(cells[2].split()) > 40
+    rows = dict(re.findall(r"^\| ([^|]+) \| (.+) \|$", cells[3], re.M))
+    assert list(rows) == ["settings", "time here", "on Databricks", "to try", "how it fails"]
+    for name in re.findall(r"`(\w+)`", rows["settings"]): assert any(f.name.startswith(name) for f in dataclasses.fields(Config)), f"there is no setting {name}"
+    for command in said("\n".join(cells[3:4])): exists(stage.notebook, command)
 
 
 def test_the_tests_that_the_security_page_names():
