@@ -19,7 +19,7 @@ from .fork import read_identity
 from .workspace import DataError, write_atomic
 
 # %% ../nbs/90i_docs.ipynb #a9cd553a
-GUIDES = ("learn", "fork", "components", "ci", "security", "cost", "faq")
+GUIDES = ("learn", "fork", "databricks", "ci", "components", "measurements", "security", "cost", "faq")
 
 def site_pages(
     root: Path | str, # The project's folder

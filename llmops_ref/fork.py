@@ -1,4 +1,4 @@
-"""What a project is called, and how it follows the one it came from
+"""A project under another name that follows its upstream
 
 Reads the tracked files of a repository, and commits of the one it was forked from. Leaves the same files under another name, and a commit that takes over what upstream changed."""
 

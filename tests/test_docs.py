@@ -17,26 +17,26 @@ PAGES = {name: (ROOT / name).read_text() for name in ["README.md", "CONTRIBUTING
 def said(text: str) -> list[str]:
     "The commands of a page: lines of its blocks, and what stands between backticks."
     blocks = [line for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.M | re.S) if language in ("", "bash") for line in block.splitlines()]
-    lines = [re.sub(r"(?:\s{2,}|(?<=') )#.*$", "", line).strip() for line in blocks] + re.findall(r"`((?:\.venv/bin/)?(?:llmops|make|nbdev-\w+) [^`]+)`", text)
-    return [line for line in lines if re.match(r"(make|(\.venv/bin/)?(llmops|nbdev-[\w-]+)|databricks|git)( |$)", line) and "..." not in line and line.count("'") % 2 == 0]
+    lines = [re.sub(r"(?:\s{2,}|(?<=') )#.*$", "", re.sub(r"^\s*(?:[A-Z_]+=(?:'[^']*'|\S+) )+", "", line)).strip() for line in blocks] + re.findall(r"`((?:\.venv/bin/)?(?:llmops|make|nbdev-\w+) [^`]+)`", text)
+    return [line for line in lines if re.match(r"(make|(\.venv/bin/)?(llmops|nbdev-[\w-]+)|databricks|git)( |$)", line) and "..." not in line and "--help" not in line and line.count("'") % 2 == 0]
 
 COMMANDS = {command: name for name, text in PAGES.items() for command in said(text)}
 
 # What takes minutes is run by another test, and what cannot be had here by none
 ELSEWHERE = {
-    r"make (run|test|setup)( TORCH=cpu)?": "test_kit.py::test_the_two_commands_of_the_renamed_project", r"make prepare": "test_kit.py::test_a_renamed_fork_takes_over_what_upstream_changed",
-    r"llmops run --env (dev|staging)": "conftest.py::finished", r"llmops run --env dev --app third_party": "test_applications.py::third", r"llmops compare .*": "test_applications.py::test_one_table_compares_the_applications",
+    r"make (run|test|setup)( TORCH=cpu)?": "test_kit.py::test_the_two_commands_of_the_renamed_project", r"make site": "test_docs.py::site", r"make prepare": "test_kit.py::test_a_renamed_fork_takes_over_what_upstream_changed",
+    r"llmops run --env (dev|staging)": "conftest.py::finished", r"llmops run --env dev --app third_party": "test_applications.py::third", r"llmops compare.*": "test_applications.py::test_one_table_compares_the_applications",
     r"llmops serve assistant|llmops serve front": "test_deployment.py::test_approval_rollout_and_rollback", r"llmops batch .*": "test_applications.py::test_a_batch_that_is_killed_goes_on_where_it_stopped",
     r"llmops run --env dev --only (finetune|retrieval)( --force)?": "test_deployment.py::shop", r"llmops (run|approve|rollback|versions) --env prod|llmops approve|llmops rollback": "test_deployment.py::test_approval_rollout_and_rollback",
     r"llmops (vote|review) .*": "test_feedback.py::test_the_loop_from_a_thumb_down_to_the_next_version", r"llmops monitor .*": "test_monitoring.py::test_the_command_for_a_scheduler",
     r"llmops run --env dev --set (hub_retired=smollm2-q8_0|retrieval=off)": "test_kit.py::test_neither_fine_tuning_nor_an_index", r"llmops run --env dev --set finetune=off": "test_kit.py::test_the_two_commands_of_the_renamed_project",
     r"llmops init.*": "test_kit.py::acme", r"llmops upgrade": "test_kit.py::test_a_renamed_fork_takes_over_what_upstream_changed", r"git remote add upstream .*": "test_kit.py::clone_of",
     r"llmops run --env dev --to prompts": "test_prompts.py::test_a_new_prompt_that_is_no_better_changes_nothing", r"llmops questions (add|review) .*": "test_questions.py::test_a_question_is_used_once_it_is_reviewed",
-    r"llmops run --env dev --set corpus=.*": "test_retrieval.py::own", r"llmops promote .*": "test_deployment.py::test_approval_rollout_and_rollback", r"nbdev-test .*": "test_kit.py::test_the_two_commands_of_the_renamed_project",
-    r"llmops doctor --databricks": "test_kit.py::test_doctor_on_a_workspace", r"llmops bundle connect .*": "test_bundle.py::test_from_a_fine_tuned_model_to_a_deployed_version", r"llmops destroy .* --platform databricks": "test_hosting.py::test_destroy_removes_what_jobs_made",
+    r"llmops run --env dev --set corpus=.*": "test_retrieval.py::own", r"nbdev-test .*": "test_kit.py::test_the_two_commands_of_the_renamed_project",
+    r"llmops doctor .*--databricks|llmops doctor --databricks": "test_kit.py::test_doctor_on_a_workspace", r"llmops bundle connect .*": "test_bundle.py::test_from_a_fine_tuned_model_to_a_deployed_version", r"llmops destroy .* --platform databricks": "test_hosting.py::test_destroy_removes_what_jobs_made",
     r"llmops rollback --prompt": "test_prompts.py::test_going_back_to_the_previous_prompt", r"llmops chat.*": "test_docs.py::test_the_chat_command"}
 NOT_HERE = {
-    r"databricks .*": "takes a workspace", r"llmops run --env dev --app third_party --set gateway_models=openai/.*": "takes a paid provider", r".* --set finetune_profile=full": "takes half an hour; its settings are those of smoke, only more",
+    r"databricks .*": "takes a workspace", r"llmops run --env dev --app third_party --set gateway_models=openai/.*": "takes a paid provider", r".* --set validation_questions=0": "takes minutes; the same command with other settings runs in test_kit", r".* --set finetune_profile=full": "takes half an hour; its settings are those of smoke, only more",
     r"make offline": "takes both commands again; the life cycle of `finished` runs without a network", r"make lock.*": "resolves anew; the workflow `newest` does it every Monday", r"make run INSTALLER=pip": "takes ten minutes more; pip reads the same lock",
     r"llmops bench .*": "takes minutes; its lesson, 03d_bench, measures", r"llmops load": "takes minutes; its lesson is 07b_load", r"nbdev-install-hooks": "writes into the home of whoever runs it", r"git .*": "is git's own"}
 

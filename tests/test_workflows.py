@@ -116,7 +116,7 @@ def test_what_is_called_exists(where, script):
         elif words[0] == "bundle":
             assert words[1] in ("deploy", "run", "destroy") and words[words.index("-t") + 1] in {*BUNDLE["targets"], "$TARGET"}
             assert words[1] != "run" or words[2] in RESOURCES, f"the bundle has no {words[2]}"
-        else: assert words[:2] == ["fs", "cp"], words
+        else: assert words[:2] in (["fs", "cp"], ["auth", "login"]), words
 
 
 def test_the_check_of_commands_sees_them():
