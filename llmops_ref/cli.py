@@ -469,7 +469,7 @@ def _serve(ws, what, port):                         # its URL, and a request to 
         from llmops_ref.llm import Endpoint, serve_command
         model, adapter, version = tuned_files(ws)
         key = os.environ.setdefault("CHAT_API_KEY", secrets.token_urlsafe(24))
-        service = start_service(ws, "chat_model", serve_command(model, ws.config.chat_model, ws.config.chat_slots, adapter), f"{version} {ws.config.finetune_serve} {hashlib.sha256(key.encode()).hexdigest()[:16]}", port=port, environment=dict(LLMOPS_SERVE_KEY=key))
+        service = start_service(ws, "chat_model", serve_command(model, ws.config.chat_model, ws.config.chat_slots, adapter), f"{version} {model.name} {ws.config.finetune_serve} {hashlib.sha256(key.encode()).hexdigest()[:16]}", port=port, environment=dict(LLMOPS_SERVE_KEY=key))
         typer.echo(f"export CHAT_API_KEY={key} LLMOPS_CHAT_URL={service.url}/v1")
         endpoint = Endpoint(f"{service.url}/v1", ws.config.chat_model, key)
     key = f" -H \"Authorization: Bearer ${'DATABRICKS_TOKEN' if callable(endpoint.api_key) else 'CHAT_API_KEY'}\"" if endpoint.api_key else ""

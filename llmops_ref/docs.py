@@ -7,8 +7,8 @@ Reads notebooks with their stored outputs, and the guides. Leaves a folder of pa
 # %% auto #0
 __all__ = ['GUIDES', 'site_pages', 'anchor_of', 'site_link', 'render_source', 'build_site', 'broken_links']
 
-# %% ../nbs/90i_docs.ipynb #a322a579
-import html, json, os, re, shutil
+# %% ../nbs/90i_docs.ipynb #2b924d98
+import html, json, os, re, shutil, tempfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -18,7 +18,7 @@ from jinja2 import Template
 from .fork import read_identity
 from .workspace import DataError, write_atomic
 
-# %% ../nbs/90i_docs.ipynb #a9cd553a
+# %% ../nbs/90i_docs.ipynb #9fa692d6
 GUIDES = ("learn", "fork", "databricks", "ci", "components", "measurements", "security", "cost", "faq")
 
 def site_pages(
@@ -26,23 +26,23 @@ def site_pages(
 ) -> pd.DataFrame: # Columns `source page title line group`; paths relative to the project and to the site
     "All pages of the site, in the order in which they are read."
     root, rows = Path(root), []
-    for path in (root / f"nbs/guides/{name}.md" for name in GUIDES):
-        if path.is_file(): rows.append((f"nbs/guides/{path.name}", f"guides/{path.stem}.html", *_head(path.read_text()), "Guides"))
+    guides = {path.stem: path for path in sorted((root / "nbs" / "guides").glob("*.md"))}
+    for name in dict.fromkeys([*(n for n in GUIDES if n in guides), *guides]): rows.append((f"nbs/guides/{name}.md", f"guides/{name}.html", *_head(guides[name].read_text(), name), "Guides"))
     for path in sorted((root / "nbs").glob("*.ipynb")):
-        first = "".join(json.loads(path.read_text())["cells"][0]["source"])
+        first = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"][:1])
         stage = re.fullmatch(r"0[1-8]_\w+", path.stem)
         group = "Start" if path.stem == "index" else "Stages" if stage else "Running it" if path.stem.startswith("9") else "Libraries"
-        rows.append((f"nbs/{path.name}", f"{path.stem}.html", path.stem if path.stem != "index" else _head(first)[0], _head(first)[1], group))
+        rows.append((f"nbs/{path.name}", f"{path.stem}.html", path.stem if path.stem != "index" else _head(first, path.name)[0], _head(first, path.name)[1], group))
     order = {group: n for n, group in enumerate(("Start", "Guides", "Stages", "Libraries", "Running it"))}
     table = pd.DataFrame(rows, columns=["source", "page", "title", "line", "group"])
     return table.sort_values("group", key=lambda g: g.map(order), kind="stable", ignore_index=True)
 
-def _head(text):
+def _head(text, name):
     found = re.match(r"# ([^\n]+)\n\n> ([^\n]+)", text)
-    if not found: raise DataError(f"A page begins with `# title` and a line after `> `, not with {text[:60]!r}.")
+    if not found: raise DataError(f"{name} is no page: it begins with {text[:60]!r}, and not with `# title` and a line after `> `.")
     return found[1], found[2]
 
-# %% ../nbs/90i_docs.ipynb #e4991b5d
+# %% ../nbs/90i_docs.ipynb #cda826cc
 def anchor_of(heading: str) -> str:
     "The name of a heading in a link, as GitHub makes it."
     return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.strip().lower()))
@@ -64,7 +64,7 @@ def site_link(
     if target.startswith("nbs/images/"): return os.path.relpath(target.removeprefix("nbs/"), Path(pages[source]).parent)
     return f"{repository}/blob/main/{target}{anchor}" if repository else None
 
-# %% ../nbs/90i_docs.ipynb #3f27eb52
+# %% ../nbs/90i_docs.ipynb #f55a18a8
 _CSS = """
 :root { --ground: #fff; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --panel: #f6f8fa; --link: #0b57d0; --mark: #0b57d0; color-scheme: light dark }
 @media (prefers-color-scheme: dark) { :root { --ground: #0f1419; --ink: #dde3ea; --soft: #9aa5b1; --line: #2b343e; --panel: #171e26; --link: #79b0ff; --mark: #79b0ff } }
@@ -99,9 +99,9 @@ _FRAME = Template("""<!doctype html>
 <body><nav aria-label="Pages"><details open><summary>{{ name }}</summary><a class="name" href="{{ up }}index.html">{{ name }}</a>
 {% for group, rows in groups %}{% if group != "Start" %}<h2>{{ group }}</h2>{% endif %}<ul>{% for row in rows %}<li><a href="{{ up }}{{ row.page }}" title="{{ row.line }}"{% if row.page == page %} aria-current="page"{% endif %}>{{ "Overview" if group == "Start" else row.title }}</a></li>{% endfor %}</ul>
 {% endfor %}</details></nav>
-<main>{{ body }}<footer>{% if before %}<a href="{{ up }}{{ before.page }}">← {{ before.title }}</a>{% else %}<span></span>{% endif %}{% if after %}<a href="{{ up }}{{ after.page }}">{{ after.title }} →</a>{% endif %}</footer></main>
+<main>{{ body | safe }}<footer>{% if before %}<a href="{{ up }}{{ before.page }}">← {{ before.title }}</a>{% else %}<span></span>{% endif %}{% if after %}<a href="{{ up }}{{ after.page }}">{{ after.title }} →</a>{% endif %}</footer></main>
 <script>const nav = document.querySelector("nav"), here = nav.querySelector("[aria-current]"); if (matchMedia("(max-width: 60rem)").matches) nav.firstElementChild.open = false; else if (here) nav.scrollTop = here.offsetTop - nav.clientHeight / 2;</script></body></html>
-""", autoescape=False)
+""", autoescape=True)
 
 def _markdown(text):
     from nbconvert.filters import markdown2html
@@ -112,7 +112,7 @@ def _cell(cell, dress):                             # HTML of one cell
     if cell["cell_type"] == "markdown": return dress(text)
     directives = set(re.findall(r"^#\|\s*(\w+)", text, re.M))
     code = re.sub(r"^#\|.*\n?", "", text, flags=re.M).strip("\n")
-    if "default_exp" in directives or not code: return ""
+    if cell["cell_type"] != "code" or "default_exp" in directives or not code: return ""
     from nbconvert.filters.highlight import Highlight2HTML
     shown = f'<div class="input{" exported" * bool({"export", "exports"} & directives)}">{Highlight2HTML()(code, language="ipython3")}</div>'
     if all(re.match(r"(import|from)\s|\s|[)#]|$", line) for line in code.split("\n")) and not cell["outputs"]: shown = f'<details class="imports"><summary>Imports</summary>{shown}</details>'
@@ -122,11 +122,17 @@ def _output(output):
     data = output.get("data", {})
     joined = lambda value: "".join(value) if isinstance(value, list) else value
     if "image/png" in data: return f'<img alt="A plot; the text around it says what it shows" src="data:image/png;base64,{joined(data["image/png"]).strip()}">'
-    if "image/svg+xml" in data: return joined(data["image/svg+xml"])
-    if "text/html" in data: return re.sub(r"<style.*?</style>", "", joined(data["text/html"]), flags=re.S)
-    if "text/markdown" in data: return _markdown(joined(data["text/markdown"]))
+    for kind in ("image/svg+xml", "text/html", "text/markdown"):
+        if kind in data: return _harmless(_markdown(joined(data[kind])) if kind == "text/markdown" else joined(data[kind]))
     text = re.sub(r"\x1b\[[0-9;]*m", "", joined(data.get("text/plain") or output.get("text", "")) or "\n".join(output.get("traceback", [])))
     return f"<pre>{html.escape(text)}</pre>" if text.strip() else ""
+
+def _harmless(text):                                # an output shows what somebody typed: nothing in it may run
+    from bs4 import BeautifulSoup
+    soup = BeautifulSoup(text, "html.parser")
+    for node in soup.find_all(["script", "style", "iframe", "object", "embed", "link", "meta", "form"]): node.decompose()
+    for node in soup.find_all(True): node.attrs = {key: value for key, value in node.attrs.items() if not key.lower().startswith("on") and not re.match(r"\s*(javascript|vbscript|data:text)", str(value), re.I)}
+    return str(soup)
 
 def render_source(
     root: Path | str,
@@ -141,18 +147,19 @@ def render_source(
         soup = BeautifulSoup(_markdown(text), "html.parser")
         for link in soup.select("a.anchor-link"): link.decompose()
         for heading in soup.select("h1, h2, h3, h4"):
-            name = anchor_of(heading.get_text())
-            seen[name] = seen.get(name, -1) + 1
-            heading["id"] = f"{name}-{seen[name]}" if seen[name] else name
+            name = heading["id"] = anchor_of(heading.get_text())
+            while heading["id"] in seen: seen[name] += 1; heading["id"] = f"{name}-{seen[name]}"
+            seen[heading["id"]] = 0
         for node in soup.select("a[href], img[src]"):
             key = "href" if node.name == "a" else "src"
-            if (leads := site_link(node[key], source, pages, repository)) is None: node.unwrap()
+            leads = site_link(node[key], source, pages, repository)
+            if leads is None or re.match(r"\s*javascript", leads, re.I): node.unwrap()
             else: node[key] = leads
         return f'<div class="text">{soup}</div>'
     text = (Path(root) / source).read_text(encoding="utf-8")
     return "\n".join(_cell(cell, dress) for cell in json.loads(text)["cells"]) if source.endswith(".ipynb") else dress(text)
 
-# %% ../nbs/90i_docs.ipynb #c936e274
+# %% ../nbs/90i_docs.ipynb #117769ca
 def build_site(
     root: Path | str,
     folder: Path | str, # Where it goes; what is there is replaced
@@ -162,18 +169,20 @@ def build_site(
     from pygments.formatters import HtmlFormatter
     root, folder = Path(root), Path(folder)
     if folder.exists() and not (folder / "site.css").exists() and any(folder.iterdir()): raise DataError(f"{folder} is no site of ours, and would be replaced. Choose an empty folder.")
-    table, name, fresh = site_pages(root), read_identity(root).name, folder.with_name(folder.name + ".new")
+    table, name = site_pages(root), read_identity(root).name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent))
     pages, rows = dict(zip(table.source, table.page)), list(table.itertuples())
-    shutil.rmtree(fresh, ignore_errors=True)
     groups = [(group, [r for r in rows if r.group == group]) for group in table.group.unique()]
     for n, row in enumerate(rows):
-        text = _FRAME.render(title=row.title, name=name, line=html.escape(row.line, quote=True), up="../" * row.page.count("/"), groups=groups, page=row.page, body=render_source(root, row.source, pages, repository),
+        text = _FRAME.render(title=row.title, name=name, line=row.line, up="../" * row.page.count("/"), groups=groups, page=row.page, body=render_source(root, row.source, pages, repository),
                              before=rows[n - 1] if n else None, after=rows[n + 1] if n + 1 < len(rows) else None)
         write_atomic(fresh / row.page, text)
     code = HtmlFormatter(style="default").get_style_defs(".highlight") + "\n@media (prefers-color-scheme: dark) {\n" + HtmlFormatter(style="github-dark").get_style_defs(".highlight") + "\n}\n.highlight { background: none !important }\n"
     write_atomic(fresh / "site.css", code + _CSS)
-    shutil.copytree(root / "nbs" / "images", fresh / "images")
+    if (root / "nbs" / "images").is_dir(): shutil.copytree(root / "nbs" / "images", fresh / "images")
     shutil.rmtree(folder, ignore_errors=True)
+    fresh.chmod(0o755)
     fresh.rename(folder)
     return table.assign(kb=[round((folder / p).stat().st_size / 1e3) for p in table.page])[["page", "kb"]]
 

@@ -9,8 +9,8 @@ __all__ = ['KEPT', 'Identity', 'read_identity', 'choose_identity', 'rename_text'
            'rename_project', 'Upstream', 'read_upstream', 'record_upstream', 'version_of', 'check_clean',
            'fork_project', 'write_host', 'write_setting', 'merge_settings', 'prepare_project', 'upgrade_project']
 
-# %% ../nbs/90f_fork.ipynb #fb22882d
-import configparser, importlib.util, keyword, os, re, subprocess, sys, tempfile, tomllib
+# %% ../nbs/90f_fork.ipynb #32f85ff0
+import configparser, importlib.util, keyword, os, re, shlex, subprocess, sys, tempfile, tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import pandas as pd
 from .config import SettingsError
 from .workspace import DataError, write_atomic
 
-# %% ../nbs/90f_fork.ipynb #23b7022d
+# %% ../nbs/90f_fork.ipynb #067b4207
 @dataclass(frozen=True)
 class Identity:
     "What a project is called."
@@ -36,16 +36,18 @@ def read_identity(
     root = Path(root)
     try:
         found = tomllib.loads((root / "pyproject.toml").read_text())
-        catalog = re.search(r"^catalog\s*=\s*(\w+?)_\{env\}", (root / "settings.ini").read_text(), re.M)
-        return Identity(found["project"]["name"], found["tool"]["nbdev"]["lib_path"], catalog[1], found["project"]["description"])
+        package, catalog = found["tool"]["nbdev"]["lib_path"], re.search(r"^catalog\s*=\s*(\w+?)_\{env\}", (root / "settings.ini").read_text(), re.M)
+        return Identity(found["project"]["name"], package, catalog[1] if catalog else package, found["project"]["description"])
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"{root} does not say what it is called ({type(error).__name__}: {error}). It takes pyproject.toml with project.name, project.description and tool.nbdev.lib_path, and settings.ini with catalog = something_{{env}}.") from None
+        raise DataError(f"{root} does not say what it is called ({type(error).__name__}: {error}). It takes pyproject.toml with project.name, project.description and tool.nbdev.lib_path, and settings.ini beside it.") from None
 
-# %% ../nbs/90f_fork.ipynb #341bd279
+# %% ../nbs/90f_fork.ipynb #8e7c8728
 _RULES = dict(name=(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", 22, "lower-case letters, digits and single hyphens, such as weather-desk"),
               package=(r"[a-z][a-z0-9_]*", 40, "lower-case letters, digits and underscores, such as weather_desk"),
               catalog=(r"[a-z][a-z0-9_]*[a-z0-9]", 60, "lower-case letters, digits and underscores, such as weather_desk"),
-              about=(r"[^\"\\<>{}\[\]\n`#|]{10,}", 100, "one line of ten characters at least without quotes, brackets or backslashes"))
+              about=(r"[^\"\\<>{}\[\]`#|\x00-\x1f\x7f]{10,}", 100, "one line of ten characters at least without quotes, brackets or backslashes"))
+
+_TAKEN = set("app benchmarks data nbs resources runs stores tests true false null none yes no on off".split())
 
 def choose_identity(
     old: Identity, # What it is called now
@@ -55,23 +57,25 @@ def choose_identity(
     about: str | None = None,
 ) -> Identity:
     "What a project shall be called; `SettingsError` names what no tool would take."
-    if name: name, package = name.strip(), package or name.strip().replace("-", "_")
-    new = Identity(name or old.name, package or old.package, catalog or (package if name else None) or old.catalog, (about or old.about).strip())
+    name = (name or old.name).strip()
+    if name != old.name: package = package or name.replace("-", "_")
+    new = Identity(name, package or old.package, catalog or (package if name != old.name else None) or old.catalog, (about or old.about).strip())
     for key, (pattern, longest, rule) in _RULES.items():
         value = getattr(new, key)
         if not re.fullmatch(pattern, value) or len(value) > longest: raise SettingsError(f"--{key} takes {rule}, at most {longest} characters; not {value!r}.")
     if len(new.about.split()) > 11: raise SettingsError(f"--about takes eleven words at most: it is the line under each title. These are {len(new.about.split())}.")
+    if taken := {new.name, new.package} & _TAKEN: raise SettingsError(f"{taken.pop()} is a folder of the project, or a word of YAML. Choose another name.")
     if keyword.iskeyword(new.package): raise SettingsError(f"--package {new.package} is a word of Python itself. Choose another one.")
     if new.package != old.package and (new.package in sys.stdlib_module_names or importlib.util.find_spec(new.package)):
         raise SettingsError(f"--package {new.package} would hide a package of that name, which is installed here. Choose another one.")
     return new
 
-# %% ../nbs/90f_fork.ipynb #655e25ac
+# %% ../nbs/90f_fork.ipynb #288e4ad7
 def _renamer(old, new):
     def whole(text): return rf"(?<![\w-]){re.escape(text)}(?![\w-])"
     def begins(text, joint): return rf"(?<![\w-]){re.escape(text)}{joint}(?=\{{env\}}|\$\{{bundle\.target\}}|(?:dev|staging|prod)(?!\w))"
     dashed = [i.catalog.replace("_", "-") for i in (old, new)]
-    tokens = {whole(old.name): new.name, rf"(?<!\w){re.escape(old.package)}(?!\w)": new.package, begins(old.catalog, "_"): f"{new.catalog}_",
+    tokens = {whole(old.name): new.name, begins(old.name, "-"): f"{new.name}-", rf"(?<!\w){re.escape(old.package)}(?!\w)": new.package, begins(old.catalog, "_"): f"{new.catalog}_",
               begins(dashed[0], "-"): f"{dashed[1]}-", rf"(?<!\w){re.escape(old.about)}(?!\w)": new.about}
     pattern, values = re.compile("|".join(f"({token})" for token in tokens)), list(tokens.values())
     return lambda text: pattern.subn(lambda m: values[m.lastindex - 1], text)
@@ -80,23 +84,24 @@ def rename_text(text: str, old: Identity, new: Identity) -> str:
     "A text in which a project is called otherwise."
     return _renamer(old, new)(text)[0]
 
-# %% ../nbs/90f_fork.ipynb #d53feb30
+# %% ../nbs/90f_fork.ipynb #b895c219
 KEPT = ("LICENSE", "CITATION.cff", "CHANGELOG.md", "requirements.lock", "data/")     # what others wrote, or a team's own
 
 def tracked_files(root: Path | str) -> list[str]:
-    "Paths that git knows, of files that are there."
-    return [f for f in git(root, "ls-files", "-z").split("\0") if f and (Path(root) / f).is_file()]
+    "Paths that git knows, of files that are there; what a link points to may be anywhere, so it is left alone."
+    return [f for f in git(root, "ls-files", "-z").split("\0") if f and (Path(root) / f).is_file() and not (Path(root) / f).is_symlink()]
 
 def git(root: Path | str, *words: str, **variables: str) -> str:
     "What a git command says; `DataError` with its own words if it fails."
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, env=os.environ | variables)
+    outside = {key: value for key, value in os.environ.items() if key not in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_PREFIX")}
+    done = subprocess.run(["git", "-C", str(root), "-c", "core.quotePath=false", *words], capture_output=True, text=True, env=outside | variables)
     if done.returncode: raise DataError(f"git {words[0]} failed: {(done.stderr or done.stdout).strip()[-600:]}")
     return done.stdout.removesuffix("\n")
 
 def _texts(root, skip=KEPT):
     for name in tracked_files(root):
         if name.startswith(skip): continue
-        try: yield name, (Path(root) / name).read_text(encoding="utf-8")
+        try: yield name, (Path(root) / name).read_bytes().decode("utf-8")      # as bytes, so that line ends stay
         except UnicodeDecodeError: pass             # a picture
 
 def plan_rename(
@@ -111,7 +116,7 @@ def plan_rename(
     renamed = _renamer(old, new)
     return pd.DataFrame([(name, n) for name, text in _texts(root) if (n := renamed(text)[1])], columns=["file", "places"])
 
-# %% ../nbs/90f_fork.ipynb #ad592edf
+# %% ../nbs/90f_fork.ipynb #4e887943
 def rename_project(
     root: Path | str,
     new: Identity,
@@ -119,11 +124,11 @@ def rename_project(
     "Rename a project's files where they are."
     root, old = Path(root), read_identity(root)
     plan, renamed = plan_rename(root, new), _renamer(old, new)
-    for name in plan.file: write_atomic(root / name, renamed((root / name).read_text(encoding="utf-8"))[0])
+    for name in plan.file: (root / name).write_bytes(renamed((root / name).read_bytes().decode("utf-8"))[0].encode("utf-8"))      # in place, so that what is executable stays so
     if new.package != old.package: (root / old.package).rename(root / new.package)
     return plan
 
-# %% ../nbs/90f_fork.ipynb #e2cd3837
+# %% ../nbs/90f_fork.ipynb #4ee932be
 @dataclass(frozen=True)
 class Upstream:
     "What a project was made from, or took over last."
@@ -134,13 +139,14 @@ class Upstream:
 def read_upstream(root: Path | str) -> Upstream | None:
     "What `pyproject.toml` has on record; None in a project that is nobody's fork."
     found = tomllib.loads((Path(root) / "pyproject.toml").read_text()).get("tool", {}).get("upstream")
-    return Upstream(**found) if found else None
+    return Upstream(*(found.get(key, "unknown") for key in ("name", "version", "commit"))) if found else None
 
 def record_upstream(root: Path | str, upstream: Upstream) -> None:
     "Write it there."
     path = Path(root) / "pyproject.toml"
-    text = re.sub(r"\n*\[tool\.upstream\][^\[]*", "\n", path.read_text()).rstrip("\n")
-    write_atomic(path, f'{text}\n\n[tool.upstream]                      # taken over last; `llmops upgrade` reads and writes it\nname = "{upstream.name}"\nversion = "{upstream.version}"\ncommit = "{upstream.commit}"\n')
+    record = f'[tool.upstream]                      # taken over last; `llmops upgrade` reads and writes it\nname = "{upstream.name}"\nversion = "{upstream.version}"\ncommit = "{upstream.commit}"\n'
+    text, found = re.subn(r"^\[tool\.upstream\].*\n(?:\w+ = .*(?:\n|$))*", lambda _: record, path.read_text(), flags=re.M)
+    write_atomic(path, text if found else text.rstrip("\n") + f"\n\n{record}")
 
 def version_of(root: Path | str, package: str) -> str:
     "The version that a package's `__init__.py` says; unknown if it says none."
@@ -148,12 +154,14 @@ def version_of(root: Path | str, package: str) -> str:
     found = re.search(r'__version__ = "(.+?)"', path.read_text()) if path.is_file() else None
     return found[1] if found else "unknown"
 
-# %% ../nbs/90f_fork.ipynb #f6293cf8
+# %% ../nbs/90f_fork.ipynb #ce293b17
 def check_clean(root: Path | str) -> None:
     "`SettingsError` unless the folder is a git repository with everything committed."
-    try: changed = git(root, "status", "--porcelain").splitlines()
+    try: changed = git(root, "status", "--porcelain", "--untracked-files=normal").splitlines()
     except DataError: raise SettingsError("This is no git repository. Make it one first: git init && git add -A && git commit -m 'Begin'") from None
     if changed: raise SettingsError(f"{len(changed)} files are not committed, among them {changed[0][3:]}. Commit or stash them first: git stash --include-untracked")
+    try: git(root, "var", "GIT_COMMITTER_IDENT")
+    except DataError: raise SettingsError("Git does not know who you are, and would refuse to commit. Tell it: git config user.name 'Ada Lovelace'; git config user.email ada@example.com") from None
     if Path(git(root, "rev-parse", "--show-toplevel")).resolve() != Path(root).resolve(): raise SettingsError(f"The repository begins above {root}. A project is a repository of its own.")
 
 def fork_project(
@@ -162,16 +170,28 @@ def fork_project(
     settings: dict[str, str] | None = None, # To write into [DEFAULT] of settings.ini
     host: str | None = None, # Address of the workspace, to write into databricks.yml
 ) -> pd.DataFrame: # As from `plan_rename`; empty if nothing was to do
-    "Rename a project, record what it was made from, and commit that; `SettingsError` if something is not committed."
+    "Rename a project, record what it was made from, and commit that, or leave everything as it was; `SettingsError` if something is not committed or in the way."
     check_clean(root)
     old, taken = read_identity(root), read_upstream(root)
-    plan = rename_project(root, new)
-    if taken is None and new.name != old.name: record_upstream(root, Upstream(old.name, version_of(root, new.package), git(root, "rev-parse", "HEAD")))
-    for key, value in (settings or {}).items(): write_setting(root, key, value)
-    if host: write_host(root, host)
-    git(root, "add", "-A")
-    if git(root, "status", "--porcelain"): git(root, "commit", "-q", "-m", f"Name it {new.name}" if len(plan) else "Choose application and workspace")
+    if new.package != old.package:
+        if (Path(root) / new.package).exists(): raise SettingsError(f"There is something called {new.package} here already. Choose another --package.")
+        if subprocess.run(["git", "-C", str(root), "check-ignore", "-q", new.package]).returncode == 0: raise SettingsError(f"Git ignores {new.package}, so the package would not be committed. Choose another --package.")
+    with _all_or_nothing(root):
+        plan = rename_project(root, new)
+        if taken is None and new != old: record_upstream(root, Upstream(old.name, version_of(root, new.package), git(root, "rev-parse", "HEAD")))
+        for key, value in (settings or {}).items(): write_setting(root, key, value)
+        if host: write_host(root, host)
+        git(root, "add", "-A")
+        if git(root, "status", "--porcelain"): git(root, "commit", "-q", "-m", f"Name it {new.name}" if len(plan) else "Choose application and workspace")
     return plan
+
+@contextmanager
+def _all_or_nothing(root):                          # everything was committed before
+    try: yield
+    except BaseException:
+        git(root, "reset", "-q", "--hard")
+        git(root, "clean", "-qfd")
+        raise
 
 def write_host(root: Path | str, host: str) -> None:
     "Say in `databricks.yml` which workspace the bundle goes to, unless a target says so itself."
@@ -182,46 +202,57 @@ def write_host(root: Path | str, host: str) -> None:
 def write_setting(root: Path | str, key: str, value: str, section: str = "DEFAULT") -> None:
     "Change one value in `settings.ini`, and leave its comment and everything else as they are; `SettingsError` if there is no such key or section."
     path = Path(root) / "settings.ini"
-    values = _values(path.read_text())
+    text = path.read_text()
+    sections, values = _values(text)
     if ("DEFAULT", key) not in values: raise SettingsError(f"settings.ini has no key {key!r} in [DEFAULT].")
-    if not any(s == section for s, _ in values): raise SettingsError(f"settings.ini has no section [{section}].")
-    _write_value(path, section, key, value)
+    if section not in sections: raise SettingsError(f"settings.ini has no section [{section}].")
+    write_atomic(path, _set_value(text, section, key, value))
 
-def _write_value(path, section, key, value):
-    head, found, rest = path.read_text().partition(f"[{section}]\n")
-    body, following, after = rest.partition("\n[")
-    line = re.search(rf"^{re.escape(key)}( *= *)([^;\n]*?)( *)(;.*)?$", body, re.M)
-    if line: body = body[:line.start()] + f"{key}{line[1]}{value}" + (" " * max(1, len(line[2] + line[3]) - len(value)) + line[4] if line[4] else "") + body[line.end():]
-    else:
-        at = max([m.end() for m in re.finditer(r"^\w+ *=.*$", body, re.M)], default=0)
-        body = f"{body[:at]}{chr(10) if at else ''}{key} = {value}{'' if at else chr(10)}{body[at:]}"
-    write_atomic(path, head + found + body + following + after)
-
-def _values(text):                                  # (section, key) -> value
+def _values(text):                                  # sections, and (section, key) -> value
     parser = configparser.ConfigParser(interpolation=None, default_section="", inline_comment_prefixes=(";",))
     parser.read_string(text)
-    return {(section, key): parser[section][key] for section in parser.sections() for key in parser[section]}
+    return parser.sections(), {(section, key): parser[section][key] for section in parser.sections() for key in parser[section]}
 
-# %% ../nbs/90f_fork.ipynb #84270cdd
+def _set_value(text, section, key, value):          # None: without the key
+    lines, here, place, last = text.splitlines(keepends=True), None, None, None
+    for n, line in enumerate(lines):
+        if head := re.match(r"\[([^\]]+)\]", line): here, last = head[1], n if head[1] == section else last
+        elif here == section and re.match(r"\w+[ \t]*=|[ \t]+\S", line): last = n             # its last line with a value, or more of one
+        if here == section and re.match(rf"{re.escape(key)}[ \t]*=", line): place = n
+    if place is None: return text if value is None else "".join([*lines[:last + 1], f"{key} = {value}\n", *lines[last + 1:]])
+    end = place + 1
+    while end < len(lines) and re.match(r"[ \t]+\S", lines[end]): end += 1
+    if value is None: return "".join(lines[:place] + lines[end:])
+    found = re.match(r"(\w+[ \t]*=[ \t]*)([^;\n]*?)([ \t]*)(;.*)?$", lines[place].rstrip("\n"))
+    comment = " " * max(1, len(found[2] + found[3]) - len(value)) + found[4] if found[4] else ""
+    return "".join([*lines[:place], found[1] + value.replace("\n", "\n    ") + comment + "\n", *lines[end:]])
+
+# %% ../nbs/90f_fork.ipynb #5db0b42e
 def merge_settings(
     base: str, # Upstream's, as it was taken over
     ours: str,
     theirs: str, # Upstream's of today
 ) -> str:
-    "Three texts of `settings.ini` as one; where two changed the same lines, ours decides, key by key."
+    "Three texts of `settings.ini` as one; where two changed the same lines, ours decides, key by key, in upstream's text and with its comments."
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: write_atomic(Path(folder) / name, text) for name, text in dict(ours=ours, base=base, theirs=theirs).items()}
-        done = subprocess.run(["git", "merge-file", "-p", "-q", *map(str, paths.values())], capture_output=True, text=True)
-        if done.returncode == 0: return done.stdout
-        before, mine, known = _values(base), _values(ours), {section for section, _ in _values(theirs)}
-        for (section, key), value in mine.items():
-            if before.get((section, key)) != value and section in known: _write_value(paths["theirs"], section, key, value)
-        return paths["theirs"].read_text()
+        paths = [write_atomic(Path(folder) / name, text) for name, text in dict(ours=ours, base=base, theirs=theirs).items()]
+        done = subprocess.run(["git", "merge-file", "-p", "-q", *map(str, paths)], capture_output=True, text=True)
+    if done.returncode == 0:
+        try: _values(done.stdout)
+        except configparser.Error: pass             # a key that both added, in two places
+        else: return done.stdout
+    (_, before), (_, mine), (sections, after), text = _values(base), _values(ours), _values(theirs), theirs
+    for (section, key), value in mine.items():
+        gone = (section, key) in before and (section, key) not in after        # upstream knows it no more
+        if before.get((section, key)) != value and section in sections and not gone: text = _set_value(text, section, key, value)
+    for section, key in before.keys() - mine.keys():
+        if section != "DEFAULT": text = _set_value(text, section, key, None)   # what we took out stays out; a default is needed
+    return text
 
-# %% ../nbs/90f_fork.ipynb #48f0d08e
-_MERGE_NOTEBOOKS = f"merge.jupyternotebook.driver={Path(sys.executable).parent / 'nbdev-merge'} %O %A %B %P"
+# %% ../nbs/90f_fork.ipynb #f8483bcf
+def _generated(root, package): return [f for f in tracked_files(root) if f.startswith(f"{package}/") and f.endswith(".py") and (f == f"{package}/__init__.py" or "# AUTOGENERATED!" in (Path(root) / f).read_text()[:2000] or f.endswith("_modidx.py"))]
 
-def _left_out(root, package): return [f for f in tracked_files(root) if f in ("README.md", "environment.yml", "settings.ini") or f.startswith("data/") or re.fullmatch(rf"{package}/\w+\.py", f)]
+def _left_out(root, package): return _generated(root, package) + [f for f in tracked_files(root) if f in ("README.md", "environment.yml", "settings.ini") or f.startswith("data/")]
 
 @contextmanager
 def _scratch_worktree(root, commit):
@@ -230,56 +261,75 @@ def _scratch_worktree(root, commit):
         try: yield Path(folder) / "tree"
         finally: git(root, "worktree", "remove", "--force", f"{folder}/tree")
 
-def _as_fork(root, commit, new, parents=()):        # upstream's commit as if it were called otherwise, its version, its settings
+def _as_fork(root, commit, new, record, parents=()):        # upstream's commit as if it were called otherwise; what it is called; its version; its settings
     with _scratch_worktree(root, commit) as tree:
         old = read_identity(tree)
         renamed = _renamer(old, new)                # not checked for words: the fork has its name already
-        for name, text in _texts(tree): (tree / name).write_text(renamed(text)[0], encoding="utf-8")
+        for name, text in _texts(tree): (tree / name).write_bytes(renamed(text)[0].encode("utf-8"))
         if new.package != old.package: (tree / old.package).rename(tree / new.package)
-        taken = Upstream(old.name, version_of(tree, new.package), git(root, "rev-parse", f"{commit}^{{commit}}"))
-        record_upstream(tree, taken)
+        record_upstream(tree, record)               # the same in both trees, so that it takes no part
         settings = (tree / "settings.ini").read_text()
         git(tree, "add", "-A")
         for name in _left_out(tree, new.package): (tree / name).unlink()
         git(tree, "add", "-A")
-        return git(tree, "commit-tree", git(tree, "write-tree"), *(w for p in parents for w in ("-p", p)), "-m", f"{taken.name} {taken.version}"), taken, settings
+        made = git(tree, "commit-tree", git(tree, "write-tree"), *(w for p in parents for w in ("-p", p)), "-m", f"{old.name}, renamed")
+        return made, old, version_of(tree, new.package), settings
 
 def prepare_project(root: Path | str) -> None:
-    "Export the package, write what is generated, and remove modules whose notebook is gone."
-    package = read_identity(root).package
+    "Export the package and write what is generated."
     done = subprocess.run(["make", "-s", "prepare"], cwd=root, capture_output=True, text=True)
-    if done.returncode: raise DataError(f"`make prepare` failed: {(done.stderr or done.stdout).strip()[-600:]}")
+    if done.returncode: raise DataError(f"`make prepare` failed, so nothing was taken over: {(done.stderr or done.stdout).strip()[-600:]}")
+
+def _remove_orphans(root, package):                 # modules whose notebook is gone
     for path in (Path(root) / package).glob("*.py"):
         source = re.search(r"File to edit: \.\./(nbs/\S+\.ipynb)", path.read_text())
         if source and not (Path(root) / source[1]).is_file(): path.unlink()
+
+def _common(root, taken, goal):                     # the newest commit of upstream that is in both
+    try: return git(root, "merge-base", taken, goal)
+    except DataError: pass                          # a template has no history in common, but its first tree is one of upstream's
+    trees = dict(line.split() for line in git(root, "log", "--format=%T %H", goal).splitlines())
+    for line in git(root, "log", "--format=%T %H", taken).splitlines():
+        if line.split()[0] in trees: return trees[line.split()[0]]
+    raise SettingsError("This project and its upstream have no commit in common. Write into pyproject.toml, [tool.upstream], which commit of upstream it was made from.")
 
 def upgrade_project(
     root: Path | str,
     ref: str = "upstream/main", # Branch, tag or commit of upstream, fetched already
     prepare=prepare_project, # What follows a merge
 ) -> tuple[Upstream, list[str], list[str]]: # What is taken over now; files that changed; files with conflicts, which leave the rest uncommitted
-    "Take over what upstream changed, and commit it; `SettingsError` where that cannot begin."
+    "Take over what upstream changed, and commit it, or leave everything as it was; `SettingsError` where that cannot begin."
     check_clean(root)
-    new, taken = read_identity(root), read_upstream(root)
+    root, new, taken, driver = Path(root), read_identity(root), read_upstream(root), Path(sys.executable).parent / "nbdev-merge"
     if taken is None: raise SettingsError("Nothing says what this project was made from. `llmops init` records it, in a fresh fork.")
+    if not driver.is_file(): raise SettingsError(f"{driver} is missing, which merges notebooks. Install the project: make setup")
     for commit in (ref, taken.commit):
         try: git(root, "rev-parse", "-q", "--verify", f"{commit}^{{commit}}")
-        except DataError: raise SettingsError(f"There is no {commit} here. Name the project that you forked, once: git remote add upstream <its URL>; then: git fetch upstream --tags") from None
-    if git(root, "rev-parse", f"{ref}^{{commit}}") == taken.commit: return taken, [], []
-    before, _, old_settings = _as_fork(root, taken.commit, new)
-    after, now, new_settings = _as_fork(root, ref, new, [before])
-    with tempfile.NamedTemporaryFile("w", suffix=".attributes") as attributes:
+        except DataError: raise SettingsError(f"There is no {commit} here. Name the project that you forked, once: git remote add upstream <its URL>; then: llmops upgrade") from None
+    goal = git(root, "rev-parse", f"{ref}^{{commit}}")
+    if goal == taken.commit: return taken, [], []
+    base = _common(root, taken.commit, goal)
+    if base == goal: raise SettingsError(f"{ref} is older than what was taken over last, {taken.commit[:12]}. There is nothing to take over from it.")
+    before, _, _, old_settings = _as_fork(root, base, new, taken)
+    after, their, version, new_settings = _as_fork(root, goal, new, taken, [before])
+    if their == new: raise SettingsError(f"{ref} is called {new.name}, like this project: it is a branch of yours, not of upstream.")
+    now, path = Upstream(their.name, version, goal), root / "settings.ini"
+    merged, arrived = merge_settings(old_settings, path.read_text(), new_settings), git(root, "diff", "--name-only", "--diff-filter=A", base, goal, "--", "data").splitlines()
+    with _all_or_nothing(root), tempfile.NamedTemporaryFile("w", suffix=".attributes") as attributes:
         attributes.write("*.ipynb merge=jupyternotebook\n")
         attributes.flush()
-        done = subprocess.run(["git", "-C", str(root), "-c", f"core.attributesFile={attributes.name}", "-c", _MERGE_NOTEBOOKS, "cherry-pick", "--no-commit", after], capture_output=True, text=True)
-    conflicts = git(root, "diff", "--name-only", "--diff-filter=U").splitlines()
-    if done.returncode and not conflicts: raise DataError(f"git could not take over {now.commit[:12]}: {(done.stderr or done.stdout).strip()[-600:]}")
-    path = Path(root) / "settings.ini"
-    write_atomic(path, merge_settings(old_settings, path.read_text(), new_settings))
-    git(root, "add", "settings.ini")
-    changed = git(root, "diff", "--name-only", "HEAD").splitlines()
-    if conflicts: return now, changed, conflicts
-    prepare(root)
-    git(root, "add", "-A")
-    git(root, "commit", "-q", "-m", f"Take over {now.name} {now.version}", "-m", f"{taken.commit[:12]}..{now.commit[:12]}")
-    return now, changed, []
+        done = subprocess.run(["git", "-C", str(root), "-c", f"core.attributesFile={attributes.name}", "-c", f"merge.jupyternotebook.driver={shlex.quote(str(driver))} %O %A %B %P", "cherry-pick", "--no-commit", after], capture_output=True, text=True)
+        conflicts = git(root, "diff", "--name-only", "--diff-filter=U").splitlines()
+        if done.returncode and not conflicts: raise DataError(f"git could not take over {goal[:12]}: {(done.stderr or done.stdout).strip()[-600:]}")
+        write_atomic(path, merged)
+        for name in arrived:                        # a file that is new upstream, and that settings may name; what is here stays
+            if not (root / name).exists(): write_atomic(root / name, subprocess.run(["git", "-C", str(root), "show", f"{goal}:{name}"], capture_output=True, check=True).stdout)
+        if "pyproject.toml" not in conflicts: record_upstream(root, now)
+        _remove_orphans(root, new.package)
+        git(root, "add", "--", "settings.ini", *[n for n in arrived if (root / n).is_file()], *["pyproject.toml"] * ("pyproject.toml" not in conflicts))
+        changed = git(root, "diff", "--name-only", "HEAD").splitlines()
+        if conflicts: return now, changed, conflicts
+        prepare(root)
+        git(root, "add", "-A")
+        git(root, "commit", "-q", "-m", f"Take over {now.name} {now.version}", "-m", f"{taken.commit[:12]}..{now.commit[:12]}")
+        return now, changed, []

@@ -7,7 +7,7 @@ Reads arguments. Leaves a project of another name, a merge, or a list of what to
 # %% auto #0
 __all__ = ['kit_app', 'project_root', 'init', 'upgrade', 'doctor', 'todo']
 
-# %% ../nbs/90h_kit.ipynb #d1d65502
+# %% ../nbs/90h_kit.ipynb #fb8eff2c
 import os, re, shutil, subprocess, sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -15,12 +15,12 @@ from typing import Annotated, Optional
 import typer
 
 from .config import SettingsError, find_settings, load_config
-from .doctor import check_machine, check_project, check_workspace, find_samples
+from .doctor import check_machine, check_project, check_workspace, find_samples, guarded
 from .fork import check_clean, choose_identity, fork_project, git, plan_rename, read_identity, read_upstream, upgrade_project
 from .terminal import Env, Json, manners, me, one_of, out
 from .workspace import DataError
 
-# %% ../nbs/90h_kit.ipynb #e33e2e52
+# %% ../nbs/90h_kit.ipynb #de0a9c97
 kit_app = typer.Typer()
 
 def project_root() -> Path:
@@ -44,7 +44,7 @@ def init(name: Annotated[Optional[str], typer.Option(help="Such as weather-desk:
         old, here = read_identity(root), load_config("dev", root)
         if not (name or sys.stdin.isatty() or read_upstream(root)): raise SettingsError("What shall it be called? Say --name weather-desk, for example.")
         if not yes and sys.stdin.isatty() and not dry_run:
-            typer.echo("Four questions; Enter takes what stands in brackets.")
+            typer.echo("Five questions; Enter takes what stands in brackets.")
             name = _ask(name, "Its name", old.name)
             package, about = _ask(package, "What Python imports", name.replace("-", "_") if name != old.name else old.package), _ask(about, "What it is for", old.about)
             catalog = _ask(catalog, "What the catalogs' names begin with", package if name != old.name else old.catalog)
@@ -64,7 +64,7 @@ def init(name: Annotated[Optional[str], typer.Option(help="Such as weather-desk:
         if smoke: _smoke(root, old, new)
         typer.echo("\nNext:  make run                    the whole life cycle under the new name\n       .venv/bin/llmops todo       what is still the sample's\n       git push")
 
-# %% ../nbs/90h_kit.ipynb #777c3d3e
+# %% ../nbs/90h_kit.ipynb #7a90458a
 def _smoke(root, old, new):
     if old.package != new.package and Path(sys.prefix).resolve() == (root / ".venv").resolve():
         subprocess.run([sys.executable, "-m", "pip", "uninstall", "-q", "-y", old.name], capture_output=True)      # its command `llmops` would import what is gone
@@ -76,29 +76,30 @@ def _smoke(root, old, new):
         done = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
         if done.returncode: raise DataError(f"The rename is committed, and `{' '.join(command)}` fails:\n{done.stdout[-2000:]}\nTo go back: git reset --hard HEAD~1 && make setup")
 
-# %% ../nbs/90h_kit.ipynb #90c28c19
+# %% ../nbs/90h_kit.ipynb #5aa5c7c6
 @kit_app.command()
 def upgrade(ref: Annotated[str, typer.Argument(help="Branch, tag or commit of upstream")] = "upstream/main", fetch: Annotated[bool, typer.Option("--fetch/--no-fetch", help="Ask the remote `upstream` first")] = True, as_json: Json = False):
     "Take over what has changed upstream, as if it had always been called like this project."
     with manners():
         root = project_root()
         check_clean(root)
-        if fetch and "upstream" in git(root, "remote").splitlines(): git(root, "fetch", "-q", "--tags", "upstream")
+        if fetch and "upstream" in git(root, "remote").splitlines(): git(root, "fetch", "-q", "--no-tags", "upstream", "+refs/heads/*:refs/remotes/upstream/*", "+refs/tags/*:refs/remotes/upstream/tags/*")     # both may have a tag of one name
         before = read_upstream(root)
         now, changed, conflicts = upgrade_project(root, ref)
         if as_json: out(dict(before=vars(before), now=vars(now), changed=changed, conflicts=conflicts))
         elif conflicts:
             typer.secho(f"{len(conflicts)} of {len(changed)} changed files have conflicts:", fg="yellow", err=True)
             for name in conflicts: typer.echo(f"  {name}", err=True)
-            typer.echo(f"Mend them, then: make prepare && git add -A && git commit -m 'Take over {now.name} {now.version}'\nOr go back: git reset --hard", err=True)
+            if "pyproject.toml" in conflicts: typer.echo(f"In pyproject.toml, [tool.upstream], write commit = \"{now.commit}\".", err=True)
+            typer.echo(f"Resolve them, then: make prepare && git add -A && git commit -m 'Take over {now.name} {now.version}'\nOr go back: git reset --hard && git clean -fd", err=True)
         else: typer.echo(f"{now.name} {now.version}, commit {now.commit[:12]}: " + (f"{len(changed)} files changed, committed. Next: make test" if changed else "nothing is new."))
         if conflicts: raise typer.Exit(1)
 
-# %% ../nbs/90h_kit.ipynb #8910c88e
+# %% ../nbs/90h_kit.ipynb #4c2b8fc9
 _MARKS = dict(ok=("·", None), note=("!", "yellow"), fail=("✗", "red"))
 
 def _show(findings):
-    width = max(len(f.about) for f in findings)
+    width = max(20, *(len(f.about) for f in findings))
     for f in findings:
         mark, colour = _MARKS[f.state]
         typer.secho(f"  {mark} {f.about:{width}}  {f.found}", fg=colour)
@@ -109,12 +110,14 @@ def doctor(env: Env = "dev", databricks: Annotated[Optional[bool], typer.Option(
     "Look at everything that a run needs, and say how to mend what is missing; exit code 1 if a run would fail."
     with manners():
         root = project_root()
-        findings = check_machine(root) + check_project(root, env)
-        if databricks or databricks is None and os.environ.get("DATABRICKS_HOST"): findings += check_workspace(load_config(env, root, platform="databricks"))
+        findings, there = [], databricks or databricks is None and bool(os.environ.get("DATABRICKS_HOST"))
+        looks = [("machine", lambda: check_machine(root)), ("project", lambda: check_project(root, env))] + [("workspace", lambda: check_workspace(load_config(env, root, platform="databricks")))] * there
+        for about, look in looks:                   # shown as they come: a workspace that does not answer takes its time
+            findings += (found := guarded(about, look))
+            if not as_json: _show(found)
         bad, notes = (sum(f.state == state for f in findings) for state in ("fail", "note"))
         if as_json: out(dict(env=env, findings=[vars(f) for f in findings]))
         else:
-            _show(findings)
             typer.echo(f"\n{len(findings)} things looked at: {bad or 'none'} would stop a run{f', {notes} could be better' if notes else ''}.")
         if bad: raise typer.Exit(1)
 

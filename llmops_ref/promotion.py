@@ -38,6 +38,7 @@ def promote_model(
 ) -> tuple[str, str]: # Its version there, and its digest
     "Copy the validated model of one environment to another, and point `candidate` at it; copied already, nothing is copied. `DataError` if it does not arrive as it left."
     if source.config.env == ws.config.env: raise DataError(f"A model is promoted from one environment to another, not from {ws.config.env} to itself. Give --from and --to.")
+    if off := [w.config.env for w in (source, ws) if w.config.finetune == "off"]: raise DataError(f"finetune = off in {off[0]}, so there is no fine-tuned model to promote. Set finetune = on in both.")
     version, tags = validated_model(source)
     digest, uri = tags["adapter_sha256"], f"models:/{source.registered('chat_model')}/{version}"
     kept = {key: tags[key] for key in TRAVELS if key in tags} | dict(promoted_from=f"{source.config.env} version {version}", git_commit=tags.get("git_commit", "") or git_commit(ws.config.root))

@@ -125,6 +125,7 @@ def open_baseline(ws: Workspace, template: str):
 
 def sides(config: Config) -> dict[str, str]:
     "What the two are called in the report."
+    if config.retrieval == "off" and not _ours(config): return dict(base="Asked once more", candidate="Candidate")       # nothing was tuned, and there are no passages to leave out
     return dict(base="Base model", candidate="Tuned model") if _ours(config) else dict(base="Without passages", candidate="With passages")
 
 def _ours(config): return config.app == "self_hosted" and config.finetune == "on" and not config.chat_url         # an endpoint of somebody else serves one model, not two

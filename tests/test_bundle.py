@@ -29,7 +29,7 @@ def test_every_resource_is_what_databricks_knows(target):
     assert "model_serving_endpoints" not in found.resources and "vector_search_indexes" not in found.resources, "what needs a version or a table is made by a job, when there is one"
     assert "${" not in json.dumps(found.resources), "nothing is left to be filled in"
     told = load_config(target, ROOT, **found.settings())
-    assert told.store == f"/Volumes/llmops_{target}/{'dev_you_reference' if target == 'dev' else 'reference'}/files", "each setting that a task is told is one"
+    assert told.store == f"/Volumes/{load_config(target, ROOT).catalog}/{'dev_you_reference' if target == 'dev' else 'reference'}/files", "each setting that a task is told is one"
     assert (told.catalog, told.schema) == (found.resources["schemas"]["reference"]["catalog_name"], found.resources["schemas"]["reference"]["name"])
     assert open_workspace(load_config(target, ROOT, **found.settings())).experiment == found.resources["experiments"]["llmops"]["name"]
     run = [task.spark_python_task.parameters[0] for job in jobs.values() for task in job.tasks if task.spark_python_task]

@@ -9,14 +9,15 @@ import pytest
 from databricks.sdk.service.catalog import PermissionsChange, Privilege
 
 from conftest import BIN, ROOT, SMALL, Project
-from llmops_ref.config import load_config
+from llmops_ref.config import SettingsError, load_config
 from llmops_ref.doctor import check_workspace
-from llmops_ref.fork import Identity, git, read_identity, read_upstream
+from llmops_ref.fork import Identity, fork_project, git, read_identity, read_upstream, upgrade_project
 from llmops_ref.pipeline import STAGES
+from llmops_ref.workspace import DataError
 from test_bundle import Emulator
 
 HERE = read_identity(ROOT)
-ACME = Identity("acme-assistant", "acme_assistant", "acme_assistant", "Answers questions about what Acme sells")
+ACME = next(i for i in (Identity("acme-assistant", "acme_assistant", "acme_assistant", "Answers questions about what Acme sells"), Identity("apex-helper", "apex_helper", "apex_helper", "Answers questions about what Apex rents")) if i.name != HERE.name)
 INIT = ["init", "--name", ACME.name, "--about", ACME.about, "--yes"]
 STAGE_NAMES = [stage.name for stage in STAGES]
 alone = not any(stats.isup for name, stats in psutil.net_if_stats().items() if not name.startswith("lo"))
@@ -38,8 +39,10 @@ def clone_of(upstream: Project, folder) -> Project:
 
 @pytest.fixture(scope="module")
 def upstream(tmp_path_factory) -> Project:
-    "This project as a repository of its own."
+    "This project as a repository of its own, and nobody's fork, even if these tests run in one."
     project = Project(tmp_path_factory.mktemp("upstream"), **SMALL)
+    pyproject = project.root / "pyproject.toml"
+    pyproject.write_text(re.sub(r"\n*\[tool\.upstream\].*", "\n", pyproject.read_text(), flags=re.S))
     git(project.root, "init", "-q", "-b", "main")
     committed(project.root, "Begin")
     return project
@@ -75,9 +78,10 @@ def test_init_renames_everything_and_records_where_it_comes_from(acme, upstream)
     assert (taken.name, taken.commit) == (HERE.name, git(upstream.root, "rev-parse", "HEAD"))
     left = [name for name in git(acme.root, "grep", "-lIE", rf"\b({HERE.name}|{HERE.package})\b").splitlines() if not name.startswith("data/")]
     assert set(left) <= {"pyproject.toml", "CHANGELOG.md", "CITATION.cff", "LICENSE"}, left
+    assert os.access(acme.root / ".ci" / "run", os.X_OK), "what was executable still is"
     assert not (acme.root / HERE.package).exists()
     plan = subprocess.run([".venv/bin/llmops", "bundle", "plan", "--env", "dev"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
-    assert f"{ACME.name} in dev" in plan.stdout and "acme_assistant_dev" in plan.stdout and f"{ACME.name} finetune dev" in plan.stdout, plan.stdout + plan.stderr
+    assert f"{ACME.name} in dev" in plan.stdout and f"{ACME.catalog}_dev" in plan.stdout and f"{ACME.name} finetune dev" in plan.stdout, plan.stdout + plan.stderr
 
 
 def test_a_second_init_changes_nothing(acme):
@@ -112,7 +116,7 @@ def test_neither_fine_tuning_nor_an_index(acme):
     assert reply["answer"] and not reply["passages"], "what is deployed knows no passages"
 
 
-@pytest.mark.parametrize("words, says", [(["--name", "Acme Assistant"], "such as weather-desk"), (["--name", "an-assistant-with-a-very-long-name"], "at most 22 characters"), (["--name", "pandas"], "would hide a package"),
+@pytest.mark.parametrize("words, says", [(["--name", "Acme Assistant"], "such as weather-desk"), (["--name", "an-assistant-with-a-very-long-name"], "at most 22 characters"), (["--name", "pandas"], "would hide a package"), (["--name", "data"], "a folder of the project"), (["--name", "acme-desk", "--package", "acme_desk", "--about", "short"], "ten characters"),
                                          (["--name", "acme-desk", "--catalog", "Acme-Prod"], "--catalog takes"), (["--name", "acme-desk", "--about", 'Say "hello" to everybody'], "without quotes"),
                                          (["--name", "acme-desk", "--app", "theirs"], "--app takes"), (["--name", "acme-desk", "--host", "acme.example"], "--host takes the address"), ([], "Say --name")])
 def test_a_name_that_would_not_do_is_refused_before_anything_changes(upstream, words, says):
@@ -182,6 +186,57 @@ def test_a_renamed_fork_takes_over_what_upstream_changed(acme, upstream):
     assert git(acme.root, "status", "--porcelain") == "" and git(acme.root, "log", "-1", "--format=%s").startswith(f"Take over {HERE.name}")
     again = subprocess.run([".venv/bin/llmops", "upgrade"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
     assert "nothing is new" in again.stdout
+
+
+def test_own_commits_before_the_rename_stay(upstream, tmp_path):
+    "A team that had worked before it ran `init`, and appended to pyproject.toml: the first upgrade brings upstream's change and takes nothing of theirs away."
+    fork = clone_of(upstream, tmp_path / "fork")
+    (fork.root / "own.md").write_text("ours\n")
+    faq = fork.root / "nbs" / "guides" / "faq.md"
+    faq.write_text(faq.read_text() + "\nOurs.\n")
+    committed(fork.root, "Work before the rename")
+    assert fork.llmops(*INIT, "--no-smoke").returncode == 0
+    with (fork.root / "pyproject.toml").open("a") as file: file.write("\n[tool.ruff]\nline-length = 200\n")
+    committed(fork.root, "Choose a linter")
+    (upstream.root / "data" / "more.jsonl").write_text("{}\n")
+    for n in range(2):
+        cost = upstream.root / "nbs" / "guides" / "cost.md"
+        cost.write_text(cost.read_text() + f"\nTheirs {n}.\n")
+        committed(upstream.root, f"Add {n}")
+        git(fork.root, "fetch", "-q", "upstream")
+        now, changed, conflicts = upgrade_project(fork.root, prepare=lambda root: None)
+        assert not conflicts and f"Theirs {n}." in (fork.root / "nbs" / "guides" / "cost.md").read_text(), (changed, conflicts)
+    assert (fork.root / "own.md").read_text() == "ours\n" and faq.read_text().endswith("\nOurs.\n") and "line-length = 200" in (fork.root / "pyproject.toml").read_text()
+    assert (fork.root / "data" / "more.jsonl").exists(), "a new file of data arrives; what is there stays"
+    with pytest.raises(SettingsError, match="a branch of yours"): upgrade_project(fork.root, "main", prepare=lambda root: None)
+    with pytest.raises(SettingsError, match="is older than"): upgrade_project(fork.root, "upstream/main~1", prepare=lambda root: None)
+
+    def broken(root): raise DataError("no disk left")
+    cost.write_text(cost.read_text() + "\nTheirs 3.\n")
+    committed(upstream.root, "Add 3")
+    git(fork.root, "fetch", "-q", "upstream")
+    before = git(fork.root, "rev-parse", "HEAD"), read_upstream(fork.root)
+    with pytest.raises(DataError, match="no disk left"): upgrade_project(fork.root, prepare=broken)
+    assert (git(fork.root, "rev-parse", "HEAD"), read_upstream(fork.root)) == before and git(fork.root, "status", "--porcelain") == "", "half an upgrade is none"
+
+
+def test_a_template_without_history(upstream, tmp_path):
+    "GitHub's *Use this template* copies the files and drops the history: the first tree says where it came from."
+    folder = tmp_path / "template"
+    shutil.copytree(upstream.root, folder, ignore=shutil.ignore_patterns(".git", "runs", "stores"), symlinks=True)
+    git(folder, "init", "-q", "-b", "main")
+    for key, value in {"user.name": "Bob", "user.email": "bob@example.com"}.items(): git(folder, "config", key, value)
+    committed(folder, "Initial commit")
+    (folder / "own.md").write_text("ours\n")
+    committed(folder, "Work")
+    fork_project(folder, ACME)
+    git(folder, "remote", "add", "upstream", str(upstream.root))
+    cost = upstream.root / "nbs" / "guides" / "cost.md"
+    cost.write_text(cost.read_text() + "\nFor templates.\n")
+    committed(upstream.root, "Add for templates")
+    git(folder, "fetch", "-q", "upstream")
+    now, changed, conflicts = upgrade_project(folder, prepare=lambda root: None)
+    assert not conflicts and "For templates." in (folder / "nbs" / "guides" / "cost.md").read_text() and (folder / "own.md").exists(), (changed, conflicts)
 
 
 def test_a_conflict_is_named_and_left_in_a_notebook_that_opens(acme, upstream):
