@@ -441,6 +441,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llmops_ref.fork._all_or_nothing': ('fork.html#_all_or_nothing', 'llmops_ref/fork.py'),
                                  'llmops_ref.fork._as_fork': ('fork.html#_as_fork', 'llmops_ref/fork.py'),
                                  'llmops_ref.fork._common': ('fork.html#_common', 'llmops_ref/fork.py'),
+                                 'llmops_ref.fork._export': ('fork.html#_export', 'llmops_ref/fork.py'),
                                  'llmops_ref.fork._generated': ('fork.html#_generated', 'llmops_ref/fork.py'),
                                  'llmops_ref.fork._left_out': ('fork.html#_left_out', 'llmops_ref/fork.py'),
                                  'llmops_ref.fork._remove_orphans': ('fork.html#_remove_orphans', 'llmops_ref/fork.py'),

@@ -9,7 +9,7 @@ __all__ = ['KEPT', 'Identity', 'read_identity', 'choose_identity', 'rename_text'
            'rename_project', 'Upstream', 'read_upstream', 'record_upstream', 'version_of', 'check_clean',
            'fork_project', 'write_host', 'write_setting', 'merge_settings', 'prepare_project', 'upgrade_project']
 
-# %% ../nbs/90f_fork.ipynb #32f85ff0
+# %% ../nbs/90f_fork.ipynb #90783e08
 import configparser, importlib.util, keyword, os, re, shlex, subprocess, sys, tempfile, tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ import pandas as pd
 from .config import SettingsError
 from .workspace import DataError, write_atomic
 
-# %% ../nbs/90f_fork.ipynb #067b4207
+# %% ../nbs/90f_fork.ipynb #a0f0088a
 @dataclass(frozen=True)
 class Identity:
     "What a project is called."
@@ -41,7 +41,7 @@ def read_identity(
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"{root} does not say what it is called ({type(error).__name__}: {error}). It takes pyproject.toml with project.name, project.description and tool.nbdev.lib_path, and settings.ini beside it.") from None
 
-# %% ../nbs/90f_fork.ipynb #8e7c8728
+# %% ../nbs/90f_fork.ipynb #acccb463
 _RULES = dict(name=(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", 22, "lower-case letters, digits and single hyphens, such as weather-desk"),
               package=(r"[a-z][a-z0-9_]*", 40, "lower-case letters, digits and underscores, such as weather_desk"),
               catalog=(r"[a-z][a-z0-9_]*[a-z0-9]", 60, "lower-case letters, digits and underscores, such as weather_desk"),
@@ -70,7 +70,7 @@ def choose_identity(
         raise SettingsError(f"--package {new.package} would hide a package of that name, which is installed here. Choose another one.")
     return new
 
-# %% ../nbs/90f_fork.ipynb #288e4ad7
+# %% ../nbs/90f_fork.ipynb #bf0827f2
 def _renamer(old, new):
     def whole(text): return rf"(?<![\w-]){re.escape(text)}(?![\w-])"
     def begins(text, joint): return rf"(?<![\w-]){re.escape(text)}{joint}(?=\{{env\}}|\$\{{bundle\.target\}}|(?:dev|staging|prod)(?!\w))"
@@ -84,7 +84,7 @@ def rename_text(text: str, old: Identity, new: Identity) -> str:
     "A text in which a project is called otherwise."
     return _renamer(old, new)(text)[0]
 
-# %% ../nbs/90f_fork.ipynb #b895c219
+# %% ../nbs/90f_fork.ipynb #72e508cf
 KEPT = ("LICENSE", "CITATION.cff", "CHANGELOG.md", "requirements.lock", "data/")     # what others wrote, or a team's own
 
 def tracked_files(root: Path | str) -> list[str]:
@@ -116,7 +116,7 @@ def plan_rename(
     renamed = _renamer(old, new)
     return pd.DataFrame([(name, n) for name, text in _texts(root) if (n := renamed(text)[1])], columns=["file", "places"])
 
-# %% ../nbs/90f_fork.ipynb #4e887943
+# %% ../nbs/90f_fork.ipynb #784235bc
 def rename_project(
     root: Path | str,
     new: Identity,
@@ -128,7 +128,7 @@ def rename_project(
     if new.package != old.package: (root / old.package).rename(root / new.package)
     return plan
 
-# %% ../nbs/90f_fork.ipynb #4ee932be
+# %% ../nbs/90f_fork.ipynb #565fac73
 @dataclass(frozen=True)
 class Upstream:
     "What a project was made from, or took over last."
@@ -154,7 +154,7 @@ def version_of(root: Path | str, package: str) -> str:
     found = re.search(r'__version__ = "(.+?)"', path.read_text()) if path.is_file() else None
     return found[1] if found else "unknown"
 
-# %% ../nbs/90f_fork.ipynb #ce293b17
+# %% ../nbs/90f_fork.ipynb #7703f52c
 def check_clean(root: Path | str) -> None:
     "`SettingsError` unless the folder is a git repository with everything committed."
     try: changed = git(root, "status", "--porcelain", "--untracked-files=normal").splitlines()
@@ -178,12 +178,19 @@ def fork_project(
         if subprocess.run(["git", "-C", str(root), "check-ignore", "-q", new.package]).returncode == 0: raise SettingsError(f"Git ignores {new.package}, so the package would not be committed. Choose another --package.")
     with _all_or_nothing(root):
         plan = rename_project(root, new)
+        if len(plan): _export(root)
         if taken is None and new != old: record_upstream(root, Upstream(old.name, version_of(root, new.package), git(root, "rev-parse", "HEAD")))
         for key, value in (settings or {}).items(): write_setting(root, key, value)
         if host: write_host(root, host)
         git(root, "add", "-A")
         if git(root, "status", "--porcelain"): git(root, "commit", "-q", "-m", f"Name it {new.name}" if len(plan) else "Choose application and workspace")
     return plan
+
+def _export(root):                                  # the index of the package is laid out by the lengths of its names
+    command = Path(sys.executable).parent / "nbdev-export"
+    if not (Path(root) / "nbs").is_dir() or not command.is_file(): return
+    done = subprocess.run([command], cwd=root, capture_output=True, text=True)
+    if done.returncode: raise DataError(f"nbdev-export failed after the rename, so nothing was renamed: {(done.stderr or done.stdout).strip()[-600:]}")
 
 @contextmanager
 def _all_or_nothing(root):                          # everything was committed before
@@ -227,7 +234,7 @@ def _set_value(text, section, key, value):          # None: without the key
     comment = " " * max(1, len(found[2] + found[3]) - len(value)) + found[4] if found[4] else ""
     return "".join([*lines[:place], found[1] + value.replace("\n", "\n    ") + comment + "\n", *lines[end:]])
 
-# %% ../nbs/90f_fork.ipynb #5db0b42e
+# %% ../nbs/90f_fork.ipynb #5e2f5497
 def merge_settings(
     base: str, # Upstream's, as it was taken over
     ours: str,
@@ -249,7 +256,7 @@ def merge_settings(
         if section != "DEFAULT": text = _set_value(text, section, key, None)   # what we took out stays out; a default is needed
     return text
 
-# %% ../nbs/90f_fork.ipynb #f8483bcf
+# %% ../nbs/90f_fork.ipynb #6a13921c
 def _generated(root, package): return [f for f in tracked_files(root) if f.startswith(f"{package}/") and f.endswith(".py") and (f == f"{package}/__init__.py" or "# AUTOGENERATED!" in (Path(root) / f).read_text()[:2000] or f.endswith("_modidx.py"))]
 
 def _left_out(root, package): return _generated(root, package) + [f for f in tracked_files(root) if f in ("README.md", "environment.yml", "settings.ini") or f.startswith("data/")]
