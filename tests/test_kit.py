@@ -25,7 +25,7 @@ alone = not any(stats.isup for name, stats in psutil.net_if_stats().items() if n
 
 def committed(folder, text):
     git(folder, "add", "-A")
-    git(folder, "-c", "user.name=Ada", "-c", "user.email=ada@example.com", "commit", "-qm", text)
+    git(folder, "commit", "-qm", text)
 
 
 def clone_of(upstream: Project, folder) -> Project:
@@ -44,6 +44,7 @@ def upstream(tmp_path_factory) -> Project:
     pyproject = project.root / "pyproject.toml"
     pyproject.write_text(re.sub(r"\n*\[tool\.upstream\].*", "\n", pyproject.read_text(), flags=re.S))
     git(project.root, "init", "-q", "-b", "main")
+    for key, value in {"user.name": "Ada", "user.email": "ada@example.com"}.items(): git(project.root, "config", key, value)
     committed(project.root, "Begin")
     return project
 
