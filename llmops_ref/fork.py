@@ -9,8 +9,8 @@ __all__ = ['KEPT', 'Identity', 'read_identity', 'choose_identity', 'rename_text'
            'rename_project', 'Upstream', 'read_upstream', 'record_upstream', 'version_of', 'check_clean',
            'fork_project', 'write_host', 'write_setting', 'merge_settings', 'prepare_project', 'upgrade_project']
 
-# %% ../nbs/90f_fork.ipynb #90783e08
-import configparser, importlib.util, keyword, os, re, shlex, subprocess, sys, tempfile, tomllib
+# %% ../nbs/90f_fork.ipynb #0d8d1b36
+import configparser, importlib.util, keyword, os, re, shlex, shutil, subprocess, sys, tempfile, tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import pandas as pd
 from .config import SettingsError
 from .workspace import DataError, write_atomic
 
-# %% ../nbs/90f_fork.ipynb #a0f0088a
+# %% ../nbs/90f_fork.ipynb #e3d432c7
 @dataclass(frozen=True)
 class Identity:
     "What a project is called."
@@ -41,7 +41,7 @@ def read_identity(
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"{root} does not say what it is called ({type(error).__name__}: {error}). It takes pyproject.toml with project.name, project.description and tool.nbdev.lib_path, and settings.ini beside it.") from None
 
-# %% ../nbs/90f_fork.ipynb #acccb463
+# %% ../nbs/90f_fork.ipynb #f0220f49
 _RULES = dict(name=(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", 22, "lower-case letters, digits and single hyphens, such as weather-desk"),
               package=(r"[a-z][a-z0-9_]*", 40, "lower-case letters, digits and underscores, such as weather_desk"),
               catalog=(r"[a-z][a-z0-9_]*[a-z0-9]", 60, "lower-case letters, digits and underscores, such as weather_desk"),
@@ -70,7 +70,7 @@ def choose_identity(
         raise SettingsError(f"--package {new.package} would hide a package of that name, which is installed here. Choose another one.")
     return new
 
-# %% ../nbs/90f_fork.ipynb #bf0827f2
+# %% ../nbs/90f_fork.ipynb #270991ee
 def _renamer(old, new):
     def whole(text): return rf"(?<![\w-]){re.escape(text)}(?![\w-])"
     def begins(text, joint): return rf"(?<![\w-]){re.escape(text)}{joint}(?=\{{env\}}|\$\{{bundle\.target\}}|(?:dev|staging|prod)(?!\w))"
@@ -84,17 +84,17 @@ def rename_text(text: str, old: Identity, new: Identity) -> str:
     "A text in which a project is called otherwise."
     return _renamer(old, new)(text)[0]
 
-# %% ../nbs/90f_fork.ipynb #72e508cf
+# %% ../nbs/90f_fork.ipynb #13b896d9
 KEPT = ("LICENSE", "CITATION.cff", "CHANGELOG.md", "requirements.lock", "data/")     # what others wrote, or a team's own
 
 def tracked_files(root: Path | str) -> list[str]:
     "Paths that git knows, of files that are there; what a link points to may be anywhere, so it is left alone."
     return [f for f in git(root, "ls-files", "-z").split("\0") if f and (Path(root) / f).is_file() and not (Path(root) / f).is_symlink()]
 
-def git(root: Path | str, *words: str, **variables: str) -> str:
+def git(root: Path | str, *words: str) -> str:
     "What a git command says; `DataError` with its own words if it fails."
     outside = {key: value for key, value in os.environ.items() if key not in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_PREFIX")}
-    done = subprocess.run(["git", "-C", str(root), "-c", "core.quotePath=false", *words], capture_output=True, text=True, env=outside | variables)
+    done = subprocess.run(["git", "-C", str(root), "-c", "core.quotePath=false", *words], capture_output=True, text=True, env=outside)
     if done.returncode: raise DataError(f"git {words[0]} failed: {(done.stderr or done.stdout).strip()[-600:]}")
     return done.stdout.removesuffix("\n")
 
@@ -116,7 +116,7 @@ def plan_rename(
     renamed = _renamer(old, new)
     return pd.DataFrame([(name, n) for name, text in _texts(root) if (n := renamed(text)[1])], columns=["file", "places"])
 
-# %% ../nbs/90f_fork.ipynb #784235bc
+# %% ../nbs/90f_fork.ipynb #f7beec97
 def rename_project(
     root: Path | str,
     new: Identity,
@@ -125,10 +125,12 @@ def rename_project(
     root, old = Path(root), read_identity(root)
     plan, renamed = plan_rename(root, new), _renamer(old, new)
     for name in plan.file: (root / name).write_bytes(renamed((root / name).read_bytes().decode("utf-8"))[0].encode("utf-8"))      # in place, so that what is executable stays so
-    if new.package != old.package: (root / old.package).rename(root / new.package)
+    if new.package != old.package:
+        shutil.rmtree(root / old.package / "__pycache__", ignore_errors=True)         # git would not take it back
+        (root / old.package).rename(root / new.package)
     return plan
 
-# %% ../nbs/90f_fork.ipynb #565fac73
+# %% ../nbs/90f_fork.ipynb #54645dea
 @dataclass(frozen=True)
 class Upstream:
     "What a project was made from, or took over last."
@@ -154,7 +156,7 @@ def version_of(root: Path | str, package: str) -> str:
     found = re.search(r'__version__ = "(.+?)"', path.read_text()) if path.is_file() else None
     return found[1] if found else "unknown"
 
-# %% ../nbs/90f_fork.ipynb #7703f52c
+# %% ../nbs/90f_fork.ipynb #38861c02
 def check_clean(root: Path | str) -> None:
     "`SettingsError` unless the folder is a git repository with everything committed."
     try: changed = git(root, "status", "--porcelain", "--untracked-files=normal").splitlines()
@@ -234,7 +236,7 @@ def _set_value(text, section, key, value):          # None: without the key
     comment = " " * max(1, len(found[2] + found[3]) - len(value)) + found[4] if found[4] else ""
     return "".join([*lines[:place], found[1] + value.replace("\n", "\n    ") + comment + "\n", *lines[end:]])
 
-# %% ../nbs/90f_fork.ipynb #5e2f5497
+# %% ../nbs/90f_fork.ipynb #102b1081
 def merge_settings(
     base: str, # Upstream's, as it was taken over
     ours: str,
@@ -256,7 +258,7 @@ def merge_settings(
         if section != "DEFAULT": text = _set_value(text, section, key, None)   # what we took out stays out; a default is needed
     return text
 
-# %% ../nbs/90f_fork.ipynb #6a13921c
+# %% ../nbs/90f_fork.ipynb #0eb91fd9
 def _generated(root, package): return [f for f in tracked_files(root) if f.startswith(f"{package}/") and f.endswith(".py") and (f == f"{package}/__init__.py" or "# AUTOGENERATED!" in (Path(root) / f).read_text()[:2000] or f.endswith("_modidx.py"))]
 
 def _left_out(root, package): return _generated(root, package) + [f for f in tracked_files(root) if f in ("README.md", "environment.yml", "settings.ini") or f.startswith("data/")]
@@ -271,7 +273,7 @@ def _scratch_worktree(root, commit):
 def _as_fork(root, commit, new, record, parents=()):        # upstream's commit as if it were called otherwise; what it is called; its version; its settings
     with _scratch_worktree(root, commit) as tree:
         old = read_identity(tree)
-        renamed = _renamer(old, new)                # not checked for words: the fork has its name already
+        renamed = _renamer(old, new)
         for name, text in _texts(tree): (tree / name).write_bytes(renamed(text)[0].encode("utf-8"))
         if new.package != old.package: (tree / old.package).rename(tree / new.package)
         record_upstream(tree, record)               # the same in both trees, so that it takes no part
@@ -282,6 +284,7 @@ def _as_fork(root, commit, new, record, parents=()):        # upstream's commit 
         made = git(tree, "commit-tree", git(tree, "write-tree"), *(w for p in parents for w in ("-p", p)), "-m", f"{old.name}, renamed")
         return made, old, version_of(tree, new.package), settings
 
+# %% ../nbs/90f_fork.ipynb #a5c89ca4
 def prepare_project(root: Path | str) -> None:
     "Export the package and write what is generated."
     done = subprocess.run(["make", "-s", "prepare"], cwd=root, capture_output=True, text=True)
@@ -300,6 +303,7 @@ def _common(root, taken, goal):                     # the newest commit of upstr
         if line.split()[0] in trees: return trees[line.split()[0]]
     raise SettingsError("This project and its upstream have no commit in common. Write into pyproject.toml, [tool.upstream], which commit of upstream it was made from.")
 
+# %% ../nbs/90f_fork.ipynb #e327aaf3
 def upgrade_project(
     root: Path | str,
     ref: str = "upstream/main", # Branch, tag or commit of upstream, fetched already

@@ -7,7 +7,7 @@ Reads arguments. Leaves a project of another name, a merge, or a list of what to
 # %% auto #0
 __all__ = ['kit_app', 'project_root', 'init', 'upgrade', 'doctor', 'todo']
 
-# %% ../nbs/90h_kit.ipynb #fb8eff2c
+# %% ../nbs/90h_kit.ipynb #4882590e
 import os, re, shutil, subprocess, sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -20,7 +20,7 @@ from .fork import check_clean, choose_identity, fork_project, git, plan_rename, 
 from .terminal import Env, Json, manners, me, one_of, out
 from .workspace import DataError
 
-# %% ../nbs/90h_kit.ipynb #de0a9c97
+# %% ../nbs/90h_kit.ipynb #33a65cbd
 kit_app = typer.Typer()
 
 def project_root() -> Path:
@@ -64,7 +64,7 @@ def init(name: Annotated[Optional[str], typer.Option(help="Such as weather-desk:
         if smoke: _smoke(root, old, new)
         typer.echo("\nNext:  make run                    the whole life cycle under the new name\n       .venv/bin/llmops todo       what is still the sample's\n       git push")
 
-# %% ../nbs/90h_kit.ipynb #7a90458a
+# %% ../nbs/90h_kit.ipynb #80288882
 def _smoke(root, old, new):
     if old.package != new.package and Path(sys.prefix).resolve() == (root / ".venv").resolve():
         subprocess.run([sys.executable, "-m", "pip", "uninstall", "-q", "-y", old.name], capture_output=True)      # its command `llmops` would import what is gone
@@ -74,9 +74,11 @@ def _smoke(root, old, new):
                           "The first stages": [".venv/bin/llmops", "run", "--env", "dev", "--to", "corpus"]}.items():
         typer.echo(f"{text}: {' '.join(command)}")
         done = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
-        if done.returncode: raise DataError(f"The rename is committed, and `{' '.join(command)}` fails:\n{done.stdout[-2000:]}\nTo go back: git reset --hard HEAD~1 && make setup")
+        if done.returncode:
+            what, back = ("The rename is committed, and ", "\nTo go back: git reset --hard HEAD~1 && make setup") if old != new else ("", "")
+            raise DataError(f"{what}`{' '.join(command)}` fails:\n{done.stdout[-2000:]}{back}")
 
-# %% ../nbs/90h_kit.ipynb #5aa5c7c6
+# %% ../nbs/90h_kit.ipynb #60dec547
 @kit_app.command()
 def upgrade(ref: Annotated[str, typer.Argument(help="Branch, tag or commit of upstream")] = "upstream/main", fetch: Annotated[bool, typer.Option("--fetch/--no-fetch", help="Ask the remote `upstream` first")] = True, as_json: Json = False):
     "Take over what has changed upstream, as if it had always been called like this project."
@@ -95,11 +97,11 @@ def upgrade(ref: Annotated[str, typer.Argument(help="Branch, tag or commit of up
         else: typer.echo(f"{now.name} {now.version}, commit {now.commit[:12]}: " + (f"{len(changed)} files changed, committed. Next: make test" if changed else "nothing is new."))
         if conflicts: raise typer.Exit(1)
 
-# %% ../nbs/90h_kit.ipynb #4c2b8fc9
+# %% ../nbs/90h_kit.ipynb #2415e93e
 _MARKS = dict(ok=("·", None), note=("!", "yellow"), fail=("✗", "red"))
 
 def _show(findings):
-    width = max(20, *(len(f.about) for f in findings))
+    width = max([20, *(len(f.about) for f in findings)])
     for f in findings:
         mark, colour = _MARKS[f.state]
         typer.secho(f"  {mark} {f.about:{width}}  {f.found}", fg=colour)

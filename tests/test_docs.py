@@ -4,12 +4,12 @@ import dataclasses, json, re, shlex, signal
 import httpx
 import pytest
 
-from conftest import BIN, ROOT, copy_of
+from conftest import ROOT, copy_of
 from llmops_ref.config import Config
 from llmops_ref.docs import anchor_of, broken_links, build_site, site_pages
 from llmops_ref.pipeline import STAGES
 from test_chat import chromium
-from test_workflows import commands, test_what_is_called_exists as exists
+from test_workflows import test_what_is_called_exists as exists
 
 PAGES = {name: (ROOT / name).read_text() for name in ["README.md", "CONTRIBUTING.md", "AGENTS.md", *(f"nbs/guides/{path.name}" for path in sorted((ROOT / "nbs" / "guides").glob("*.md")))]}
 
@@ -22,21 +22,21 @@ def said(text: str) -> list[str]:
 
 COMMANDS = {command: name for name, text in PAGES.items() for command in said(text)}
 
-# What takes minutes is run by another test, and what cannot be had here by none
+# What takes minutes is run by another test (which says the command's word, or what stands after =), and what cannot be had here by none
 ELSEWHERE = {
-    r"make (run|test|setup)( TORCH=cpu)?": "test_kit.py::test_the_two_commands_of_the_renamed_project", r"make site": "test_docs.py::site", r"make prepare": "test_kit.py::test_a_renamed_fork_takes_over_what_upstream_changed",
+    r"make (run|test)( TORCH=cpu)?": "test_kit.py::test_the_two_commands_of_the_renamed_project", r"make setup( TORCH=cpu)?": "test_kit.py::acme=*INIT", r"make site": "test_docs.py::site=build_site(", r"make prepare": "test_kit.py::test_a_renamed_fork_takes_over_what_upstream_changed=upgrade",
     r"llmops run --env (dev|staging)": "conftest.py::finished", r"llmops run --env dev --app third_party": "test_applications.py::third", r"llmops compare.*": "test_applications.py::test_one_table_compares_the_applications",
-    r"llmops serve assistant|llmops serve front": "test_deployment.py::test_approval_rollout_and_rollback", r"llmops batch .*": "test_applications.py::test_a_batch_that_is_killed_goes_on_where_it_stopped",
-    r"llmops run --env dev --only (finetune|retrieval)( --force)?": "test_deployment.py::shop", r"llmops (run|approve|rollback|versions) --env prod|llmops approve|llmops rollback": "test_deployment.py::test_approval_rollout_and_rollback",
+    r"llmops serve assistant": "test_docs.py::test_the_serve_command", r"llmops batch .*": "test_applications.py::test_a_batch_that_is_killed_goes_on_where_it_stopped",
+    r"llmops run --env dev --only (finetune|retrieval)( --force)?": "test_run.py::test_damaged_index_is_refused_and_rebuilt=--only", r"llmops versions --env prod": "test_deployment.py::versions", r"llmops (run|approve|rollback) --env prod|llmops approve|llmops rollback": "test_deployment.py::test_approval_rollout_and_rollback",
     r"llmops (vote|review) .*": "test_feedback.py::test_the_loop_from_a_thumb_down_to_the_next_version", r"llmops monitor .*": "test_monitoring.py::test_the_command_for_a_scheduler",
     r"llmops run --env dev --set (hub_retired=smollm2-q8_0|retrieval=off)": "test_kit.py::test_neither_fine_tuning_nor_an_index", r"llmops run --env dev --set finetune=off": "test_kit.py::test_the_two_commands_of_the_renamed_project",
-    r"llmops init.*": "test_kit.py::acme", r"llmops upgrade": "test_kit.py::test_a_renamed_fork_takes_over_what_upstream_changed", r"git remote add upstream .*": "test_kit.py::clone_of",
+    r"llmops init.*": "test_kit.py::acme=*INIT", r"llmops upgrade": "test_kit.py::test_a_renamed_fork_takes_over_what_upstream_changed", r"git remote add upstream .*": "test_kit.py::test_a_template_without_history",
     r"llmops run --env dev --to prompts": "test_prompts.py::test_a_new_prompt_that_is_no_better_changes_nothing", r"llmops questions (add|review) .*": "test_questions.py::test_a_question_is_used_once_it_is_reviewed",
-    r"llmops run --env dev --set corpus=.*": "test_retrieval.py::own", r"nbdev-test .*": "test_kit.py::test_the_two_commands_of_the_renamed_project",
-    r"llmops doctor .*--databricks|llmops doctor --databricks": "test_kit.py::test_doctor_on_a_workspace", r"llmops bundle connect .*": "test_bundle.py::test_from_a_fine_tuned_model_to_a_deployed_version", r"llmops destroy .* --platform databricks": "test_hosting.py::test_destroy_removes_what_jobs_made",
+    r"llmops run --env dev --set corpus=.*": "test_retrieval.py::test_own_documents_then_one_that_changes=run(own)", r"nbdev-test .*": "test_kit.py::test_the_two_commands_of_the_renamed_project=make(acme, \"test\"",
     r"llmops rollback --prompt": "test_prompts.py::test_going_back_to_the_previous_prompt", r"llmops chat.*": "test_docs.py::test_the_chat_command"}
 NOT_HERE = {
-    r"databricks .*": "takes a workspace", r"llmops run --env dev --app third_party --set gateway_models=openai/.*": "takes a paid provider", r".* --set validation_questions=0": "takes minutes; the same command with other settings runs in test_kit", r".* --set finetune_profile=full": "takes half an hour; its settings are those of smoke, only more",
+    r"databricks .*": "takes a workspace", r"llmops doctor .*--databricks|llmops doctor --databricks": "takes a workspace; test_kit asks an emulated one", r"llmops bundle connect .*": "takes a workspace; test_bundle calls what it calls",
+    r"llmops destroy .* --platform databricks": "takes a workspace; test_hosting calls what it calls", r"llmops run --env dev --app third_party --set gateway_models=openai/.*": "takes a paid provider", r".* --set validation_questions=0": "takes minutes; the same command with other settings runs in test_kit", r".* --set finetune_profile=full": "takes half an hour; its settings are those of smoke, only more",
     r"make offline": "takes both commands again; the life cycle of `finished` runs without a network", r"make lock.*": "resolves anew; the workflow `newest` does it every Monday", r"make run INSTALLER=pip": "takes ten minutes more; pip reads the same lock",
     r"llmops bench .*": "takes minutes; its lesson, 03d_bench, measures", r"llmops load": "takes minutes; its lesson is 07b_load", r"nbdev-install-hooks": "writes into the home of whoever runs it", r"git .*": "is git's own"}
 
@@ -52,8 +52,9 @@ def test_a_command_exists(command):
     "Command, options and targets are there, and each is run: here, or by the test that the table names."
     exists(COMMANDS[command], re.sub(r"<([^>]*)>", "x", command))
     if where := found(ELSEWHERE, command):
-        file, name = where.split("::")
-        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.M), f"{where} is gone"
+        file, name, proof = re.match(r"(\S+)::(\w+)(.*)", where).groups()
+        source = re.search(rf"^def {name}\(.*?(?=^def |^@|^class |\Z)", (ROOT / "tests" / file).read_text(), re.M | re.S)
+        assert source and (proof.partition("=")[2] or f'"{bare(command).split()[1]}"') in source[0], f"{where} does not run it"
 
 
 def test_the_tables_name_what_is_said():
@@ -85,6 +86,19 @@ def test_the_chat_command(finished):
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
+
+
+def test_the_serve_command(finished):
+    "What is deployed, behind MLflow's server: the line that it prints to try it works, and nothing is left running."
+    process = finished.start("serve", "assistant", "--env", "staging")
+    try:
+        address = next(m[0] for line in process.stdout if (m := re.search(r"http://\S+", line)))
+        reply = httpx.post(f"{address}/responses", json=dict(model="assistant", input=[dict(role="user", content="How do I log a metric?")]), timeout=120).raise_for_status().json()
+        assert reply["output"][0]["content"][0]["text"]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    with pytest.raises(httpx.ConnectError): httpx.get(address)
 
 
 # --- links and names

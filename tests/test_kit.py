@@ -10,7 +10,7 @@ from databricks.sdk.service.catalog import PermissionsChange, Privilege
 
 from conftest import BIN, ROOT, SMALL, Project
 from llmops_ref.config import SettingsError, load_config
-from llmops_ref.doctor import check_workspace
+from llmops_ref.doctor import NEEDED, _rights_in, check_workspace
 from llmops_ref.fork import Identity, fork_project, git, read_identity, read_upstream, upgrade_project
 from llmops_ref.pipeline import STAGES
 from llmops_ref.workspace import DataError
@@ -289,17 +289,19 @@ def test_doctor_on_a_workspace(tmp_path):
         assert found["secrets"].state == "fail" and "llmops" in found["secrets"].fix
 
         emulator.client.catalogs.create("llm_dev")
-        emulator.client.catalogs.update("llm_dev", owner="somebody-else")
         me = emulator.client.current_user.me().user_name
         emulator.client.grants.update("CATALOG", "llm_dev", changes=[PermissionsChange(add=[Privilege.USE_CATALOG], principal=me)])
         found = states()
         assert found["catalog"].state == "ok"
-        if emulator.client.catalogs.get("llm_dev").owner != me: assert found["rights in llm_dev"].state == "fail" and f"GRANT CREATE SCHEMA ON CATALOG llm_dev TO `{me}`" in found["rights in llm_dev"].fix
+        def rights(): return _rights_in(emulator.client, "CATALOG", "llm_dev", "somebody-else", NEEDED)[0]          # the emulator gives each catalog to whoever asks
+        assert rights().state == "fail" and f"GRANT CREATE SCHEMA ON CATALOG llm_dev TO `{me}`" in rights().fix
+        emulator.client.grants.update("CATALOG", "llm_dev", changes=[PermissionsChange(add=[Privilege.CREATE_SCHEMA], principal="another-user")])
+        assert rights().state == "fail", "what somebody else may do is not what we may"
         emulator.client.grants.update("CATALOG", "llm_dev", changes=[PermissionsChange(add=[Privilege.CREATE_SCHEMA], principal=me)])
         emulator.client.secrets.create_scope("llmops")
         emulator.client.secrets.put_secret("llmops", "traces", string_value="x")
         found = states()
-        assert found["secrets"].state == "ok" and found.get("rights in llm_dev", found["catalog"]).state == "ok"
+        assert found["secrets"].state == rights().state == "ok"
     finally: emulator.process.terminate(); emulator.process.wait(); emulator.log.close()
 
 
