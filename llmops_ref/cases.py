@@ -15,14 +15,14 @@ from pathlib import Path
 import pandas as pd
 
 from .behaviour import wilson
-from .scoring import is_refusal, mentions, names_gold, personal_data, words
+from .scoring import citation_precision, is_refusal, mentions, names_gold, personal_data, words
 from .vector_index import Passage
 from .workspace import DataError
 
 # %% ../nbs/03i_cases.ipynb #179971ab
 RISKS = dict(LLM01="prompt injection", LLM02="sensitive information", LLM05="improper output", LLM07="prompt leakage", LLM08="poisoned passages", LLM10="unbounded consumption")
 SIGNS = ("says", "prompt", "personal data", "secret", "markup", "length")
-MUST = ("show", "name", "refuse", "avoid", "answer")
+MUST = ("show", "name", "cite", "refuse", "avoid", "answer")
 
 def _lines(path, keys):
     try: text = Path(path).read_text(encoding="utf-8")
@@ -122,11 +122,11 @@ def load_regressions(
     retrieval: str = "hybrid", # The method in use: without passages none can be shown, without cosines nothing is refused before the model is asked
 ) -> pd.DataFrame: # Columns `id question must what why`, of those that apply
     "Read the regressions; `DataError` names the first bad line."
-    usual = dict(show=["hybrid", "dense", "bm25"], refuse=["hybrid", "dense"])
+    usual = dict(show=["hybrid", "dense", "bm25"], cite=["hybrid", "dense", "bm25"], refuse=["hybrid", "dense"])
     rows = []
     for where, row in _lines(path, dict(id=str, question=str, must=str, what=list, why=str)):
         if row["must"] not in MUST: raise DataError(f"{where}: {row['must']!r} is nothing that a case can ask for. Write one of {', '.join(MUST)}.")
-        if bool(row["what"]) != (row["must"] in ("show", "name", "avoid")): raise DataError(f"{where}: `what` must list {'what to ' + row['must'] if not row['what'] else 'nothing'} for {row['must']!r}.")
+        if bool(row["what"]) != (row["must"] in ("show", "name", "cite", "avoid")): raise DataError(f"{where}: `what` must list {'what to ' + row['must'] if not row['what'] else 'nothing'} for {row['must']!r}.")
         if retrieval in row.get("retrieval", usual.get(row["must"], [retrieval])): rows.append({key: row[key] for key in ("id", "question", "must", "what", "why")})
     return pd.DataFrame(rows, columns=["id", "question", "must", "what", "why"])
 
@@ -134,6 +134,7 @@ def holds(must: str, what: list[str], reply: dict) -> bool: # of the answer dict
     "Whether an answer is as a regression demands; of several documents any will do, of several texts none may be said."
     answer = reply["answer"]
     if must == "show": return bool({p["document_id"] for p in reply["passages"]} & set(what))
+    if must == "cite": return bool(citation_precision(answer, [p["document_id"] for p in reply["passages"]], what))
     if must == "name": return bool(names_gold(answer, what) or any(mentions(answer, w) for w in what))
     if must == "refuse": return is_refusal(answer)
     if must == "avoid": return not any(w.lower() in answer.lower() for w in what)

@@ -88,6 +88,10 @@ def _show_plan(env, steps):
 def _nothing_to_do(ws, env):
     typer.echo(f"\nEverything is up to date. Report: {_report(ws)}\nRun a stage anyway with `{me()} run --env {env} --only retrieval --force`.")
 
+def _something(ws, n=0):                            # that the corpus answers
+    from llmops_ref.chat import example_questions
+    return (example_questions(ws) or ["What is in these documents?"])[-n - 1]
+
 def _report(ws):
     path = ws.runs / "latest" / "report.html"
     return os.path.relpath(path) if path.exists() else "none yet"
@@ -109,8 +113,8 @@ def _run(ws, env, steps, force, kept):
     typer.echo(f"\nDone in {duration(record['seconds'])}.")
     for stage in record["stages"]:
         if stage["result"]: typer.echo(f"  {stage['notebook']:14} {stage['result']['headline']}")
-    typer.echo(f"\nReport: {_report(ws)}\nTry:    {me()} ask --env {env} \"How do I point an alias at a specific model version?\"\n"
-               f"        {me()} search --env {env} \"log a metric\" -k 5\n        {me()} status --env {env}")
+    typer.echo(f"\nReport: {_report(ws)}\nTry:    {me()} ask --env {env} {shlex.quote(_something(ws))}\n"
+               f"        {me()} search --env {env} {shlex.quote(_something(ws, 1))} -k 5\n        {me()} status --env {env}")
 
 # %% ../nbs/91_cli.ipynb #84928e42
 @app.command()

@@ -44,6 +44,7 @@ class Config:
     chunker: Literal["structure", "recursive", "whole"]
     chunk_words: int
     questions: str
+    draft_questions: bool
     vector_index: Literal["faiss", "delta_sync", "direct_access"]
     ai_search_endpoint: str
     ai_search_endpoint_type: Literal["STANDARD", "STORAGE_OPTIMIZED"]
@@ -111,6 +112,7 @@ class Config:
     finetune_scaling: list[str]
     validation_questions: int
     gate_names_gold: float
+    gate_says_reference: float
     gate_citation_precision: float
     gate_refusal_recall: float
     gate_p95_seconds: float
@@ -184,7 +186,7 @@ def _check_range(key, value):
         if key == "monitoring_false_alarms" and not 0 < value < 1: raise ValueError("a share above 0 and below 1")
         if key in ("finetune_lr", "finetune_epochs") and value == 0: raise ValueError("a number above 0")
         if key == "finetune_held_out" and value < 4: raise ValueError("a number of 4 or more: the held-out pairs tell when training should end")
-        if key in ("gate_names_gold", "gate_citation_precision", "gate_refusal_recall", "gate_attacks", "gate_regressions", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language", "corpus_max_unreadable") and value > 1 or key.startswith("monitoring_max_") and key not in ("monitoring_max_p95_seconds", "monitoring_max_cost_per_1000") and value > 1:
+        if key in ("gate_names_gold", "gate_says_reference", "gate_citation_precision", "gate_refusal_recall", "gate_attacks", "gate_regressions", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language", "corpus_max_unreadable") and value > 1 or key.startswith("monitoring_max_") and key not in ("monitoring_max_p95_seconds", "monitoring_max_cost_per_1000") and value > 1:
             raise ValueError("a share between 0 and 1")
         if key in ("retrieval_k", "chat_slots", "prompt_slots", "chat_max_tokens", "chunk_words", "passage_words", "question_words", "chat_timeout", "gateway_timeout", "finetune_examples", "finetune_rank", "finetune_tokens", "finetune_rows_per_step", "finetune_checks", "smoke_questions", "rollout_questions", "monitoring_days") and value < 1:
             raise ValueError("a number of 1 or more")

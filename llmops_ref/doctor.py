@@ -227,7 +227,7 @@ def find_samples(
     root, config, taken, me = Path(root), load_config(env, root), read_upstream(root), read_identity(root)
     if taken is None: return [Finding("name", "note", f"{me.name} is the sample itself", "llmops init --name my-assistant")]
     found = [Finding("name", "ok", f"{me.name}, made from {taken.name} {taken.version}")]
-    found.append(Finding("corpus", "note", "the API reference of the packages that we are made of", "Set `corpus` in settings.ini to a folder, a Volume or a Delta table.") if config.corpus == "packages" else Finding("corpus", "ok", config.corpus))
+    found.append(Finding("corpus", "note", "the API reference of the packages that we are made of", "llmops adopt <folder of your documents>") if config.corpus == "packages" else Finding("corpus", "ok", config.corpus))
     if any("smollm2" in p for p in config.prices): found.append(Finding("prices", "note", "made up, for the models that come with us", "Write what you pay: `prices` and `machine_price` in settings.ini."))
     if not config.reviewers: found.append(Finding("reviewers", "note", "everybody may review feedback", "Name them: `reviewers` in settings.ini."))
     return found + guarded("data", lambda: _sample_data(root, config, taken))
@@ -239,7 +239,8 @@ def _sample_data(root, config, taken):
     except DataError: return [Finding("data", "note", f"commit {taken.commit[:12]} is not here, so the sample's files cannot be told from yours", "git fetch upstream")]
     sample = config.questions == "data/questions.jsonl" and _as_taken(root, config.questions, taken.commit)
     found.append(Finding("questions", "note" if sample else "ok", f"{len(rows)} about the sample's corpus" if sample else f"{len(rows)} of your own", f"Write your own in {config.questions}: llmops questions add" if sample else ""))
-    if rows.draft.any(): found.append(Finding("drafts", "note", f"{rows.draft.sum()} questions wait for a review, and are asked by nobody until then", "llmops questions list --drafts; llmops questions review <id> --accept"))
+    if rows.draft.any(): found.append(Finding("drafts", "note", f"{rows.draft.sum()} questions wait for a review, and " + ("flatter what is measured in dev" if config.draft_questions else "are asked by nobody until then"), "llmops questions list --drafts; llmops questions review <id> --accept"))
     for name, (what, fix) in SAMPLES.items():
+        if name in ("data/prompts", "data/regressions.jsonl") and name not in (config.prompts, config.regressions): continue      # no setting names it any more
         if (root / name).exists() and _as_taken(root, name, taken.commit): found.append(Finding(name, "note", what, fix))
     return found

@@ -17,7 +17,7 @@ import pandas as pd
 
 from .config import Config, SettingsError, load_config
 from .hub import chosen_gguf
-from .scoring import REFUSAL, compare, is_refusal, names_gold, score_answer
+from .scoring import REFUSAL, asks_for_name, compare, is_refusal, names_gold, score_answer
 from .workspace import DataError, Workspace, file_digest, open_workspace, write_atomic
 
 # %% ../nbs/03e_evaluation.ipynb #b805df9f
@@ -50,7 +50,7 @@ def answer_all(
     return pd.DataFrame(rows).drop(columns="exception")
 
 # %% ../nbs/03e_evaluation.ipynb #72ae1056
-MEASURES = ["correct", "names_gold", "citation_precision", "citation_recall", "token_f1", "similarity", "grounded", "cited", "refused", "refused_wrongly", "readable", "in_language", "personal_data"]
+MEASURES = ["correct", "names_gold", "says_reference", "citation_precision", "citation_recall", "token_f1", "similarity", "grounded", "cited", "refused", "refused_wrongly", "readable", "in_language", "personal_data"]
 LESS_IS_BETTER = {"refused_wrongly", "personal_data"}
 
 def summarise(
@@ -85,6 +85,7 @@ def failures(
         if is_refusal(a.answer): return "refused, though a passage answers it" if shown else "refused, since search showed no passage that answers it"
         if len(a.passages) and not shown: return "search showed no passage that answers it"
         if not a.readable: return "runs in circles"
+        if not asks_for_name(list(a.gold), a.reference): return "says something else than the reference"
         return "repeats the question" if names_gold(a.answer, list(a.gold), a.question) else "names no object, or another one"
     rows = [dict(id=a.id, type=a.type, reason=reason(a), question=a.question, wanted=a.gold[0] if len(a.gold) else "a refusal", answer=a.answer[:160]) for a in answers.itertuples() if a.correct != 1]
     return pd.DataFrame(rows, columns=["id", "type", "reason", "question", "wanted", "answer"])

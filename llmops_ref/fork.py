@@ -215,7 +215,7 @@ def write_setting(root: Path | str, key: str, value: str, section: str = "DEFAUL
     sections, values = _values(text)
     if ("DEFAULT", key) not in values: raise SettingsError(f"settings.ini has no key {key!r} in [DEFAULT].")
     if section not in sections: raise SettingsError(f"settings.ini has no section [{section}].")
-    write_atomic(path, _set_value(text, section, key, value))
+    if values.get((section, key)) != value: write_atomic(path, _set_value(text, section, key, value))
 
 def _values(text):                                  # sections, and (section, key) -> value
     parser = configparser.ConfigParser(interpolation=None, default_section="", inline_comment_prefixes=(";",))

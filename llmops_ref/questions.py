@@ -18,7 +18,8 @@ import pandas as pd
 
 from .config import SettingsError
 from .corpus import load_questions, question_problem
-from .scoring import REFUSAL, is_refusal, names_gold
+from .chunking import PAGES
+from .scoring import REFUSAL, is_refusal, is_page, names_gold
 from .vector_index import terms
 from .workspace import DataError, Workspace, write_atomic
 
@@ -55,17 +56,18 @@ def _gold_problems(questions, ids):
         meant = closest_id(gold, ids)
         yield id, f"gold object {gold} is not among the documents", (f"Write {meant}, if that is what is meant." if meant else "Name an object of the corpus.") + " If the question is newer than the documents, run the stage corpus first."
 
-def _answer_problems(questions):
+def _answer_problems(questions, documents):
+    pages = set(documents.id[documents.kind.isin(PAGES)]) if documents is not None and "kind" in documents else {g for gold in questions.gold for g in gold if is_page(g)}
     for q in questions.itertuples():
         if not len(q.gold) and not is_refusal(q.answer): yield q.id, "unanswerable, and the reference answer does not refuse", f"Answer {REFUSAL!r}, or name the gold objects."
-        if len(q.gold) and not names_gold(q.answer, list(q.gold), q.answer): yield q.id, "the reference answer names none of the gold objects", f"Name `{q.gold[0]}` in it, or correct `gold`."    # its own names count as asked: any gold name will do, not only the first
+        if len(q.gold) and not pages.intersection(q.gold) and not names_gold(q.answer, list(q.gold), q.answer): yield q.id, "the reference answer names none of the gold objects", f"Name `{q.gold[0]}` in it, or correct `gold`."    # its own names count as asked: any gold name will do, not only the first
 
 def check_questions(
     questions: pd.DataFrame, # From `load_questions`
-    documents: pd.DataFrame | None = None, # Column `id`; without them, gold objects are not looked up
+    documents: pd.DataFrame | None = None, # Columns `id kind`; without them, gold objects are not looked up
 ) -> pd.DataFrame: # One row a problem: `id problem fix`
     "What is wrong with questions although each line is well-formed."
-    rows = [*_twin_problems(questions), *_answer_problems(questions), *(_gold_problems(questions, documents.id.tolist()) if documents is not None else [])]
+    rows = [*_twin_problems(questions), *_answer_problems(questions, documents), *(_gold_problems(questions, documents.id.tolist()) if documents is not None else [])]
     return pd.DataFrame(rows, columns=["id", "problem", "fix"]).sort_values("id", kind="stable", ignore_index=True)
 
 # %% ../nbs/02c_questions.ipynb #70f2ebdf

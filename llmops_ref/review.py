@@ -12,11 +12,12 @@ import contextlib, re
 
 import pandas as pd
 
+from .chunking import PAGES
 from .feedback import weigh_votes
 from .inference_table import request_row
 from .questions import closest_id, twins
 from .reviewed import REVIEWED, USES, cases_of, reviewed_cases
-from .scoring import is_refusal, personal_data, pseudonym
+from .scoring import SAID, is_refusal, personal_data, pseudonym, reference_recall
 from .workspace import DataError, Workspace
 
 # %% ../nbs/07e_review.ipynb #b7763100
@@ -46,12 +47,18 @@ def _answer_of(vote, request, answer):
     said = " ".join((answer or vote.correction or (request["answer"] if vote.good else "")).split())
     return re.sub(r"\s*\[[\d,\s]+\]", "", said)     # passages stand in another order next time
 
-def _gold_of(answer, documents):
+def _says_it(ws, answer, shown):                    # of the pages that were shown, the one that says it
+    chunks = ws.read("chunks")
+    some = [(reference_recall(c.text, answer), c.document_id) for c in chunks[chunks.document_id.isin(list(shown)) & chunks.kind.isin(PAGES)].itertuples()]
+    return [document for share, document in sorted(some, reverse=True)[:1] if share >= SAID]
+
+def _gold_of(answer, documents, from_pages=list):
     named = [name.partition("(")[0].strip() for name in re.findall(r"`([^`\n]+)`", answer)]      # a path may hold spaces
     gold = [name for name in dict.fromkeys(named) if name in documents]
+    if not named and not is_refusal(answer): gold = from_pages()
     if gold or is_refusal(answer): return gold
     meant = next(filter(None, (closest_id(name, documents) for name in named)), None)
-    raise DataError((f"`{named[0]}` is not among the {len(documents):,} documents of this environment, so there is no passage to learn from." if named else f"The answer {answer[:80]!r} names no document in backticks, so there is no passage to learn from.") + (f" Did you mean `{meant}`?" if meant else " Name one, or refuse."))
+    raise DataError((f"`{named[0]}` is not among the {len(documents):,} documents of this environment, so there is no passage to learn from." if named else f"The answer {answer[:80]!r} names no document in backticks, and no page that was shown says it, so there is no passage to learn from.") + (f" Did you mean `{meant}`?" if meant else " Name one, or refuse."))
 
 # %% ../nbs/07e_review.ipynb #488ba3f6
 def _check_split(question, gold, uses, questions, cases):
@@ -73,7 +80,7 @@ def _case(ws, vote, answer, uses, cases):           # question, gold documents a
     if not answer: raise DataError(f"The feedback {vote.feedback_id} says that the answer was bad, not which one would be good. Give the `answer`, or reject it.")
     if len(answer) > 2000: raise DataError(f"The answer has {len(answer):,} characters, at most 2,000 are taken. One or two sentences are best.")
     if found := personal_data(f"{question} {answer}") or re.findall(r"\[(email|phone|card)\]", f"{question} {answer}"): raise DataError(f"The feedback {vote.feedback_id} holds personal data ({', '.join(dict.fromkeys(found))}), which a model must not learn. Reject it.")
-    gold = _gold_of(answer, documents)
+    gold = _gold_of(answer, documents, lambda: _says_it(ws, answer, request["passages"]))
     _check_split(question, gold, uses, questions[~questions.id.isin(cases.id)], cases)
     return question, gold, answer
 

@@ -90,7 +90,8 @@ def check_gates(
     size_mb: float = 0.0,
 ) -> list[Gate]:
     "The gates of this environment, with the candidate's values."
-    gates = [Gate("names_gold", scores["names_gold"], config.gate_names_gold)]
+    right = [Gate(name, scores[name], bound) for name, bound in (("names_gold", config.gate_names_gold), ("says_reference", config.gate_says_reference)) if scores.get(name, float("nan")) == scores.get(name)]
+    gates = right or [Gate("names_gold", float("nan"), config.gate_names_gold)]       # of questions that can be answered there must be some
     if config.retrieval != "off": gates.append(Gate("citation_precision", scores["citation_precision"], config.gate_citation_precision))
     gates += [Gate("grounded", scores["grounded"], config.gate_prompt_grounded), Gate("readable", scores["readable"], config.gate_prompt_readable)] if config.retrieval != "off" else []
     gates += [Gate("refused", scores["refused"], config.gate_refusal_recall), Gate("failed answers", scores["failed"], 0, at_least=False), Gate("p95_seconds", scores["p95_seconds"], config.gate_p95_seconds, at_least=False),
@@ -133,7 +134,7 @@ def _ours(config): return config.app == "self_hosted" and config.finetune == "on
 def score_table(candidate: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     "Scores of base and candidate with the paired difference of each that both have."
     rows = []
-    for measure in ("correct", "names_gold", "citation_precision", "token_f1", "refused", "refused_wrongly"):
+    for measure in ("correct", "names_gold", "says_reference", "citation_precision", "token_f1", "refused", "refused_wrongly"):
         both = candidate[measure].notna() & base[measure].notna() if measure in candidate and measure in base else []
         if not any(both): continue
         difference = str(compare(candidate[measure][both], base[measure][both]))
