@@ -204,7 +204,7 @@ def preflight(
     for stage in stages:
         if config.platform == "local": check_parameters(config.root / "nbs" / f"{stage.notebook}.ipynb")
         stage_code(stage, config.root)              # Python can read it
-    check_splits(load_questions(config.root / config.questions), config.questions)
+    check_splits(load_questions(config.root / config.questions, config.draft_questions), config.questions)
     if (source := corpus_source(config.corpus, config.root)) == "packages":
         for package in config.corpus_packages: installed(package)
     if source == "folder": folder_files(config.root / config.corpus, config.corpus_exclude)
