@@ -21,11 +21,11 @@ from .workspace import DataError
 def _order(text): return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 def _sections(chunks):                              # of each page, chunks about which something can be asked, the best first
-    found = {}
+    found, seen = {}, set()
     for c in chunks[chunks.kind.isin(PAGES)].itertuples():
-        if not page_sentences(c.text): continue
-        heading = page_heading(c.text)
-        found.setdefault(c.document_id, []).append((not heading.endswith("?"), not heading, _order(c.id), c))
+        heading, place = page_heading(c.text), (c.document_id, c.text.partition("\n")[0])
+        opens, _ = place not in seen, seen.add(place)       # what a section says first is what its heading promises
+        if page_sentences(c.text) and (opens or not heading): found.setdefault(c.document_id, []).append((not heading.endswith("?"), not heading, _order(c.id), c))
     return {document: [c for *_, c in sorted(some, key=lambda s: s[:3])] for document, some in found.items()}
 
 def _draft(c, rng, teacher):
@@ -60,7 +60,8 @@ def draft_questions(
         for page in pages:                          # in turn, so that no long page takes them all
             while waiting[page] and len(rows) < wanted:
                 if (made := _draft(waiting[page].pop(0), rng, teacher)) and add(made[0], made[1], [page], made[2], split[page]): break
+    headed = [c.text for some in sections.values() for c in some if 0 < len(page_heading(c.text).split()) <= 4 and not page_heading(c.text).endswith("?")] or [some[0].text for some in sections.values()]
     for place in range(n // 5):
         for _ in range(9):
-            if add("unanswerable", ask_beyond(rng.choice(sections[rng.choice(pages)]).text, rng), [], REFUSAL, ("test", "train")[place % 2]): break
+            if add("unanswerable", ask_beyond(rng.choice(headed), rng), [], REFUSAL, ("test", "train")[place % 2]): break
     return pd.DataFrame(rows, columns=["id", "question", "type", "gold", "answer", "split", "status"])

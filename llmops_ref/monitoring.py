@@ -23,8 +23,9 @@ from .embedding import open_embedder
 from .feedback import collect_feedback, share_down
 from .hosting import open_host
 from .inference_table import collect_requests
+from .chunking import PAGES
 from .page import render_page
-from .pairs import ask_about, ask_outside, first_sentence
+from .pairs import question_about
 from .retrieval import index_precision, open_index
 from .review import send_to_review, to_review
 from .scoring import names_gold
@@ -159,17 +160,16 @@ def question_topics(
     each: int = 60, # Questions of a topic at most
     seed: int = 17,
 ) -> dict[str, list[str]]: # The topic with most documents first; the last one is for the drift
-    "Questions about the documents, by package or folder."
-    rng = random.Random(seed)
-    first = chunks[chunks.position == 0]
-    topics = {}
-    for package, some in first.groupby(first.document_id.str.split(r"[./]", regex=True).str[0]):
-        said = [(c.document_id, c.kind, sentence) for c in some.itertuples() if (sentence := first_sentence(c.text))]
-        rng.shuffle(said)
-        if len(said) >= 8: topics[package] = [ask_about(*s, rng)[1] for s in said[:each]]
-    topics = dict(sorted(topics.items(), key=lambda item: -len(item[1])))
-    if len(topics) < 3: topics["outside"] = [ask_outside(d, rng) for d in first.document_id.sample(min(each, len(first)), random_state=seed)] if len(first) else ["What is new?"]
-    return topics
+    "Questions about the documents, by package or folder; those with few are together."
+    rng, topics, others = random.Random(seed), {}, []
+    chunks = chunks[(chunks.position == 0) | chunks.kind.isin(PAGES)]
+    for name, some in chunks.groupby(chunks.document_id.str.split(r"[./]", regex=True).str[0]):
+        asked = [question for c in some.sample(frac=1, random_state=seed).itertuples() if (question := question_about(c, rng))][:each]
+        if len(asked) >= 8: topics[name] = asked
+        else: others += asked
+    topics = dict(sorted((topics | (dict(others=others[:each]) if len(others) >= 8 or others and not topics else {})).items(), key=lambda item: -len(item[1])))
+    if len(topics) < 3: topics["outside"] = [question_about(c, rng, beyond=True) for c in chunks.sample(min(each, len(chunks)), random_state=seed).itertuples()] or ["What is new?"]
+    return topics if len(topics) > 1 else dict(others=["What is in these documents?"]) | topics
 
 @dataclass
 class Rehearsal:

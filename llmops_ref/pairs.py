@@ -7,7 +7,7 @@ Reads `chunks`, `questions` and the index. Leaves pairs of a prompt and its answ
 # %% auto #0
 __all__ = ['SYNONYMS', 'HOW', 'WHAT', 'NAME', 'ABOUT', 'OUTSIDE', 'BEYOND', 'INVENTED', 'PER_GROUP', 'PEOPLE', 'COLUMNS',
            'first_sentence', 'ask_about', 'plain_markdown', 'page_sentences', 'page_heading', 'ask_page', 'ask_outside',
-           'ask_beyond', 'ask_invented', 'document_of', 'answer_from', 'build_pairs', 'check_pairs']
+           'ask_beyond', 'question_about', 'ask_invented', 'document_of', 'answer_from', 'build_pairs', 'check_pairs']
 
 # %% ../nbs/04a_pairs.ipynb #959a9141
 import random, re
@@ -111,12 +111,13 @@ def ask_page(
     text: str, # A chunk of a page, as far as it is shown
     rng: random.Random,
     sentence: str | None = None, # The one to ask for; drawn by default
+    opens: bool = True, # Whether the section begins with this chunk: what follows in another one is not what its heading asks for
 ) -> tuple[str, str, str] | None: # Kind of question (heading, keywords), the question, and the sentence that answers it; `None` if nothing can be asked
     "Make one of many possible questions about a chunk of a page."
     found, heading = page_sentences(text), page_heading(text)
     if not found: return None
     sentence = sentence or rng.choice(found)
-    if sentence == found[0] and len(heading) > 3 and rng.random() < 0.6:
+    if opens and sentence == found[0] and len(heading) > 3 and rng.random() < 0.6:
         return "heading", heading if heading.endswith("?") else rng.choice(ABOUT).format(heading if heading[1:2].isupper() else heading[0].lower() + heading[1:]), sentence
     telling = list(dict.fromkeys(w for w in re.findall(r"[^\W\d_][\w-]{2,}", sentence) if w.lower() not in _DULL))
     if len(telling) < 3: return None
@@ -142,8 +143,8 @@ def ask_outside(document_id: str, rng: random.Random) -> str:
     return text.format(thing=rng.choice((f"`{_name(document_id)}`", _name(document_id))), package=_SPELT.get(package, package), **{hole: rng.choice(words) for hole, words in _FILL.items()})
 
 # %% ../nbs/04a_pairs.ipynb #8a050b9d
-BEYOND = ["Who is responsible for {}?", "What did {} cost us last {period}?", "Who wrote the part on {}?", "When was the part on {} changed last?", "How many people asked about {} last {period}?", "Which of our colleagues knows most about {}?", "What is planned for {} next {period}?",
-          "Can you send me the contract about {}?", "What do our competitors do about {}?", "Which law is behind {}, and in which paragraph?", "What is the telephone number for {}?", "Is there a film about {}?", "How does the weather change {}?", "Which university teaches {}?"]
+BEYOND = ["Which team is responsible for {}?", "What did {} cost us last {period}?", "Who wrote the part on {}?", "When was the part on {} changed last?", "How many people asked about {} last {period}?", "Which of our colleagues knows most about {}?", "What is planned for {} next {period}?",
+          "Can you send me the contract about {}?", "What do our competitors do about {}?", "Which budget pays for {}?", "Who approved what is said about {}?", "Is there a training on {} this {period}?", "How satisfied were people with {} last {period}?", "Who complained about {} last {period}?"]
 
 def ask_beyond(
     text: str, # A chunk of a page
@@ -153,6 +154,18 @@ def ask_beyond(
     heading = page_heading(text).rstrip("?") or _NUMBERED.sub("", text.partition("\n")[0].split(" › ")[-1])
     if len(heading.split()) > 5: heading = " ".join([w for w in re.findall(r"[^\W\d_][\w-]{2,}", heading) if w.lower() not in _DULL][:3]) or heading
     return rng.choice(BEYOND).replace("{period}", rng.choice(_FILL["period"])).format(heading if heading[1:2].isupper() else heading[:1].lower() + heading[1:])
+
+# %% ../nbs/04a_pairs.ipynb #d4a66872
+def question_about(
+    chunk, # With `document_id kind text`
+    rng: random.Random,
+    beyond: bool = False, # One that it does not answer
+) -> str | None: # `None` if nothing can be asked
+    "A question about a chunk of an object or of a page."
+    if beyond: return (ask_beyond(chunk.text, rng) if chunk.kind in PAGES else ask_outside(chunk.document_id, rng))
+    if chunk.kind in PAGES: return (ask_page(chunk.text, rng) or (None, None))[1]
+    sentence = first_sentence(chunk.text)
+    return ask_about(chunk.document_id, chunk.kind, sentence, rng)[1] if sentence else None
 
 # %% ../nbs/04a_pairs.ipynb #61c98c1e
 INVENTED = ["What does `{0}.{1}` do?", "How do I call `{0}.{1}`?", "Which arguments does {0}.{1} take?", "What does {0}.{1} return?", "When should I use {0}.{1}?", "What happens to running jobs when I call {0}.{1}?", "How does {0}.{1} break ties?",
@@ -201,7 +214,7 @@ def answer_from(
     return f"Use `{entry}` [{number}]. {sentence}" if document_of(entry) == entry else f"According to [{number}]: {sentence}"
 
 def _ask(entry, facts, rng):                        # kind, question and sentence
-    if facts["kind"] in PAGES: return ask_page(facts["text"], rng) or ask_page(facts["text"], rng, facts["sentence"]) or ("keywords", " ".join(words(facts["sentence"])[:5]), facts["sentence"])
+    if facts["kind"] in PAGES: return ask_page(facts["text"], rng, opens=facts["opens"]) or ("keywords", " ".join(words(facts["sentence"])[:5]), facts["sentence"])
     return (*ask_about(entry, facts["kind"], facts["sentence"], rng), facts["sentence"])
 
 def _group(index, entries, number, objects, person, names, skip, k, rng):
@@ -280,12 +293,13 @@ def build_pairs(
         row["messages"] = build_messages(template, row["question"], passages, max_words, worked and (lambda _: worked(lead[row["group"]]))) + [dict(role="assistant", content=row.pop("answer"))]
     return pd.DataFrame(rows, columns=COLUMNS)
 
-def _entries(chunks, max_words):                    # all that can be shown: `kind text sentence`; of what is cut off, nothing is asked
-    found = {}
+def _entries(chunks, max_words):                    # all that can be shown: `kind text sentence opens`; of what is cut off, nothing is asked
+    found, above = {}, None
     for c in chunks[(chunks.position == 0) | chunks.kind.isin(PAGES)].sort_values(["document_id", "position"]).itertuples():
         page = c.kind in PAGES
         text = cut_words(c.text, max_words).removesuffix(" ...") if page else c.text
-        found[c.id if page else c.document_id] = dict(kind=c.kind, text=text, sentence=next(iter(page_sentences(text)), None) if page else first_sentence(text))
+        before, above = above, (c.document_id, text.partition("\n")[0])
+        found[c.id if page else c.document_id] = dict(kind=c.kind, text=text, opens=above != before, sentence=next(iter(page_sentences(text)), None) if page else first_sentence(text))
     return found
 
 def _answerable(questions, entries):                # with the entry that answers; those that are to be refused have none
