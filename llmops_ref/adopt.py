@@ -26,7 +26,7 @@ from .workspace import DataError, Workspace, open_workspace, write_atomic
 
 # %% ../nbs/90j_adopt.ipynb #058ceb9d
 FOR_PAGES = {("DEFAULT", "prompts"): "data/prompts/pages", ("DEFAULT", "passage_words"): "50", ("DEFAULT", "regressions"): "", ("DEFAULT", "draft_questions"): "false",
-             ("dev", "draft_questions"): "true", ("dev", "chat_max_tokens"): "60", ("dev", "prompt_search"): "0", ("smoke", "finetune_examples"): "176", ("smoke", "finetune_seconds"): "120"}
+             ("dev", "draft_questions"): "true", ("dev", "chat_max_tokens"): "60", ("dev", "prompt_search"): "0", ("smoke", "finetune_examples"): "176", ("smoke", "finetune_seconds"): "120", ("smoke", "finetune_tokens"): "512"}
 FEWEST = 60                                         # sentences that can be asked for, without which the base model serves as it is
 
 @dataclass(frozen=True)

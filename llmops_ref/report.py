@@ -69,6 +69,8 @@ def verdict(
         reasons.append(f"Score “{row.get('metric')}”: {show('', row.get('base'))} for what it is compared with ({_names(checked)['base'].lower()}), {show('', row.get('candidate'))} for the candidate. Difference {row.get('difference')}.")
     if alarms := [str(a.get("signal")) for a in watched.get("alerts") or [] if a.get("breached")]:
         reasons.append(f"Attention: {len(alarms)} of {len(watched['alerts'])} signals in use are over their bound ({', '.join(alarms)}).")
+    asked = (stages.get("corpus") or {}).get("metrics") or {}
+    if drafts := int(asked.get("drafts") or 0): reasons.append(f"Attention: {drafts} of the {int(asked.get('questions', drafts))} evaluation questions are drafts that nobody has reviewed. Numbers on them flatter.")
     if run.get("waiting"): reasons.append(f"Attention: {run['waiting']}")
     if error: reasons.append(error if len(error) < 400 else error[:400] + " …")
     if stop: reasons.append("What was deployed before is untouched by stages that did not run. Repeat the command when this is mended: stages that finished are not run again.")

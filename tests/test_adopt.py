@@ -1,0 +1,122 @@
+"""A team brings its own documents: one command makes them the corpus, and the whole life cycle runs on them."""
+import json, shutil
+
+import pytest
+from markdown_it import MarkdownIt
+
+from conftest import ROOT, Project
+from llmops_ref.config import load_config
+from llmops_ref.corpus import load_questions
+from llmops_ref.workspace import open_workspace
+
+QUICK = dict(HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", PROMPT_REPORT_QUESTIONS="2", PROMPT_BEHAVIOUR="0", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="3",
+             MONITORING_PROBES="3", SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120", FINETUNE_SECONDS="0")
+
+
+def pdf(path, text):
+    from reportlab.lib.styles import getSampleStyleSheet
+    from reportlab.platypus import Paragraph, SimpleDocTemplate
+    from xml.sax.saxutils import escape
+    SimpleDocTemplate(str(path)).build([Paragraph(escape(part), getSampleStyleSheet()["BodyText"]) for part in text.split("\n\n") if part.strip()])
+
+
+def mixed_documents(folder):
+    "Our own guides as somebody's documents, each in another format, and two files that cannot be read."
+    guides = sorted((ROOT / "nbs" / "guides").glob("*.md"))
+    folder.mkdir()
+    for number, path in enumerate(guides):
+        text = path.read_text()
+        if number % 4 == 0: (folder / path.name).write_text(text)
+        elif number % 4 == 1: (folder / f"{path.stem}.html").write_text(f"<html><body><main>{MarkdownIt().enable('table').render(text)}</main></body></html>")
+        elif number % 4 == 2: pdf(folder / f"{path.stem}.pdf", text)
+        else: (folder / f"{path.stem}.ipynb").write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[dict(cell_type="markdown", metadata={}, source=text)])))
+    (folder / "empty.md").write_text("")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adopted(tmp_path_factory) -> Project:
+    "A project that has adopted a folder, and has run once."
+    project = Project(tmp_path_factory.mktemp("adopted") / "project", **QUICK)
+    mixed_documents(project.root / "handbook")
+    project.before = (project.root / "settings.ini").read_text()
+    project.said = project.llmops("adopt", "handbook")
+    assert project.said.returncode == 0, project.said.stderr
+    project.ran = project.llmops("run", "--env", "dev", offline=True)
+    assert project.ran.returncode == 0, project.ran.stdout[-3000:] + project.ran.stderr[-3000:]
+    return project
+
+
+def asked(project, question): return json.loads(project.llmops("ask", question, "--json").stdout)
+
+
+def test_answers_cite_the_documents(adopted):
+    "Four formats, trained on, validated, deployed; what the model says stands in the page that it cites."
+    documents = {path.name for path in (adopted.root / "handbook").iterdir()}
+    questions = load_questions(adopted.root / "data" / "handbook_questions.jsonl", drafts=True).query("type != 'unanswerable'").head(6)
+    replies = [asked(adopted, q.question) for q in questions.itertuples()]
+    cited = [[reply["passages"][n - 1]["document_id"] for n in reply["citations"]] for reply in replies]
+    assert sum(map(bool, cited)) >= 3, [reply["answer"] for reply in replies]
+    assert {name for names in cited for name in names} <= documents
+    assert sum(bool(set(names) & set(q.gold)) for names, q in zip(cited, questions.itertuples())) >= 2
+
+
+def test_drafts_are_asked_in_dev_and_everywhere_called_drafts(adopted):
+    corpus = json.loads((adopted.root / "stores" / "dev" / "stages" / "corpus.json").read_text())
+    assert corpus["metrics"]["drafts"] == corpus["metrics"]["questions"] == 30 and "30 of them drafts" in corpus["headline"]
+    assert "30 of the 30 evaluation questions are drafts" in (adopted.root / "runs" / "dev" / "latest" / "report.html").read_text()
+    staging = adopted.llmops("run", "--env", "staging", "--to", "corpus")
+    assert staging.returncode == 1 and "only drafts" in staging.stderr, "nothing is gated on what nobody has read"
+
+
+def test_prose_is_scored_as_prose(adopted):
+    "No answer has to name a function: the gate is on what the reference says, and the pairs are sentences of pages that no test question is about."
+    checked = json.loads((adopted.root / "stores" / "dev" / "stages" / "validation.json").read_text())
+    gates = {gate["gate"] for gate in checked["details"]["gates"]}
+    assert "says_reference" in gates and "names_gold" not in gates
+    ws = open_workspace(load_config("dev", adopted.root))
+    pairs, questions = ws.read("training_pairs"), ws.read("questions")
+    answers = [messages[-1]["content"] for messages in pairs.messages]
+    assert sum(answer.startswith("According to [") for answer in answers) > len(answers) / 2 and not any(answer.startswith("Use `") for answer in answers)
+    tested = {g for gold in questions[questions.split == "test"].gold for g in gold}
+    assert not tested & set(pairs.shown.explode().str.replace(r"#\d+$", "", regex=True))
+    assert adopted.llmops("questions", "check", "--env", "dev").returncode == 0
+
+
+def test_a_correction_in_prose_finds_its_page(adopted):
+    "Somebody votes an answer down and says what would have been right: the page that was shown and says it is what the next model learns from."
+    q = load_questions(adopted.root / "data" / "handbook_questions.jsonl", drafts=True).query("split == 'train' and type != 'unanswerable'").iloc[0]
+    reply = asked(adopted, q.question)
+    assert q.gold[0] in {p["document_id"] for p in reply["passages"]}, "the search shows the page"
+    vote = json.loads(adopted.llmops("vote", reply["trace_id"], "--down", "--correction", q.answer, "--by", "ann", "--json").stdout)
+    nonsense = adopted.llmops("review", vote["feedback_id"], "--accept", "--answer", "Elephants paint violins at dusk.", "--by", "bob")
+    assert nonsense.returncode == 1 and "no page that was shown says it" in nonsense.stderr
+    row = json.loads(adopted.llmops("review", vote["feedback_id"], "--accept", "--by", "bob", "--json").stdout)
+    assert row["gold"] == q.gold[0] and row["answer"] == q.answer
+
+
+def test_only_named_settings_change_and_a_second_time_nothing(adopted):
+    before, after = adopted.before.splitlines(), (adopted.root / "settings.ini").read_text().splitlines()
+    new = [line for line in after if line not in before]
+    assert {line.split("=")[0].strip() for line in new} == {"corpus", "questions", "prompts", "passage_words", "regressions", "draft_questions", "chat_max_tokens", "prompt_search", "finetune_examples", "finetune_seconds", "finetune_tokens"}
+    again = json.loads(adopted.llmops("adopt", "handbook", "--json").stdout)
+    assert again["settings"] == [] and again["drafts"] == [] and again["kept"] == 30
+    (adopted.root / "handbook" / "parking.md").write_text("# Parking\n\n## Where cars stand\n\nCars stand behind the northern building, and nobody pays for that.\n")
+    (adopted.root / "handbook" / "dogs.md").write_text("# Dogs\n\n## On a lead\n\nA dog may come along if somebody holds it on a lead.\n")
+    more = json.loads(adopted.llmops("adopt", "handbook", "--json").stdout)
+    assert {g for q in more["drafts"] for g in q["gold"]} == {"parking.md", "dogs.md"} and more["kept"] == 30
+
+
+def test_what_cannot_be_adopted(project):
+    "Bad folders are named in the first second, and nothing is written."
+    (project.root / "one").mkdir()
+    (project.root / "one" / "page.md").write_text("# Only one\n\nHere is a whole sentence about a single thing.\n")
+    (project.root / "pictures").mkdir()
+    (project.root / "pictures" / "photo.jpg").write_bytes(b"\xff\xd8\xff")
+    before = (project.root / "settings.ini").read_text()
+    for words, says in ((["nowhere"], "There is no folder nowhere"), ([str(project.root)], "the project itself"), (["one"], "at least two documents"), (["pictures"], "holds no document"), (["README.md"], "There is no folder README.md")):
+        done = project.llmops("adopt", *words)
+        assert done.returncode == 1 and says in done.stderr, done.stderr
+    shutil.copytree(ROOT / "nbs" / "guides", project.root / "guides")
+    assert project.llmops("adopt", "guides", "--dry-run").returncode == 0
+    assert (project.root / "settings.ini").read_text() == before and not list((project.root / "data").glob("*_questions.jsonl"))
