@@ -714,6 +714,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llmops_ref.pairs._group': ('pairs.html#_group', 'llmops_ref/pairs.py'),
                                   'llmops_ref.pairs._members': ('pairs.html#_members', 'llmops_ref/pairs.py'),
                                   'llmops_ref.pairs._name': ('pairs.html#_name', 'llmops_ref/pairs.py'),
+                                  'llmops_ref.pairs._small': ('pairs.html#_small', 'llmops_ref/pairs.py'),
                                   'llmops_ref.pairs._taught': ('pairs.html#_taught', 'llmops_ref/pairs.py'),
                                   'llmops_ref.pairs._verb': ('pairs.html#_verb', 'llmops_ref/pairs.py'),
                                   'llmops_ref.pairs.answer_from': ('pairs.html#answer_from', 'llmops_ref/pairs.py'),

@@ -104,6 +104,8 @@ def page_heading(text: str) -> str: # "" if only the title of the page stands ab
     return _NUMBERED.sub("", last).strip(" #:.") if above else ""
 
 # %% ../nbs/04a_pairs.ipynb #78703dfb
+def _small(words): return words if words[1:2].isupper() else words[:1].lower() + words[1:]       # unless it is an abbreviation
+
 ABOUT = ["What should I know about {}?", "Tell me about {}.", "What about {}?", "{}?", "What is said about {}?", "How is it with {}?", "I have a question about {}.", "What do I need to know on {}?"]
 _DULL = _LOOSE | set("you your they them their there these those which what how are was were been being have has had not but can may will would should must also only any all one more most other some such than then very we our it he she be do does did so if no".split())
 
@@ -118,12 +120,12 @@ def ask_page(
     if not found: return None
     sentence = sentence or rng.choice(found)
     if opens and sentence == found[0] and len(heading) > 3 and rng.random() < 0.6:
-        return "heading", heading if heading.endswith("?") else rng.choice(ABOUT).format(heading if heading[1:2].isupper() else heading[0].lower() + heading[1:]), sentence
+        return "heading", heading if heading.endswith("?") else rng.choice(ABOUT).format(_small(heading)), sentence
     telling = list(dict.fromkeys(w for w in re.findall(r"[^\W\d_][\w-]{2,}", sentence) if w.lower() not in _DULL))
     if len(telling) < 3: return None
     start = rng.randrange(max(1, len(telling) - 5))
     asked = " ".join(telling[start:start + rng.choice((4, 5, 6))])
-    return "keywords", asked.lower() if rng.random() < 0.4 else rng.choice(ABOUT).format(asked), sentence
+    return "keywords", asked.lower() if rng.random() < 0.4 else rng.choice(ABOUT).format(_small(asked)), sentence
 
 # %% ../nbs/04a_pairs.ipynb #4ee3327f
 OUTSIDE = dict(
@@ -151,9 +153,9 @@ def ask_beyond(
     rng: random.Random,
 ) -> str:
     "A question about the world around a page, which it does not answer."
-    heading = page_heading(text).rstrip("?") or _NUMBERED.sub("", text.partition("\n")[0].split(" › ")[-1])
-    if len(heading.split()) > 5: heading = " ".join([w for w in re.findall(r"[^\W\d_][\w-]{2,}", heading) if w.lower() not in _DULL][:3]) or heading
-    return rng.choice(BEYOND).replace("{period}", rng.choice(_FILL["period"])).format(heading if heading[1:2].isupper() else heading[:1].lower() + heading[1:])
+    headings = [_NUMBERED.sub("", part).strip(" #:.") for part in plain_markdown(text.partition("\n")[0]).split(" › ")]
+    short = next((h for h in headings[::-1] if h and not h.endswith("?") and len(h.split()) <= 5), " ".join(headings[0].split()[:5]).rstrip("?"))
+    return rng.choice(BEYOND).replace("{period}", rng.choice(_FILL["period"])).format(_small(short))
 
 # %% ../nbs/04a_pairs.ipynb #d4a66872
 def question_about(
