@@ -3,10 +3,12 @@
 The lessons of a notebook are tested in the notebook (`nbdev-test`). Here is what needs another process: the command,
 kernels that get killed, servers, a machine without a network.
 """
-import atexit, copy, os, shutil, subprocess, sys, tempfile, time
+import atexit, configparser, copy, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import pytest
+
+from llmops_ref.fork import write_setting
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -14,6 +16,10 @@ BIN = Path(sys.executable).parent
 # A life cycle that is complete but small: every stage does its real work on little data.
 SMALL = dict(CORPUS_DOCUMENTS="220", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft", HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120",
              PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16", FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="6", MONITORING_PROBES="3", SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120")   # no timed assertions: CI machines may be slow
+
+# The tests are about the sample, also in a fork whose settings name other documents by now (`llmops adopt`).
+SAMPLE = {("DEFAULT", "corpus"): "packages", ("DEFAULT", "questions"): "data/questions.jsonl", ("DEFAULT", "prompts"): "data/prompts", ("DEFAULT", "regressions"): "data/regressions.jsonl", ("DEFAULT", "passage_words"): "32",
+          ("DEFAULT", "finetune"): "on", ("dev", "draft_questions"): "false", ("dev", "chat_max_tokens"): "40", ("dev", "prompt_search"): "1", ("smoke", "finetune_examples"): "96", ("smoke", "finetune_seconds"): "75", ("smoke", "finetune_tokens"): "1024"}
 
 CACHE = tempfile.mkdtemp(prefix="llmops-cache-")        # converted weights, made once for all projects
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
@@ -34,6 +40,10 @@ class Project:
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
+        here = configparser.ConfigParser(interpolation=None, default_section="", inline_comment_prefixes=(";",))
+        here.read(folder / "settings.ini")
+        for (section, key), value in SAMPLE.items():
+            if here.has_option(section, key): write_setting(folder, key, value, section)
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOPS_", "MLFLOW_"))}
         self.environment = keep | {f"LLMOPS_{k}": v for k, v in (dict(CACHE=CACHE) | settings).items()} | dict(PYTHONPATH=str(folder), HF_HUB_OFFLINE="1")
 

@@ -4,7 +4,7 @@ import json, shutil
 import pytest
 from markdown_it import MarkdownIt
 
-from conftest import ROOT, Project
+from conftest import ROOT, SAMPLE, Project
 from llmops_ref.config import load_config
 from llmops_ref.corpus import load_questions
 from llmops_ref.workspace import open_workspace
@@ -98,7 +98,7 @@ def test_a_correction_in_prose_finds_its_page(adopted):
 def test_only_named_settings_change_and_a_second_time_nothing(adopted):
     before, after = adopted.before.splitlines(), (adopted.root / "settings.ini").read_text().splitlines()
     new = [line for line in after if line not in before]
-    assert {line.split("=")[0].strip() for line in new} == {"corpus", "questions", "prompts", "passage_words", "regressions", "draft_questions", "chat_max_tokens", "prompt_search", "finetune_examples", "finetune_seconds", "finetune_tokens"}
+    assert {line.split("=")[0].strip() for line in new} == {key for _, key in SAMPLE} - {"finetune"}, "what the other tests put back: `make test` stays green in a fork that has adopted"
     again = json.loads(adopted.llmops("adopt", "handbook", "--json").stdout)
     assert again["settings"] == [] and again["drafts"] == [] and again["kept"] == 30
     (adopted.root / "handbook" / "parking.md").write_text("# Parking\n\n## Where cars stand\n\nCars stand behind the northern building, and nobody pays for that.\n")
