@@ -217,7 +217,7 @@ SAMPLES = {"data/prompts": ("prompts for questions about Python libraries", "Put
            "data/red_team.jsonl": ("attacks that fit every assistant", "Add those that only yours can meet.")}
 
 def _as_taken(root, name, commit):                  # is it as upstream has it?
-    return not git(root, "diff", "--name-only", commit, "--", name)
+    return not commit or not git(root, "diff", "--name-only", commit, "--", name)
 
 def find_samples(
     root: Path | str,
@@ -225,8 +225,7 @@ def find_samples(
 ) -> list[Finding]:
     "What a fork still has of the project that it was made from, and what waits for a person."
     root, config, taken, me = Path(root), load_config(env, root), read_upstream(root), read_identity(root)
-    if taken is None: return [Finding("name", "note", f"{me.name} is the sample itself", "llmops init --name my-assistant")]
-    found = [Finding("name", "ok", f"{me.name}, made from {taken.name} {taken.version}")]
+    found = [Finding("name", "ok", f"{me.name}, made from {taken.name} {taken.version}") if taken else Finding("name", "note", f"{me.name} is the sample itself", "llmops init --name my-assistant")]
     found.append(Finding("corpus", "note", "the API reference of the packages that we are made of", "llmops adopt <folder of your documents>") if config.corpus == "packages" else Finding("corpus", "ok", config.corpus))
     if any("smollm2" in p for p in config.prices): found.append(Finding("prices", "note", "made up, for the models that come with us", "Write what you pay: `prices` and `machine_price` in settings.ini."))
     if not config.reviewers: found.append(Finding("reviewers", "note", "everybody may review feedback", "Name them: `reviewers` in settings.ini."))
@@ -234,13 +233,13 @@ def find_samples(
 
 def _sample_data(root, config, taken):
     from llmops_ref.corpus import load_questions
-    rows, found = load_questions(root / config.questions, drafts=True), []
-    try: git(root, "cat-file", "-e", taken.commit)
+    rows, found, commit = load_questions(root / config.questions, drafts=True), [], taken and taken.commit
+    try: commit and git(root, "cat-file", "-e", commit)
     except DataError: return [Finding("data", "note", f"commit {taken.commit[:12]} is not here, so the sample's files cannot be told from yours", "git fetch upstream")]
-    sample = config.questions == "data/questions.jsonl" and _as_taken(root, config.questions, taken.commit)
+    sample = config.questions == "data/questions.jsonl" and _as_taken(root, config.questions, commit)
     found.append(Finding("questions", "note" if sample else "ok", f"{len(rows)} about the sample's corpus" if sample else f"{len(rows)} of your own", f"Write your own in {config.questions}: llmops questions add" if sample else ""))
     if rows.draft.any(): found.append(Finding("drafts", "note", f"{rows.draft.sum()} questions wait for a review, and " + ("flatter what is measured in dev" if config.draft_questions else "are asked by nobody until then"), "llmops questions list --drafts; llmops questions review <id> --accept"))
     for name, (what, fix) in SAMPLES.items():
         if name in ("data/prompts", "data/regressions.jsonl") and name not in (config.prompts, config.regressions): continue      # no setting names it any more
-        if (root / name).exists() and _as_taken(root, name, taken.commit): found.append(Finding(name, "note", what, fix))
+        if (root / name).exists() and _as_taken(root, name, commit): found.append(Finding(name, "note", what, fix))
     return found

@@ -65,6 +65,8 @@ def test_drafts_are_asked_in_dev_and_everywhere_called_drafts(adopted):
     corpus = json.loads((adopted.root / "stores" / "dev" / "stages" / "corpus.json").read_text())
     assert corpus["metrics"]["drafts"] == corpus["metrics"]["questions"] == 30 and "30 of them drafts" in corpus["headline"]
     assert "30 of the 30 evaluation questions are drafts" in (adopted.root / "runs" / "dev" / "latest" / "report.html").read_text()
+    left = {f["about"]: f for f in json.loads(adopted.llmops("todo", "--json").stdout)["findings"]}
+    assert left["corpus"]["state"] == left["questions"]["state"] == "ok" and "30 questions" in left["drafts"]["found"] and "flatter" in left["drafts"]["found"]
     staging = adopted.llmops("run", "--env", "staging", "--to", "corpus")
     assert staging.returncode == 1 and "only drafts" in staging.stderr, "nothing is gated on what nobody has read"
 
