@@ -9,25 +9,27 @@ __all__ = ['FOR_PAGES', 'FEWEST', 'Adoption', 'plan_adoption', 'adopt_folder']
 
 # %% ../nbs/90g_adopt.ipynb #1ead1311
 import json, os, re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from .chunking import make_chunks
-from .config import SettingsError, load_config
+from .config import SettingsError, explain, load_config
 from .corpus import load_questions
 from .documents import read_folder
 from .drafts import draft_questions
-from .fork import write_setting
+from .fork import setting_changes, write_settings
 from .pairs import page_sentences
+from .scoring import language, script
 from .teacher import open_teacher
 from .workspace import DataError, Workspace, open_workspace, write_atomic
 
 # %% ../nbs/90g_adopt.ipynb #058ceb9d
 FOR_PAGES = {("DEFAULT", "prompts"): "data/prompts/pages", ("DEFAULT", "passage_words"): "50", ("DEFAULT", "regressions"): "", ("DEFAULT", "draft_questions"): "false",
              ("dev", "draft_questions"): "true", ("dev", "chat_max_tokens"): "60", ("dev", "prompt_search"): "0", ("smoke", "finetune_examples"): "176", ("smoke", "finetune_seconds"): "120", ("smoke", "finetune_tokens"): "512"}
-FEWEST = 60                                         # sentences that can be asked for, without which the base model serves as it is
+FEWEST = 40                                         # chunks that can be asked about, outside the pages of the test; with fewer, the base model serves as it is
 
 @dataclass(frozen=True)
 class Adoption:
@@ -37,42 +39,63 @@ class Adoption:
     questions: Path # File of the questions, relative to the project
     drafts: pd.DataFrame # New lines for it, from `draft_questions`
     kept: int # Lines that it has already
-    settings: dict[tuple[str, str], str] # (section, key) -> value
+    gone: list[str] # Ids of those whose page is not there any more
+    settings: dict[tuple[str, str], str] # (section, key) -> value, where `settings.ini` says something else
+    tuned: bool # Whether there is enough to train on
+    notes: list[str] # What a person should know
 
 def _place(folder, root):                           # as settings.ini names it: within the project by a relative path
-    folder = Path(folder).expanduser().absolute()
-    return os.path.relpath(folder, root) if folder.is_relative_to(root) else str(folder)
+    folder = Path(os.path.normpath(Path(folder).expanduser().absolute()))
+    if folder == root: raise SettingsError("That is the project itself. Put the documents into a folder of their own, such as documents/.")
+    place = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
+    if re.search(r"[;{}\n]|^\s|\s$", place): raise SettingsError(f"settings.ini cannot hold the name {place!r}: it has a semicolon, a brace, or a space at its end. Rename the folder.")
+    return f"./{place}" if place == "packages" else place       # which is also the word for the sample
 
 # %% ../nbs/90g_adopt.ipynb #86e25dac
 def plan_adoption(
     root: Path | str, # Of the project
     folder: Path | str, # With the documents: Markdown, HTML, reStructuredText, PDF, notebooks, text
-    n: int = 30, # Draft questions, if there are none yet
+    n: int = 30, # Questions in all, those that are there already among them
+    teacher: bool = True, # Let the teacher of the settings write them, if there is one
 ) -> Adoption:
-    "Read the folder and draft questions about it; nothing is written. `SettingsError` or `DataError` names what is wrong with the folder."
+    "Read the folder and draft questions about it; nothing is written into the project. `SettingsError` or `DataError` names what is wrong with the folder."
     root = Path(root).absolute()
     if not Path(folder).expanduser().is_dir(): raise SettingsError(f"There is no folder {folder}. Name one with documents: Markdown, HTML, reStructuredText, PDF, notebooks or text.")
-    corpus = _place(folder, root)
-    if corpus == ".": raise SettingsError("That is the project itself. Put the documents into a folder of their own, such as documents/.")
-    name = re.sub(r"\W+", "_", Path(folder).expanduser().absolute().name.lower()).strip("_") or "own"
+    corpus, before = _place(folder, root), load_config("dev", root)
+    questions = Path("data") / f"{_file_name(Path(corpus).name if Path(corpus).is_absolute() else corpus)}_questions.jsonl"
     config = load_config("dev", root, corpus=corpus)
     ws = open_workspace(config)
     documents, problems = read_folder(ws, corpus, config.corpus_max_unreadable, config.corpus_exclude, config.corpus_min_words)
     chunks = make_chunks(documents, config.chunk_words, config.chunker)
-    questions = Path("data") / f"{name}_questions.jsonl"
-    there = load_questions(root / questions, drafts=True) if (root / questions).is_file() else pd.DataFrame(columns=["id", "question", "gold"])
-    drafts = _new_drafts(chunks, there, n, open_teacher(ws))
-    askable = sum(len(page_sentences(text)) for text in chunks.text)
-    settings = {("DEFAULT", "corpus"): corpus, ("DEFAULT", "questions"): questions.as_posix()} | FOR_PAGES | {("DEFAULT", "finetune"): "on" if askable >= FEWEST else "off"}
-    return Adoption(documents, problems, questions, drafts, len(there), settings)
+    there = load_questions(root / questions, drafts=True) if (root / questions).is_file() else pd.DataFrame(columns=["id", "question", "type", "gold", "answer", "split"])
+    drafts = _new_drafts(chunks, there, n, open_teacher(ws) if teacher else None)
+    tested = {g for rows in (there, drafts) for gold in rows.gold[rows.split == "test"] for g in gold}
+    tuned = sum(bool(page_sentences(text)) for text in chunks.text[~chunks.document_id.isin(tested)]) >= FEWEST
+    wanted = {("DEFAULT", "corpus"): corpus, ("DEFAULT", "questions"): questions.as_posix()}
+    if before.corpus == "packages": wanted |= FOR_PAGES | {("DEFAULT", "finetune"): "on" if tuned else "off"}
+    wanted = {(section, key): value for (section, key), value in wanted.items() if section != "smoke" or "[smoke]" in (root / "settings.ini").read_text()}      # a project may have thrown that profile away
+    gone = [q.id for q in there.itertuples() if not set(q.gold) <= set(documents.id)]
+    return Adoption(documents, problems, questions, drafts, len(there), gone, setting_changes(root, wanted), tuned, _notes(root, corpus, documents, before, tuned))
+
+def _file_name(place): return re.sub(r"\W+", "_", place.lower()).strip("_") or "own"
+
+def _notes(root, corpus, documents, config, tuned):
+    notes, spoken = [], Counter(language(text[:3000]) or script(text[:3000]) for text in documents.text)
+    if (most := spoken.most_common(1)[0][0]) not in ("en", "LATIN", None): notes.append(f"The documents seem to be in another language ({most}). Our templates are English and so is the model that comes with us: the drafts read oddly, and a larger model should answer (`--app third_party`).")
+    for env in ("dev", "staging", "prod"):
+        if 0 < (most := load_config(env, root).corpus_documents) < len(documents): notes.append(f"{env} takes {most} of the {len(documents)} documents: `corpus_documents` under [{env}].")
+    if config.corpus == "packages" and not tuned: notes.append("Too few sentences to train on: the model serves as it is. A small one cites little then; `--app third_party` asks a provider's.")
+    if Path(corpus).is_absolute(): notes.append("The folder is outside the project, so only this machine finds it there. Move it in, and adopt it again, before others run this.")
+    return notes
 
 def _new_drafts(chunks, there, n, teacher):
     if not len(there): return draft_questions(chunks, n, teacher)
-    gone = {g for gold in there.gold for g in gold} & set(chunks.document_id)
-    fresh = chunks[~chunks.document_id.isin(gone)]
-    try: drafts = draft_questions(fresh, min(n, 2 * fresh.document_id.nunique()), teacher)
-    except DataError: return pd.DataFrame(columns=["id", "question", "type", "gold", "answer", "split", "status"])      # nothing new, or too little to divide
-    drafts = drafts[(drafts.type != "unanswerable") & ~drafts.question.str.casefold().isin(there.question.str.casefold())]
+    nothing = pd.DataFrame(columns=["id", "question", "type", "gold", "answer", "split", "status"])
+    fresh = chunks[~chunks.document_id.isin({g for gold in there.gold for g in gold})]
+    if (wanted := n - len(there)) <= 0 or fresh.empty: return nothing
+    try: drafts = draft_questions(fresh, min(wanted + wanted // 4, 2 * fresh.document_id.nunique() + 1), teacher, alone=there.split.value_counts().reindex(["test", "train"], fill_value=0).idxmin())
+    except DataError: return nothing                # no whole sentence in them
+    drafts = drafts[(drafts.type != "unanswerable") & ~drafts.question.str.casefold().isin(there.question.str.casefold())].head(wanted)
     first = max((int(id[1:]) for id in there.id if re.fullmatch(r"[a-z]\d+", id)), default=0)
     return drafts.assign(id=[f"d{first + i:03}" for i in range(1, len(drafts) + 1)])
 
@@ -80,15 +103,12 @@ def _new_drafts(chunks, there, n, teacher):
 def adopt_folder(
     root: Path | str, # Of the project
     plan: Adoption, # From `plan_adoption`
-) -> list[tuple[str, str, str]]: # Section, key and new value of each setting that changed
+) -> list[str]: # Settings that something else overrides, each with its origin; empty if all is well
     "Write the draft questions and the settings."
     root = Path(root)
     path = root / plan.questions
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
     if len(plan.drafts): write_atomic(path, old + "\n" * bool(old and not old.endswith("\n")) + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plan.drafts.to_dict("records")))
-    before, changed = (root / "settings.ini").read_text(), []
-    for (section, key), value in plan.settings.items():
-        write_setting(root, key, value, section)
-        if (after := (root / "settings.ini").read_text()) != before: changed.append((section, key, value))
-        before = after
-    return changed
+    if plan.settings: write_settings(root, plan.settings)
+    return [f"{key} = {row['value']} in {env}, from {row['origin']}" for env in ("dev", "staging", "prod") for row in explain(load_config(env, root))
+            for key in ("corpus", "questions", "prompts") if row["key"] == key and ("DEFAULT", key) in plan.settings and str(row["value"]) != plan.settings["DEFAULT", key]]

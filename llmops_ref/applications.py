@@ -105,7 +105,7 @@ def compare_applications(
             chain.invoke({"question": "Hello, how are you?"})               # the first answer of a client also loads what the others find loaded
             found = answers[system.name] = answer_all(streamed(chain), questions, config.chat_slots, lambda done, n: ws.progress(number * n + done, len(systems) * n, system.name))
             means = summarise(found)
-            rows.append(dict(system=system.name, app=system.app) | {m: means[m] for m in ("correct", "names_gold", "citation_precision", "token_f1", "refused", "p50_seconds", "p95_seconds")}
+            rows.append(dict(system=system.name, app=system.app) | {m: means[m] for m in ("correct", *(m for m in ("names_gold", "says_reference") if means[m] == means[m]), "citation_precision", "token_f1", "refused", "p50_seconds", "p95_seconds")}
                         | dict(first_token=found.first_token_seconds.median(), tokens_read=found.prompt_tokens.mean(), tokens_written=found.completion_tokens.mean(), memory_mb=memory_mb(ws, kept_up), usd_per_1000=price_per_1000(config, system, found)))
     return pd.DataFrame(rows).set_index("system"), answers
 

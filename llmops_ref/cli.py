@@ -90,7 +90,8 @@ def _nothing_to_do(ws, env):
 
 def _something(ws, n=0):                            # that the corpus answers
     from llmops_ref.chat import example_questions
-    return (example_questions(ws) or ["What is in these documents?"])[-n - 1]
+    found = example_questions(ws) or ["What is in these documents?"]
+    return found[-1 - min(n, len(found) - 1)]
 
 def _report(ws):
     path = ws.runs / "latest" / "report.html"
@@ -350,7 +351,7 @@ def list_questions(split: Annotated[Optional[str], typer.Option(help="Only train
 
 @questions_app.command("add")
 def add(question: Annotated[Optional[str], typer.Option()] = None, gold: Annotated[Optional[list[str]], typer.Option(help="Id of a document that answers it; may be repeated")] = None,
-        answer: Annotated[Optional[str], typer.Option(help="Reference answer, which names a gold object; not needed if unanswerable")] = None, kind: Annotated[Optional[str], typer.Option("--type", help="lookup, howto, paraphrase, symptom or unanswerable")] = None,
+        answer: Annotated[Optional[str], typer.Option(help="Reference answer: about an API it names a gold object, about a page it says what the page says; not needed if unanswerable")] = None, kind: Annotated[Optional[str], typer.Option("--type", help="lookup, howto, paraphrase, symptom or unanswerable")] = None,
         split: Annotated[Optional[str], typer.Option(help="train or test; best left out")] = None, by: Annotated[str, typer.Option(help="Your name, if it is to stand in the file")] = "", env: Env = "dev", as_json: Json = False):
     "Add a question as a draft; on a terminal, what is missing is asked."
     with manners():
@@ -361,7 +362,8 @@ def add(question: Annotated[Optional[str], typer.Option()] = None, gold: Annotat
         if kind != "unanswerable":
             gold = gold or given(None, "--gold", "ids of the documents that answer it, with commas between them").split(",")
             answer = given(answer, "--answer", "a reference answer, which names one of them")
-        id, documents = add_question(path, question, gold or [], answer or "", kind, split, by), _documents(ws)
+        documents = _documents(ws)
+        id = add_question(path, question, gold or [], answer or "", kind, split, by, documents)
         row = load_questions(path, drafts=True).query("id == @id")
         notes = [f"{p.problem}. {p.fix}" for p in check_questions(row, documents).itertuples()] if documents is not None else [f"The gold objects were not looked up: the stage corpus has not run in {env}."] * bool(gold)
         if as_json: return out(row.iloc[0].to_dict() | dict(notes=notes))

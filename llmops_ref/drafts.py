@@ -13,7 +13,8 @@ import hashlib, random
 import pandas as pd
 
 from .chunking import PAGES
-from .pairs import ABOUT, ask_beyond, ask_page, page_heading, page_sentences
+from .pairs import ABOUT, ask_beyond, ask_page, lower_first, page_heading, page_sentences
+from .questions import TWINS, stems
 from .scoring import REFUSAL
 from .workspace import DataError
 
@@ -22,18 +23,21 @@ def _order(text): return hashlib.md5(text.encode(), usedforsecurity=False).hexdi
 
 def _sections(chunks):                              # of each page, chunks about which something can be asked, the best first
     found, seen = {}, set()
-    for c in chunks[chunks.kind.isin(PAGES)].itertuples():
+    chunks = chunks[chunks.kind.isin(PAGES)]
+    pages_of = pd.Series([page_heading(text).casefold() for text in chunks.text]).groupby(chunks.document_id.tolist()).unique().explode().value_counts()
+    for c in chunks.itertuples():
         heading, place = page_heading(c.text), (c.document_id, c.text.partition("\n")[0])
         opens, _ = place not in seen, seen.add(place)       # what a section says first is what its heading promises
-        if page_sentences(c.text) and (opens or not heading): found.setdefault(c.document_id, []).append((not heading.endswith("?"), not heading, _order(c.id), c))
-    return {document: [c for *_, c in sorted(some, key=lambda s: s[:3])] for document, some in found.items()}
+        if pages_of.get(heading.casefold(), 0) > 1: heading = ""                    # one that stands on several pages asks for none of them
+        if page_sentences(c.text) and (opens or not heading): found.setdefault(c.document_id, []).append((not heading.endswith("?"), not heading, _order(c.id), c, heading))
+    return {document: [(c, heading) for *_, c, heading in sorted(some, key=lambda s: s[:3])] for document, some in found.items()}
 
-def _draft(c, rng, teacher):
+def _draft(c, heading, rng, teacher):
     if teacher and (written := teacher({c.id: c.text}).get(c.id)): return "howto", *written[0]
-    heading, first = page_heading(c.text), page_sentences(c.text)[0]
+    first = page_sentences(c.text)[0]
     if heading.endswith("?"): return "howto", heading, first
-    if heading and rng.random() < 0.5: return "lookup", rng.choice(ABOUT).format(heading if heading[1:2].isupper() else heading[0].lower() + heading[1:]), first
-    made = ask_page(c.text, rng)
+    if heading and rng.random() < 0.5: return "lookup", rng.choice(ABOUT).replace("{}", lower_first(heading)), first
+    made = ask_page(c.text, rng, opens=bool(heading))
     return made and ("paraphrase", made[1], made[2])
 
 # %% ../nbs/04e_drafts.ipynb #73bab248
@@ -41,27 +45,31 @@ def draft_questions(
     chunks: pd.DataFrame, # From `make_chunks`: columns `id document_id kind text`
     n: int = 30, # How many, one in five of them unanswerable
     teacher=None, # From `open_teacher`
+    alone: str = "", # The split of a single page, where the other split has questions already
     seed: int = 17,
 ) -> pd.DataFrame: # Columns `id question type gold answer split status`, as lines of the file
     "Draft questions about pages, in both splits; `DataError` if fewer than two pages have a sentence to ask for."
-    rng, rows, asked = random.Random(seed), [], set()
+    rng, rows, asked = random.Random(seed), [], []
     sections = _sections(chunks)
     pages = sorted(sections, key=_order)
-    if len(pages) < 2: raise DataError(f"Questions need at least two documents with whole sentences, one to choose by and one to test with; here {'is 1' if pages else 'are none'}. Cut a long document into files, one a chapter.")
-    split = {page: ("test", "train")[place % 2] for place, page in enumerate(pages)}
+    if len(pages) < (1 if alone else 2): raise DataError(f"Questions need at least two documents with whole sentences, one to choose by and one to test with; here {'is 1. Cut a long document into files, one a chapter.' if pages else 'are none. Are they written without spaces, or tables and code only? Then write the questions yourself: llmops questions add.'}")
+    split = {page: alone if alone and len(pages) == 1 else ("test", "train")[place % 2] for place, page in enumerate(pages)}
     def add(kind, question, gold, answer, where):
         question = question[0].upper() + question[1:]
-        if question.casefold() in asked: return False
-        asked.add(question.casefold())
+        if any(len(said & (mine := stems(question))) >= TWINS * len(said | mine) for said in asked): return False      # nearly the same
+        asked.append(stems(question))
         rows.append(dict(id=f"d{len(rows) + 1:03}", question=question, type=kind, gold=gold, answer=answer, split=where, status="draft"))
         return True
     waiting, wanted = {page: list(some) for page, some in sections.items()}, n - n // 5
     while any(waiting.values()) and len(rows) < wanted:
         for page in pages:                          # in turn, so that no long page takes them all
             while waiting[page] and len(rows) < wanted:
-                if (made := _draft(waiting[page].pop(0), rng, teacher)) and add(made[0], made[1], [page], made[2], split[page]): break
-    headed = [c.text for some in sections.values() for c in some if 0 < len(page_heading(c.text).split()) <= 4 and not page_heading(c.text).endswith("?")] or [some[0].text for some in sections.values()]
+                if (made := _draft(*waiting[page].pop(0), rng, teacher)) and add(made[0], made[1], [page], made[2], split[page]): break
+    texts = {page: " ".join(c.text for c, _ in some) for page, some in sections.items()}
     for place in range(n // 5):
-        for _ in range(9):
-            if add("unanswerable", ask_beyond(rng.choice(headed), rng), [], REFUSAL, ("test", "train")[place % 2]): break
+        where = ("test", "train")[place % 2]
+        some = [(page, c.text) for page in pages if split[page] == where for c, heading in sections[page] if 0 < len(heading.split()) <= 4 and not heading.endswith("?")] or [(page, page.rsplit("/", 1)[-1].rpartition(".")[0] or page) for page in pages if split[page] == where]
+        for _ in range(9 if some else 0):
+            page, text = rng.choice(some)
+            if add("unanswerable", ask_beyond(text, rng, texts[page]), [], REFUSAL, where): break
     return pd.DataFrame(rows, columns=["id", "question", "type", "gold", "answer", "split", "status"])

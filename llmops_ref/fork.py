@@ -7,7 +7,8 @@ Reads the tracked files of a repository, and commits of the one it was forked fr
 # %% auto #0
 __all__ = ['KEPT', 'Identity', 'read_identity', 'choose_identity', 'rename_text', 'tracked_files', 'git', 'plan_rename',
            'rename_project', 'Upstream', 'read_upstream', 'record_upstream', 'version_of', 'check_clean',
-           'fork_project', 'write_host', 'write_setting', 'merge_settings', 'prepare_project', 'upgrade_project']
+           'fork_project', 'write_host', 'write_setting', 'setting_changes', 'write_settings', 'merge_settings',
+           'prepare_project', 'upgrade_project']
 
 # %% ../nbs/90f_fork.ipynb #0d8d1b36
 import configparser, importlib.util, keyword, os, re, shlex, shutil, subprocess, sys, tempfile, tomllib
@@ -211,11 +212,28 @@ def write_host(root: Path | str, host: str) -> None:
 def write_setting(root: Path | str, key: str, value: str, section: str = "DEFAULT") -> None:
     "Change one value in `settings.ini`, and leave its comment and everything else as they are; `SettingsError` if there is no such key or section."
     path = Path(root) / "settings.ini"
+    for (section, key), value in setting_changes(root, {(section, key): value}).items(): write_atomic(path, _set_value(path.read_text(), section, key, value))
+
+def setting_changes(
+    root: Path | str,
+    wanted: dict[tuple[str, str], str], # (section, key) -> value
+) -> dict[tuple[str, str], str]: # Those that `settings.ini` does not say yet
+    "What would have to change; `SettingsError` if there is no such key or section."
+    sections, values = _values((Path(root) / "settings.ini").read_text())
+    for section, key in wanted:
+        if ("DEFAULT", key) not in values: raise SettingsError(f"settings.ini has no key {key!r} in [DEFAULT].")
+        if section not in sections: raise SettingsError(f"settings.ini has no section [{section}].")
+    return {place: value for place, value in wanted.items() if values.get(place) != value}
+
+def write_settings(
+    root: Path | str,
+    changes: dict[tuple[str, str], str], # From `setting_changes`
+) -> None:
+    "Change several values at once, in one step."
+    path = Path(root) / "settings.ini"
     text = path.read_text()
-    sections, values = _values(text)
-    if ("DEFAULT", key) not in values: raise SettingsError(f"settings.ini has no key {key!r} in [DEFAULT].")
-    if section not in sections: raise SettingsError(f"settings.ini has no section [{section}].")
-    if values.get((section, key)) != value: write_atomic(path, _set_value(text, section, key, value))
+    for (section, key), value in changes.items(): text = _set_value(text, section, key, value)
+    write_atomic(path, text)
 
 def _values(text):                                  # sections, and (section, key) -> value
     parser = configparser.ConfigParser(interpolation=None, default_section="", inline_comment_prefixes=(";",))

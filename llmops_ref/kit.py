@@ -81,25 +81,26 @@ def _smoke(root, old, new):
 
 # %% ../nbs/90i_kit.ipynb #d4651712
 @kit_app.command()
-def adopt(folder: Annotated[Path, typer.Argument(help="With your documents: Markdown, HTML, reStructuredText, PDF, notebooks, text")], questions: Annotated[int, typer.Option(min=5, max=1000, help="Draft questions to begin with")] = 30,
+def adopt(folder: Annotated[Path, typer.Argument(help="With your documents: Markdown, HTML, reStructuredText, PDF, notebooks, text")], questions: Annotated[int, typer.Option(min=5, max=1000, help="How many there shall be, with those that are there already")] = 30,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and stop")] = False, as_json: Json = False):
     "Answer from your own documents: make them the corpus, and draft questions about them."
     with manners():
         root = project_root()
-        plan = plan_adoption(root, folder, questions)
-        changed = [] if dry_run else adopt_folder(root, plan)
+        plan = plan_adoption(root, folder, questions, teacher=not dry_run)
+        overridden = [] if dry_run else adopt_folder(root, plan)
         left_out = plan.problems[~plan.problems.kept.astype(bool)]
-        if as_json: return out(dict(documents=len(plan.documents), left_out=left_out.drop(columns="kept").to_dict("records"), questions=plan.questions.as_posix(), drafts=plan.drafts.to_dict("records"), kept=plan.kept,
-                                    settings=[dict(section=section, key=key, value=value) for section, key, value in changed], dry_run=dry_run))
+        if as_json: return out(dict(documents=len(plan.documents), left_out=left_out.drop(columns="kept").to_dict("records"), questions=plan.questions.as_posix(), drafts=plan.drafts.to_dict("records"), kept=plan.kept, gone=plan.gone,
+                                    settings=[dict(section=section, key=key, value=value) for (section, key), value in plan.settings.items()], overridden=overridden, notes=plan.notes, dry_run=dry_run))
         kinds = ", ".join(f"{n} {kind}" for kind, n in plan.documents.kind.value_counts().items())
         typer.echo(f"{len(plan.documents)} documents, {plan.documents.words.sum():,} words: {kinds}" + (f"; {len(left_out)} files left out, such as {left_out.source.iloc[0]} ({left_out.problem.iloc[0]})" if len(left_out) else ""))
         typer.echo(f"{len(plan.drafts)} draft questions{' would go' if dry_run else ''} to {plan.questions}" + f", beside the {plan.kept} there" * bool(plan.kept))
         for row in plan.drafts.drop_duplicates("type").itertuples(): typer.echo(f"  {row.type:13} {row.question}")
-        typer.echo("Settings that would change:" if dry_run else f"{len(changed)} settings changed:")
-        for section, key, value in [(section, key, value) for (section, key), value in plan.settings.items()] if dry_run else changed: typer.echo(f"  [{section}] {key} = {value}")
-        if plan.settings["DEFAULT", "finetune"] == "off": typer.secho("Too few sentences to train on: the model serves as it is. A small one cites little then; `--app third_party` asks a provider's.", fg="yellow", err=True)
-        if Path(plan.settings["DEFAULT", "corpus"]).is_absolute(): typer.secho("The folder is outside the project, so only this machine finds it there. Move it in, and adopt it again, before others run this.", fg="yellow", err=True)
+        typer.echo(f"{len(plan.settings)} settings {'would change' if dry_run else 'changed'}{':' if plan.settings else '.'}")
+        for (section, key), value in plan.settings.items(): typer.echo(f"  [{section}] {key} = {value}")
+        if plan.gone: typer.secho(f"{len(plan.gone)} questions are about pages that are gone, and a run stops at them: {', '.join(plan.gone[:5])}. Delete their lines in {plan.questions}.", fg="yellow", err=True)
+        for text in plan.notes + [f"Without effect, since something else says {said}." for said in overridden]: typer.secho(text, fg="yellow", err=True)
         if not dry_run: typer.echo(f"\nNext:  {me()} run --env dev\n       {me()} questions list --drafts      and read them: a draft is a machine's\n       {me()} todo")
+        if overridden: raise typer.Exit(1)
 
 # %% ../nbs/90i_kit.ipynb #60dec547
 @kit_app.command()

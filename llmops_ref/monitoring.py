@@ -25,10 +25,10 @@ from .hosting import open_host
 from .inference_table import collect_requests
 from .chunking import PAGES
 from .page import render_page
-from .pairs import question_about
+from .pairs import first_sentence, page_sentences, question_about
 from .retrieval import index_precision, open_index
 from .review import send_to_review, to_review
-from .scoring import names_gold
+from .scoring import score_answer
 from .signals import find_triggers, signal_days, signal_table, staleness, unlearned
 from .simulation import simulate
 from .workspace import DataError, Workspace, open_workspace, write_atomic
@@ -164,11 +164,14 @@ def question_topics(
     rng, topics, others = random.Random(seed), {}, []
     chunks = chunks[(chunks.position == 0) | chunks.kind.isin(PAGES)]
     for name, some in chunks.groupby(chunks.document_id.str.split(r"[./]", regex=True).str[0]):
-        asked = [question for c in some.sample(frac=1, random_state=seed).itertuples() if (question := question_about(c, rng))][:each]
+        said = [c for c in some.itertuples() if (page_sentences if c.kind in PAGES else first_sentence)(c.text)]
+        rng.shuffle(said)
+        asked = [question for c in said[:each] if (question := question_about(c, rng))]
         if len(asked) >= 8: topics[name] = asked
         else: others += asked
-    topics = dict(sorted((topics | (dict(others=others[:each]) if len(others) >= 8 or others and not topics else {})).items(), key=lambda item: -len(item[1])))
-    if len(topics) < 3: topics["outside"] = [question_about(c, rng, beyond=True) for c in chunks.sample(min(each, len(chunks)), random_state=seed).itertuples()] or ["What is new?"]
+    if not topics and others: topics["others"] = others[:each]
+    topics = dict(sorted(topics.items(), key=lambda item: -len(item[1])))
+    if len(topics) < 3: topics["outside " if "outside" in topics else "outside"] = [question_about(c, rng, beyond=True) for c in chunks.sample(min(each, len(chunks)), random_state=seed).itertuples()] or ["What is new?"]
     return topics if len(topics) > 1 else dict(others=["What is in these documents?"]) | topics
 
 @dataclass

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from .scoring import citations
 
 # %% ../nbs/00d_page.ipynb #0497d41e
-_SHARE = re.compile(r"recall|correct|precision|accura|cited|names_gold|refus|share|coverage|(?<!learning)_rate$")
+_SHARE = re.compile(r"recall|correct|precision|accura|cited|names_gold|says_reference|refus|share|coverage|(?<!learning)_rate$")
 _MORE = re.compile(r"_tps|per_second|mrr|ndcg|f1|score|quality|similarity|passed|holds")
 _LESS = re.compile(r"wrong|second|latency|_m?s$|loss|perplexity|miss|error|fail|breach|alert|cost|bytes|_[mg]b$")
 

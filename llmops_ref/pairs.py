@@ -6,8 +6,9 @@ Reads `chunks`, `questions` and the index. Leaves pairs of a prompt and its answ
 
 # %% auto #0
 __all__ = ['SYNONYMS', 'HOW', 'WHAT', 'NAME', 'ABOUT', 'OUTSIDE', 'BEYOND', 'INVENTED', 'PER_GROUP', 'PEOPLE', 'COLUMNS',
-           'first_sentence', 'ask_about', 'plain_markdown', 'page_sentences', 'page_heading', 'ask_page', 'ask_outside',
-           'ask_beyond', 'question_about', 'ask_invented', 'document_of', 'answer_from', 'build_pairs', 'check_pairs']
+           'first_sentence', 'ask_about', 'plain_markdown', 'page_sentences', 'page_heading', 'lower_first', 'ask_page',
+           'ask_outside', 'ask_beyond', 'question_about', 'ask_invented', 'document_of', 'answer_from', 'build_pairs',
+           'check_pairs']
 
 # %% ../nbs/04a_pairs.ipynb #959a9141
 import random, re
@@ -79,23 +80,32 @@ def ask_about(
     return "howto", question[0].upper() + question[1:]
 
 # %% ../nbs/04a_pairs.ipynb #a6ada0ca
-_ALONE = re.compile(r"[A-Z0-9\"“(][^|{}]*[.!]")
-_NUMBERED = re.compile(r"^(?:chapter|section|part|appendix)?\s*(?:\d+(?:\.\d+)*|[A-Z](?:\.\d+)+)[.:)]*\s+", re.I)
+_NUMBERED = re.compile(r"^(?:(?:chapter|section|part|appendix)\s+[\dA-Z]+(?:\.\d+)*[.:)]*|\d+(?:\.\d+)+[.:)]*|\d+[.)])\s+", re.I)        # "2024 budget" has no number
+_SHORT = re.compile(r"(?:\b(?:approx|dr|mr|mrs|ms|prof|st|no|nr|vs|etc|fig|sec|ca|bzw|resp|e\.g|i\.e|z\.B|d\.h)|\b[A-Z])\.$", re.I)        # ends no sentence
 
 def plain_markdown(text: str) -> str:
     "Markdown without links, emphasis and pictures; fenced code is gone."
     text = re.sub(r"^[ \t]*(```|~~~).*?^[ \t]*\1[^\n]*$", "", text, flags=re.M | re.S)
-    return re.sub(r"\*\*|__|`", "", re.sub(r"!?\[([^\]\n]*)\]\([^)\s]*\)", r"\1", text))
+    text = re.sub(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])", r"\1", re.sub(r"!?\[([^\]\n]*)\]\([^)\s]*\)", r"\1", text))
+    return text.replace("`", "")
+
+def _whole(sentence):                               # begins and ends like a sentence, and is neither code nor a row of a table
+    first = sentence[:1]
+    begins = first.isdigit() or first in "\"“«„(¿¡" or first.isalpha() and not first.islower()
+    return (begins and sentence[-1:] in (".", "!") and not re.search(r"[|{}]|\. \.", sentence) and 6 <= len(sentence.split()) <= 40
+            and max(map(len, sentence.split())) < 30 and sum(c.isalpha() or c == " " for c in sentence) > 0.85 * len(sentence))
 
 def page_sentences(
     text: str, # A chunk of a page: the path of its headings, then its text
 ) -> list[str]: # In their order
-    "Sentences of a page that can be an answer: whole ones, of 6 to 40 words."
+    "Sentences of a page that can be an answer: whole ones, of 6 to 40 words; in a language that is written without spaces, none."
     found = []
     for part in re.split(r"\n[ \t]*\n|\n(?=[ \t]*(?:[-*+•:|#>]|\d+[.)])\s)", plain_markdown(text.partition("\n")[2])):
-        part = re.sub(r"^(?:[-*+•:>]|\d+[.)])\s+", "", " ".join(part.split()))
-        found += [s for s in re.split(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z0-9\"“(])", part) if _ALONE.fullmatch(s) and 6 <= len(s.split()) <= 40 and ". ." not in s
-                  and max(map(len, s.split())) < 30 and sum(c.isalpha() or c == " " for c in s) > 0.85 * len(s)]
+        said = [""]
+        for piece in re.split(r"(?<=[.!?])\s+", re.sub(r"^(?:[-*+•:>]|\d+[.)])\s+", "", " ".join(part.split()))):
+            if said[-1] and (_SHORT.search(said[-1]) or piece[:1].islower()): said[-1] += " " + piece
+            else: said.append(piece)
+        found += filter(_whole, said)
     return found
 
 def page_heading(text: str) -> str: # "" if only the title of the page stands above it
@@ -104,7 +114,9 @@ def page_heading(text: str) -> str: # "" if only the title of the page stands ab
     return _NUMBERED.sub("", last).strip(" #:.") if above else ""
 
 # %% ../nbs/04a_pairs.ipynb #78703dfb
-def _small(words): return words if words[1:2].isupper() else words[:1].lower() + words[1:]       # unless it is an abbreviation
+def lower_first(words: str) -> str:
+    "Words as they stand in the middle of a sentence: an abbreviation stays."
+    return words if words[1:2].isupper() else words[:1].lower() + words[1:]
 
 ABOUT = ["What should I know about {}?", "Tell me about {}.", "What about {}?", "{}?", "What is said about {}?", "How is it with {}?", "I have a question about {}.", "What do I need to know on {}?"]
 _DULL = _LOOSE | set("you your they them their there these those which what how are was were been being have has had not but can may will would should must also only any all one more most other some such than then very we our it he she be do does did so if no".split())
@@ -120,12 +132,12 @@ def ask_page(
     if not found: return None
     sentence = sentence or rng.choice(found)
     if opens and sentence == found[0] and len(heading) > 3 and rng.random() < 0.6:
-        return "heading", heading if heading.endswith("?") else rng.choice(ABOUT).format(_small(heading)), sentence
+        return "heading", heading if heading.endswith("?") else rng.choice(ABOUT).replace("{}", lower_first(heading)), sentence
     telling = list(dict.fromkeys(w for w in re.findall(r"[^\W\d_][\w-]{2,}", sentence) if w.lower() not in _DULL))
     if len(telling) < 3: return None
     start = rng.randrange(max(1, len(telling) - 5))
     asked = " ".join(telling[start:start + rng.choice((4, 5, 6))])
-    return "keywords", asked.lower() if rng.random() < 0.4 else rng.choice(ABOUT).format(_small(asked)), sentence
+    return "keywords", asked.lower() if rng.random() < 0.4 else rng.choice(ABOUT).replace("{}", lower_first(asked)), sentence
 
 # %% ../nbs/04a_pairs.ipynb #4ee3327f
 OUTSIDE = dict(
@@ -151,11 +163,14 @@ BEYOND = ["Which team is responsible for {}?", "What did {} cost us last {period
 def ask_beyond(
     text: str, # A chunk of a page
     rng: random.Random,
+    known: str = "", # What else is shown, or the rest of the page
 ) -> str:
     "A question about the world around a page, which it does not answer."
     headings = [_NUMBERED.sub("", part).strip(" #:.") for part in plain_markdown(text.partition("\n")[0]).split(" › ")]
     short = next((h for h in headings[::-1] if h and not h.endswith("?") and len(h.split()) <= 5), " ".join(headings[0].split()[:5]).rstrip("?"))
-    return rng.choice(BEYOND).replace("{period}", rng.choice(_FILL["period"])).format(_small(short))
+    there = set(words(f"{text} {known}"))           # a page on who is responsible may well say it
+    asks = [ask for ask in BEYOND if not any(len(w) > 3 and w in there for w in words(ask) if w not in _DULL and w not in ("period", "what", "who"))] or BEYOND
+    return rng.choice(asks).replace("{period}", rng.choice(_FILL["period"])).replace("{}", lower_first(short))
 
 # %% ../nbs/04a_pairs.ipynb #d4a66872
 def question_about(
@@ -216,18 +231,23 @@ def answer_from(
     return f"Use `{entry}` [{number}]. {sentence}" if document_of(entry) == entry else f"According to [{number}]: {sentence}"
 
 def _ask(entry, facts, rng):                        # kind, question and sentence
-    if facts["kind"] in PAGES: return ask_page(facts["text"], rng, opens=facts["opens"]) or ("keywords", " ".join(words(facts["sentence"])[:5]), facts["sentence"])
+    if facts["kind"] in PAGES: return ask_page(facts["seen"], rng, opens=facts["opens"]) or ("keywords", " ".join(words(facts["sentence"])[:5]), facts["sentence"])
     return (*ask_about(entry, facts["kind"], facts["sentence"], rng), facts["sentence"])
 
-def _group(index, entries, number, objects, person, names, skip, k, rng):
+def _fresh(draw, tested):                           # not a question of the test split
+    for _ in range(9):
+        if (made := draw())[1].strip().lower() not in tested: return made
+
+def _group(index, entries, number, objects, person, names, skip, k, rng, tested=()):
     "Passages, and rows of `kind question target answer`; `None` where the retriever finds too few neighbours."
-    def asked(d): return _ask(d, entries[d], rng)
-    def outside(d): return ask_beyond(entries[d]["text"], rng) if entries[d]["kind"] in PAGES else ask_outside(d, rng)
-    def refused(kind, question): return kind, question or outside(rng.choice(list(entries))), "", REFUSAL
+    def asked(d): return _fresh(lambda: _ask(d, entries[d], rng), tested)
+    def outside(d, known=""): return ask_beyond(entries[d]["text"], rng, known) if entries[d]["kind"] in PAGES else ask_outside(d, rng)
+    def refused(kind, question, known=""): return (kind, question, "", REFUSAL) if question else _fresh(lambda: (kind, outside(rng.choice(list(entries)), known), "", REFUSAL), tested)
     seed, q = person or (None, None)
     if person: first = (q.kind, q.question, None)
-    elif number % 6 == 1: first = ("outside", outside(objects[-1]), None)
+    elif number % 6 == 1: first = _fresh(lambda: ("outside", outside(objects[-1]), None), tested)
     else: first = asked(seed := objects.pop())
+    if first is None: return None
     members = _members(index, first[1], entries, seed, skip | set(q.gold if person else ()), k)
     if len(members) <= k: return None
     shown, left_out = members[:k], members[k]
@@ -235,14 +255,16 @@ def _group(index, entries, number, objects, person, names, skip, k, rng):
         number = shown.index(d) + 1
         if kind not in PEOPLE: return kind, question, d, answer_from(d, number, sentence)
         return kind, question, d, q.answer.replace(f"`{d}`", f"`{d}` [{number}]", 1) if f"`{d}`" in q.answer else answer_from(d, number, q.answer)
-    invented = ask_invented(rng.choice(shown), names, rng) if rng.random() < 0.5 else None
-    rows = [answered(seed, *first), refused("invented" if invented else "outside", invented)] if seed else [refused(*first[:2])]
-    if rng.random() < 0.15 and entries[left_out]["sentence"]: rows.append((*asked(left_out)[:2], "", REFUSAL))
+    pages, known = entries[shown[0]]["kind"] in PAGES, " ".join(entries[d]["text"] for d in shown)
+    invented = ask_invented(rng.choice(shown), names, rng) if rng.random() < 0.5 and not pages else None
+    rows = [answered(seed, *first), refused("invented" if invented else "outside", invented, known)] if seed else [refused(*first[:2])]
+    if rng.random() < 0.15 and (entries[left_out]["sentence"] or not pages): rows.append((*(asked(left_out) or refused("outside", None, known))[:2], "", REFUSAL))
     askable = [d for d in shown if entries[d]["sentence"]]
     for _ in range(40 if askable else 0):
         if len(rows) == PER_GROUP: break
         d = askable[0] if rng.random() < 0.83 else rng.choice(askable[1:] or askable)
-        if (new := answered(d, *asked(d)))[1] not in [row[1] for row in rows]: rows.append(new)
+        if (new := asked(d)) and new[1] not in [row[1] for row in rows if row]: rows.append(answered(d, *new))
+    if None in rows: return None
     rng.shuffle(rows)
     return (shown, rows) if len(rows) == PER_GROUP else None
 
@@ -266,19 +288,21 @@ def build_pairs(
     "Make training pairs in groups of four that share their passages; every second group begins with a person's question."
     rng = random.Random(seed)
     forbidden = {g for q in questions[questions.split == "test"].itertuples() for g in q.gold}
-    every = _entries(chunks[~chunks.document_id.isin(forbidden)], max_words)
+    tested = questions[(questions.split == "test") & (questions.gold.map(len) > 0)]
+    every = _entries(chunks[~chunks.document_id.isin(forbidden)], max_words, [_flat(answer) for answer in tested.answer if len(answer.split()) > 5])
     reviewed = questions[:0] if reviewed is None else reviewed
     people, waiting = (_answerable(some, every) for some in (questions[(questions.split == "train") & ~questions.id.isin(reviewed.id)].assign(kind="human"), reviewed.assign(kind="reviewed")))
     asked, reserved = {d for d, _ in people + waiting if d}, {d for d, _ in waiting if d}
     entries = {d: facts for d, facts in every.items() if facts["sentence"] or d in asked}
     objects, names = [d for d in entries if entries[d]["sentence"] and d not in reserved], sorted({d.rpartition(".")[2] for d in chunks.document_id})
+    asked_in_test = {q.strip().lower() for q in questions[questions.split == "test"].question}
     cases, deck, rows, number, wanted = list(waiting), [], [], 0, held_out + max(examples, PER_GROUP * len(waiting))
     rng.shuffle(objects)
     while objects and len(rows) < wanted:
         number, split = number + 1, "validation" if len(rows) < held_out else "train"
         if not deck: rng.shuffle(deck := people + cases if split == "train" else [p for p in people if p[0] not in reserved])
         person = waiting.pop() if waiting and split == "train" else deck.pop() if deck and number % 2 == 0 else None
-        made = _group(index, entries, number, objects, person, names, reserved if split == "validation" else set(), k, rng)
+        made = _group(index, entries, number, objects, person, names, reserved if split == "validation" else set(), k, rng, asked_in_test)
         if made is None: continue
         for kind, question, target, answer in made[1]:
             source = f"{'question' if kind == 'human' else 'feedback'} {person[1].id}" if kind in PEOPLE else f"{'sentence' if document_of(target) != target else 'docstring'} of {target}" if target else "template"
@@ -295,21 +319,24 @@ def build_pairs(
         row["messages"] = build_messages(template, row["question"], passages, max_words, worked and (lambda _: worked(lead[row["group"]]))) + [dict(role="assistant", content=row.pop("answer"))]
     return pd.DataFrame(rows, columns=COLUMNS)
 
-def _entries(chunks, max_words):                    # all that can be shown: `kind text sentence opens`; of what is cut off, nothing is asked
+def _flat(text): return " ".join(words(text))
+
+def _entries(chunks, max_words, tested=()):         # all that can be shown: `kind text seen sentence opens`; of what is cut off, nothing is asked
     found, above = {}, None
     for c in chunks[(chunks.position == 0) | chunks.kind.isin(PAGES)].sort_values(["document_id", "position"]).itertuples():
         page = c.kind in PAGES
-        text = cut_words(c.text, max_words).removesuffix(" ...") if page else c.text
-        before, above = above, (c.document_id, text.partition("\n")[0])
-        found[c.id if page else c.document_id] = dict(kind=c.kind, text=text, opens=above != before, sentence=next(iter(page_sentences(text)), None) if page else first_sentence(text))
+        before, above = above, (c.document_id, c.text.partition("\n")[0])
+        if page and tested and any(answer in _flat(c.text) for answer in tested): continue      # another edition of a page that the test asks about
+        seen = cut_words(c.text, max_words).removesuffix(" ...") if page else c.text
+        found[c.id if page else c.document_id] = dict(kind=c.kind, text=c.text, seen=seen, opens=above != before, sentence=next(iter(page_sentences(seen)), None) if page else first_sentence(c.text))
     return found
 
 def _answerable(questions, entries):                # with the entry that answers; those that are to be refused have none
     places, found = {}, []
     for entry in entries: places.setdefault(document_of(entry), []).append(entry)
     for q in questions.itertuples():
-        some = [entry for g in q.gold for entry in places.get(g, ())]
-        best = max(some, key=lambda entry: reference_recall(entries[entry]["text"], f"{q.answer} {q.question}"), default=None)      # of a page's chunks, the one that says it
+        some = places.get(next((g for g in q.gold if g in places), None), [])
+        best = max(some, key=lambda entry: reference_recall(entries[entry]["seen"], f"{q.answer} {q.question}"), default=None)      # of a page's chunks, the one that says it
         if best or not len(q.gold): found.append((best, q))
     return found
 

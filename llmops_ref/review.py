@@ -17,7 +17,7 @@ from .feedback import weigh_votes
 from .inference_table import request_row
 from .questions import closest_id, twins
 from .reviewed import REVIEWED, USES, cases_of, reviewed_cases
-from .scoring import SAID, is_refusal, personal_data, pseudonym, reference_recall
+from .scoring import REFUSAL, SAID, is_refusal, personal_data, pseudonym, reference_recall
 from .workspace import DataError, Workspace
 
 # %% ../nbs/07e_review.ipynb #b7763100
@@ -45,7 +45,7 @@ def to_review(
 # %% ../nbs/07e_review.ipynb #68963904
 def _answer_of(vote, request, answer):
     said = " ".join((answer or vote.correction or (request["answer"] if vote.good else "")).split())
-    return re.sub(r"\s*\[[\d,\s]+\]", "", said)     # passages stand in another order next time
+    return re.sub(r"\s*\[[\d,\s]+\]", "", re.sub(r"^According to \[[\d,\s]+\]:\s*", "", said))     # passages stand in another order next time
 
 def _says_it(ws, answer, shown):                    # of the pages that were shown, the one that says it
     chunks = ws.read("chunks")
@@ -55,7 +55,7 @@ def _says_it(ws, answer, shown):                    # of the pages that were sho
 def _gold_of(answer, documents, from_pages=list):
     named = [name.partition("(")[0].strip() for name in re.findall(r"`([^`\n]+)`", answer)]      # a path may hold spaces
     gold = [name for name in dict.fromkeys(named) if name in documents]
-    if not named and not is_refusal(answer): gold = from_pages()
+    if not gold and not answer.startswith(REFUSAL[:15]): gold = from_pages()       # "It does not cover water" is no refusal if a page says so
     if gold or is_refusal(answer): return gold
     meant = next(filter(None, (closest_id(name, documents) for name in named)), None)
     raise DataError((f"`{named[0]}` is not among the {len(documents):,} documents of this environment, so there is no passage to learn from." if named else f"The answer {answer[:80]!r} names no document in backticks, and no page that was shown says it, so there is no passage to learn from.") + (f" Did you mean `{meant}`?" if meant else " Name one, or refuse."))
@@ -72,7 +72,8 @@ def _check_split(question, gold, uses, questions, cases):
     if near := [pair for pair in twins(asked) if "this" in pair]: raise DataError(f"The {other} split asks the same as {question!r}, or nearly ({near[0][0]}), so it cannot be {becomes}. Accept it as something else, or reject this feedback.")
 
 def _case(ws, vote, answer, uses, cases):           # question, gold documents and answer of feedback that can be learned from
-    documents, questions = ws.read("documents").id.tolist(), ws.read("questions")
+    read, questions = ws.read("documents"), ws.read("questions")
+    documents, pages = read.id.tolist(), "kind" in read and read.kind.isin(PAGES).any()
     request = _request(ws, ws.read("requests") if ws.current("table:requests") else None, vote.trace_id)
     if not request["question"]: raise DataError(f"The trace {vote.trace_id} of this feedback is gone, and its request is not in the table requests. Reject it.")
     question, answer = request["question"], _answer_of(vote, request, answer)
@@ -80,7 +81,7 @@ def _case(ws, vote, answer, uses, cases):           # question, gold documents a
     if not answer: raise DataError(f"The feedback {vote.feedback_id} says that the answer was bad, not which one would be good. Give the `answer`, or reject it.")
     if len(answer) > 2000: raise DataError(f"The answer has {len(answer):,} characters, at most 2,000 are taken. One or two sentences are best.")
     if found := personal_data(f"{question} {answer}") or re.findall(r"\[(email|phone|card)\]", f"{question} {answer}"): raise DataError(f"The feedback {vote.feedback_id} holds personal data ({', '.join(dict.fromkeys(found))}), which a model must not learn. Reject it.")
-    gold = _gold_of(answer, documents, lambda: _says_it(ws, answer, request["passages"]))
+    gold = _gold_of(answer, documents, lambda: _says_it(ws, answer, request["passages"]) if pages else [])
     _check_split(question, gold, uses, questions[~questions.id.isin(cases.id)], cases)
     return question, gold, answer
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .scoring import REFUSAL, is_page, is_refusal, mentions
+from .scoring import REFUSAL, asks_for_name, mentions
 from .workspace import Workspace
 
 # %% ../nbs/01c_reviewed.ipynb #1a994df5
@@ -58,10 +58,12 @@ def question_rows(
 def regression_rows(
     cases: pd.DataFrame, # From `reviewed_cases`
     documents: list[str] | None = None, # Ids: a case whose documents are gone cannot hold, and is left out
+    retrieval: str = "hybrid", # With off there are no passages, and nothing can be cited
 ) -> pd.DataFrame: # Columns `id question must what why`, as from `load_regressions`
     "Cases that were accepted as regressions."
-    rows = [dict(id=c.id, question=c.question, must="refuse" if is_refusal(c.answer) else "cite" if is_page(c.gold[0]) else "name", what=[] if is_refusal(c.answer) else list(c.gold), why=f"a user met it; accepted by {c.by} on {c.time:%d %B %Y}".replace(" on 0", " on "))
+    rows = [dict(id=c.id, question=c.question, must="refuse" if not len(c.gold) else "name" if asks_for_name(list(c.gold), c.answer) else "cite", what=list(c.gold), why=f"a user met it; accepted by {c.by} on {c.time:%d %B %Y}".replace(" on 0", " on "))
             for c in cases.itertuples() if c.accepted and "regression" in c.uses and (documents is None or not len(c.gold) or set(c.gold) & set(documents))]
+    rows = [row for row in rows if retrieval != "off" or row["must"] != "cite"]
     return pd.DataFrame(rows, columns=["id", "question", "must", "what", "why"])
 
 # %% ../nbs/01c_reviewed.ipynb #42998999

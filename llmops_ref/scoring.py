@@ -88,13 +88,13 @@ def names_gold(
 
 _NAME = re.compile(r"`([^`\n]+)`|\b[A-Za-z_]\w+(?:\.\w{2,})+|\b[A-Za-z]\w*_\w+|\b(?:[A-Z][a-z0-9]+){2,}\w*")   # in backticks, dotted, snake_case, CamelCase
 
-_FILE = re.compile(r"[/#\s]|\.(md|markdown|txt|html?|rst|pdf|ipynb)$", re.I)         # of a page
+_FILE = re.compile(r"\.(md|markdown|txt|html?|rst|pdf|ipynb)$", re.I)
 
 def is_page(
     document_id: str,
 ) -> bool:
-    "Whether an id is the path of a page, and no dotted name of an object that an answer could name."
-    return bool(_FILE.search(document_id))
+    "Whether an id is a path or a number of somebody's own, and no dotted name of an object that an answer could say."
+    return not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", document_id) or bool(_FILE.search(document_id))
 
 def mentions(
     text: str,
@@ -158,14 +158,20 @@ def reference_recall(
     wanted = [w for w in wanted if w not in asked] or wanted
     return sum(w in said for w in wanted) / len(wanted) if wanted else 0.0
 
+_NOT = re.compile(r"\b(not|never|no|none|nobody|cannot|without|neither|nor)\b|n't\b", re.I)
+
+def _numbers(text): return set(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"\[[\d,\s]+\]", "", text))))      # a citation is no number, and 1,000 is 1000
+
 def says_reference(answer: str, reference: str, question: str = "") -> float: # 1.0 or 0.0
-    "Whether an answer says what the reference does: `SAID` of its words, and each of its numbers."
-    said, wanted = (set(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"\[[\d,\s]+\]", "", text))) for text in (answer, reference))     # a citation is no number
-    return float(not is_refusal(answer) and reference_recall(answer, reference, question) >= SAID and wanted <= said)
+    "Whether an answer says what the reference does: `SAID` of its words, each number that the question had not, and *not* where the reference says it."
+    if is_refusal(answer) and not is_refusal(reference) or _content_words(reference) and reference_recall(answer, reference, question) < SAID: return 0.0
+    said = max(re.split(r"(?<=[.!?])\s+", answer), key=lambda sentence: reference_recall(sentence, reference, question))      # an answer may go on about other things
+    return float(_numbers(reference) - _numbers(question) <= _numbers(answer) and bool(_NOT.search(said)) == bool(_NOT.search(reference)))
 
 def asks_for_name(gold: list[str], reference: str) -> bool:
     "Whether a reference answers by the name of a gold object, as those about an API do; otherwise it is prose, and what counts is what it says."
-    return not words(reference) or bool(names_gold(reference, gold, reference))
+    if not re.search(r"[^\W_]", reference): return not any(map(is_page, gold))
+    return bool(names_gold(reference, [g for g in gold if not is_page(g)], reference))
 
 # %% ../nbs/00c_scoring.ipynb #74e13979
 def language(

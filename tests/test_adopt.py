@@ -76,6 +76,8 @@ def test_prose_is_scored_as_prose(adopted):
     checked = json.loads((adopted.root / "stores" / "dev" / "stages" / "validation.json").read_text())
     gates = {gate["gate"] for gate in checked["details"]["gates"]}
     assert "says_reference" in gates and "names_gold" not in gates
+    watched = json.loads((adopted.root / "stores" / "dev" / "stages" / "monitoring.json").read_text())
+    assert 0 <= watched["metrics"]["probe_correct"] <= 1
     ws = open_workspace(load_config("dev", adopted.root))
     pairs, questions = ws.read("training_pairs"), ws.read("questions")
     answers = [messages[-1]["content"] for messages in pairs.messages]
@@ -95,18 +97,30 @@ def test_a_correction_in_prose_finds_its_page(adopted):
     assert nonsense.returncode == 1 and "no page that was shown says it" in nonsense.stderr
     row = json.loads(adopted.llmops("review", vote["feedback_id"], "--accept", "--by", "bob", "--json").stdout)
     assert row["gold"] == q.gold[0] and row["answer"] == q.answer
+    good = json.loads(adopted.llmops("vote", reply["trace_id"], "--up", "--by", "eve", "--json").stdout)
+    if reply["citations"]: assert "According" not in json.loads(adopted.llmops("review", good["feedback_id"], "--accept", "--by", "bob", "--json").stdout)["answer"], "the form comes with the next pair"
 
 
 def test_only_named_settings_change_and_a_second_time_nothing(adopted):
     before, after = adopted.before.splitlines(), (adopted.root / "settings.ini").read_text().splitlines()
     new = [line for line in after if line not in before]
-    assert {line.split("=")[0].strip() for line in new} == {key for _, key in SAMPLE} - {"finetune"}, "what the other tests put back: `make test` stays green in a fork that has adopted"
+    changed = {line.split("=")[0].strip() for line in new}
+    assert changed == {key for _, key in SAMPLE} - {"finetune"}, "what the other tests put back: `make test` stays green in a fork that has adopted"
+    (adopted.root / "settings.ini").write_text((adopted.root / "settings.ini").read_text().replace("passage_words = 50", "passage_words = 44"))
     again = json.loads(adopted.llmops("adopt", "handbook", "--json").stdout)
-    assert again["settings"] == [] and again["drafts"] == [] and again["kept"] == 30
+    assert again["settings"] == [] and again["drafts"] == [] and again["kept"] == 30, "what somebody decided since stays"
     (adopted.root / "handbook" / "parking.md").write_text("# Parking\n\n## Where cars stand\n\nCars stand behind the northern building, and nobody pays for that.\n")
-    (adopted.root / "handbook" / "dogs.md").write_text("# Dogs\n\n## On a lead\n\nA dog may come along if somebody holds it on a lead.\n")
-    more = json.loads(adopted.llmops("adopt", "handbook", "--json").stdout)
-    assert {g for q in more["drafts"] for g in q["gold"]} == {"parking.md", "dogs.md"} and more["kept"] == 30
+    more = json.loads(adopted.llmops("adopt", "handbook", "--questions", "40", "--json").stdout)
+    assert {g for q in more["drafts"] for g in q["gold"]} == {"parking.md"} and more["kept"] == 30
+    (adopted.root / "handbook" / "parking.md").unlink()
+    lost = adopted.llmops("adopt", "handbook")
+    assert "about pages that are gone" in lost.stderr and more["drafts"][0]["id"] in lost.stderr
+
+
+def test_what_overrides_an_adopted_setting_is_named(adopted, project):
+    shutil.copytree(adopted.root / "handbook", project.root / "handbook")
+    done = project.llmops("adopt", "handbook", CORPUS="packages")
+    assert done.returncode == 1 and "Without effect" in done.stderr and "LLMOPS_CORPUS" in done.stderr
 
 
 def test_what_cannot_be_adopted(project):
