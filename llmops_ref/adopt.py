@@ -21,7 +21,7 @@ from .corpus import load_questions
 from .documents import read_folder
 from .drafts import draft_questions
 from .fork import setting_changes, write_settings
-from .pairs import page_sentences
+from .asking import page_sentences
 from .scoring import language, script
 from .teacher import open_teacher
 from .workspace import DataError, Workspace, open_workspace, write_atomic

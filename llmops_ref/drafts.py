@@ -13,7 +13,7 @@ import hashlib, random
 import pandas as pd
 
 from .chunking import PAGES
-from .pairs import ABOUT, ask_beyond, ask_page, lower_first, page_heading, page_sentences
+from .asking import ABOUT, ask_beyond, ask_page, lower_first, page_heading, page_sentences
 from .questions import TWINS, stems
 from .scoring import REFUSAL
 from .workspace import DataError

@@ -25,7 +25,7 @@ from .hosting import open_host
 from .inference_table import collect_requests
 from .chunking import PAGES
 from .page import render_page
-from .pairs import first_sentence, page_sentences, question_about
+from .asking import first_sentence, page_sentences, question_about
 from .retrieval import index_precision, open_index
 from .review import send_to_review, to_review
 from .scoring import score_answer

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from conftest import copy_of
+from llmops_ref.asking import ask_about, first_sentence
 from llmops_ref.chat import find_trace
 from llmops_ref.config import load_config
 from llmops_ref.feedback import record_feedback, share_down
 from llmops_ref.inference_table import collect_requests, count_lost
-from llmops_ref.pairs import ask_about, first_sentence
 from llmops_ref.review import PER_SOURCE, review_feedback, to_review, trace_case
 from llmops_ref.reviewed import question_rows, regression_rows, reviewed_cases
 from llmops_ref.scoring import names_gold
