@@ -24,7 +24,7 @@ from .fork import setting_changes, write_settings
 from .asking import page_sentences
 from .scoring import language, script
 from .teacher import open_teacher
-from .workspace import DataError, Workspace, open_workspace, write_atomic
+from .workspace import DataError, open_workspace, write_atomic
 
 # %% ../nbs/90g_adopt.ipynb #058ceb9d
 FOR_PAGES = {("DEFAULT", "prompts"): "data/prompts/pages", ("DEFAULT", "passage_words"): "50", ("DEFAULT", "regressions"): "", ("DEFAULT", "draft_questions"): "false",

@@ -1,4 +1,4 @@
-"""Questions made from documents, with the sentence that answers them, and questions that none answers
+"""Questions made from documents, with the sentences that answer them
 
 Reads chunks of documents. Leaves questions of many forms, each with its answer in the words of the document."""
 
