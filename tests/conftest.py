@@ -3,7 +3,7 @@
 The lessons of a notebook are tested in the notebook (`nbdev-test`). Here is what needs another process: the command,
 kernels that get killed, servers, a machine without a network.
 """
-import atexit, configparser, copy, os, shutil, subprocess, sys, tempfile, time
+import atexit, configparser, copy, os, shutil, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 import pytest
@@ -71,6 +71,23 @@ def copy_of(finished: Project, folder: Path) -> Project:
     shutil.copytree(finished.root, project.root, copy_function=_link_or_copy, symlinks=True)
     project.environment = finished.environment | dict(PYTHONPATH=str(project.root))
     return project
+
+
+def pytest_configure(config): config.heard = os.dup(1)         # where people look, before pytest begins to keep what is printed
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    "A test that takes minutes says so every minute, so that nobody wonders whether it hangs."
+    begun, ended = time.time(), threading.Event()
+    def tell():
+        while not ended.wait(60): os.write(item.config.heard, f"\n  ... {item.nodeid} since {(time.time() - begun) / 60:.0f} min\n".encode())
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try: return (yield)
+    finally:
+        ended.set()
+        teller.join()
 
 
 @pytest.fixture(scope="session")
