@@ -43,7 +43,7 @@ def chat(env: Env = "dev", port: Annotated[int, typer.Option(help="0 = a free on
 @people_app.command()
 def vote(trace_id: Annotated[str, typer.Argument(help="Of the answer; `llmops ask` prints it")], good: Annotated[Optional[bool], typer.Option("--up/--down", help="Was the answer good?")] = None,
          reason: Annotated[str, typer.Option(help="wrong, incomplete, unsupported, refused, outdated, unreadable, other")] = "", comment: Annotated[str, typer.Option()] = "",
-         correction: Annotated[str, typer.Option(help="The answer that it should have been, which names the right object in backticks")] = "", by: By = None, env: Env = "dev", as_json: Json = False):
+         correction: Annotated[str, typer.Option(help="The answer that it should have been: of an API it names the right object in backticks, of a page it says what the page says")] = "", by: By = None, env: Env = "dev", as_json: Json = False):
     "Say what you think of an answer."
     with manners():
         from llmops_ref.feedback import record_feedback

@@ -318,6 +318,7 @@ class Turn {
     this.vote.good = good;
     this.thanks.hidden = true;
     $(".reasons", this.vote).hidden = $(".correction-field", this.vote).hidden = good;
+    if (!info.about) $(".correction", this.vote).placeholder = "What the page says";      // documents of somebody's own have no names to say
     $(".wrong", this.vote).hidden = true;
     this.vote.hidden = false;
     this.mark(good);
