@@ -32,9 +32,11 @@ def document_of(
 
 def _entry_of(passage): return passage.chunk_id if getattr(passage, "kind", "") in PAGES else passage.document_id
 
-def _members(index, query, entries, seed, skip, k):
+def _members(index, query, entries, seed, skip, k, rng):
     found = []                                      # k to show, in the order in which they are found, and one to leave out
-    for new in dict.fromkeys(map(_entry_of, index.search(query, 16))):
+    near = dict.fromkeys(map(_entry_of, index.search(query, 16)))
+    if any(facts["kind"] in PAGES for facts in entries.values()): near |= dict.fromkeys(rng.sample(sorted(entries), min(40, len(entries))))       # a search shows one chunk a page: of few pages, any others
+    for new in near:
         if new not in entries or new in skip and new != seed: continue
         said = entries[new]["sentence"]
         if new == seed or said and all(token_f1(said, entries[old]["sentence"] or "") < 0.65 for old in [seed, *found] if old): found.append(new)
@@ -67,7 +69,7 @@ def _group(index, entries, number, objects, person, names, skip, k, rng, tested=
     elif number % 6 == 1: first = _fresh(lambda: ("outside", outside(objects[-1]), None), tested)
     else: first = asked(seed := objects.pop())
     if first is None: return None
-    members = _members(index, first[1], entries, seed, skip | set(q.gold if person else ()), k)
+    members = _members(index, first[1], entries, seed, skip | set(q.gold if person else ()), k, rng)
     if len(members) <= k: return None
     shown, left_out = members[:k], members[k]
     def answered(d, kind, question, sentence):
@@ -117,7 +119,10 @@ def build_pairs(
     asked_in_test = {q.strip().lower() for q in questions[questions.split == "test"].question}
     cases, deck, rows, number, wanted = list(waiting), [], [], 0, held_out + max(examples, PER_GROUP * len(waiting))
     rng.shuffle(objects)
-    while objects and len(rows) < wanted:
+    rounds, asked_for = 3 if any(entries[d]["kind"] in PAGES for d in objects) else 0, list(objects)        # a chunk of a page can be asked about in more than one way
+    while len(rows) < wanted and (objects or rounds):
+        if not objects: rounds, objects = rounds - 1, rng.sample(left, len(left)) if (left := [d for d in asked_for if d in entries]) else []
+        if not objects: break
         number, split = number + 1, "validation" if len(rows) < held_out else "train"
         if not deck: rng.shuffle(deck := people + cases if split == "train" else [p for p in people if p[0] not in reserved])
         person = waiting.pop() if waiting and split == "train" else deck.pop() if deck and number % 2 == 0 else None
