@@ -19,7 +19,7 @@ SMALL = dict(CORPUS_DOCUMENTS="220", CORPUS_PACKAGES="mlflow, databricks-sdk, la
 
 # The tests are about the sample, also in a fork whose settings name other documents by now (`llmops adopt`).
 SAMPLE = {("DEFAULT", "corpus"): "packages", ("DEFAULT", "questions"): "data/questions.jsonl", ("DEFAULT", "prompts"): "data/prompts", ("DEFAULT", "regressions"): "data/regressions.jsonl", ("DEFAULT", "passage_words"): "32",
-          ("DEFAULT", "finetune"): "on", ("dev", "draft_questions"): "false", ("dev", "chat_max_tokens"): "40", ("dev", "prompt_search"): "1", ("dev", "prompt_questions"): "6", ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "96", ("smoke", "finetune_seconds"): "75", ("smoke", "finetune_tokens"): "1024"}
+          ("DEFAULT", "finetune"): "on", ("dev", "draft_questions"): "false", ("dev", "chat_max_tokens"): "40", ("dev", "prompt_search"): "1", ("dev", "prompt_questions"): "6", ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "96", ("smoke", "finetune_tokens"): "1024"}
 
 CACHE = tempfile.mkdtemp(prefix="llmops-cache-")        # converted weights, made once for all projects
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
