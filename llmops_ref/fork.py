@@ -211,8 +211,7 @@ def write_host(root: Path | str, host: str) -> None:
 
 def write_setting(root: Path | str, key: str, value: str, section: str = "DEFAULT") -> None:
     "Change one value in `settings.ini`, and leave its comment and everything else as they are; `SettingsError` if there is no such key or section."
-    path = Path(root) / "settings.ini"
-    for (section, key), value in setting_changes(root, {(section, key): value}).items(): write_atomic(path, _set_value(path.read_text(), section, key, value))
+    write_settings(root, setting_changes(root, {(section, key): value}))
 
 def setting_changes(
     root: Path | str,
