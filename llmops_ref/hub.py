@@ -99,18 +99,19 @@ def _llama(job):
     with serve_gguf(Path(job["file"]), adapter, job["slots"], job.get("context", 1024)) as endpoint: yield _asker(endpoint, job.get("max_tokens", MAX_TOKENS), cache_prompt=False)
 
 # %% ../nbs/01_hub.ipynb #e1702da7
+@functools.cache
 def fastest_dtype(device: str = "cpu"): # torch.float32 or torch.bfloat16
-    "Time a matrix product of the model's shape in both formats; bfloat16 must be clearly faster to be chosen."
+    "Time a matrix product of the model's shape in both formats; bfloat16 must be clearly faster to be chosen. A process asks once."
     import torch
     if device != "cpu": return torch.bfloat16
-    def seconds(dtype):
-        a, b, times = torch.ones(64, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype), []
-        for _ in range(4):
+    matrices = {dtype: (torch.ones(64, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)}
+    best = dict.fromkeys(matrices, np.inf)
+    for _ in range(24):         # in turns: what disturbs one disturbs the other, and each needs one quiet moment
+        for dtype, (a, b) in matrices.items():
             start = time.perf_counter()
             a @ b
-            times.append(time.perf_counter() - start)
-        return min(times)
-    return torch.bfloat16 if seconds(torch.bfloat16) < 0.67 * seconds(torch.float32) else torch.float32
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return torch.bfloat16 if best[torch.bfloat16] < 0.67 * best[torch.float32] else torch.float32
 
 # %% ../nbs/01_hub.ipynb #e7507d05
 @contextlib.contextmanager

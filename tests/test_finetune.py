@@ -1,5 +1,5 @@
 "Training in processes of its own: killed, on two devices, on a full disk."
-import importlib.metadata, json, resource, signal, subprocess, sys
+import functools, importlib.metadata, json, resource, signal, subprocess, sys
 from dataclasses import replace
 
 import pandas as pd
@@ -48,7 +48,13 @@ def kill_at(folder, step):
 
 @pytest.fixture(scope="module")
 def undisturbed(base, tmp_path_factory):
-    return fit(prepare_training(tmp_path_factory.mktemp("undisturbed"), base, pairs(), RECIPE))
+    "What a training that nothing disturbs leaves, in one of the number formats that a process may find fastest."
+    @functools.cache
+    def train(dtype):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("llmops_ref.training.training_dtype", lambda device: dtype)
+            return fit(prepare_training(tmp_path_factory.mktemp("undisturbed"), base, pairs(), RECIPE))
+    return train
 
 
 def test_killed_and_resumed(base, undisturbed, tmp_path):
@@ -61,7 +67,8 @@ def test_killed_and_resumed(base, undisturbed, tmp_path):
     assert last_checkpoint(folder).name == "checkpoint-8"
     assert prepare_training(tmp_path, base, pairs(), RECIPE) == folder      # what the stage does first
     result = fit(folder)
-    assert result["steps"] == undisturbed["steps"] and result["loss"] == pytest.approx(undisturbed["loss"], rel=0.01)
+    whole = undisturbed(result["dtype"])
+    assert result["steps"] == whole["steps"] and result["loss"] == pytest.approx(whole["loss"], rel=0.01)
     assert [h["step"] for h in result["history"] if h["loss"] is not None] == list(range(1, result["steps"] + 1))
     assert (folder / "adapter" / "adapter_model.safetensors").is_file() and not (folder / "checkpoints").exists()
 
@@ -83,7 +90,8 @@ def test_other_code_is_another_training(base, tmp_path, monkeypatch):
 
 def test_the_result_counts_what_was_learned_from(base, undisturbed, tmp_path):
     "A machine that is too slow takes fewer steps; the pairs that it never came to are not counted."
-    assert undisturbed["pairs"] == 96 and undisturbed["steps"] == undisturbed["wanted"]
+    whole = undisturbed("float32")
+    assert whole["pairs"] == 96 and whole["steps"] == whole["wanted"]
     short = fit(prepare_training(tmp_path, base, pairs(), replace(RECIPE, seconds=1e-6, checks=1)))
     assert short["steps"] == short["best_step"] == 3 < short["wanted"] and 0 < short["pairs"] < 96
 
@@ -106,7 +114,8 @@ def test_full_disk(base, undisturbed, tmp_path):
     with start(folder, preexec_fn=no_room) as process: _, said = process.communicate(timeout=300)
     assert process.returncode == 1 and "A checkpoint could not be written" in said and "The one of step 4 is whole" in said, said[-2000:]
     assert [p.name for p in folder.glob("checkpoints/checkpoint-*")] == ["checkpoint-4"]
-    assert fit(folder)["loss"] == pytest.approx(undisturbed["loss"], rel=0.01)
+    result = fit(folder)
+    assert result["loss"] == pytest.approx(undisturbed(result["dtype"])["loss"], rel=0.01)
 
 
 def test_nothing_to_learn(base, tmp_path):
