@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from .asking import page_sentences
+from .assistant import cut_words
 from .chunking import make_chunks
 from .config import SettingsError, explain, load_config
 from .corpus import load_questions
 from .documents import read_folder
 from .drafts import draft_questions
 from .fork import setting_changes, write_settings
-from .asking import page_sentences
+from .questions import one_writer
 from .scoring import language, script
 from .teacher import open_teacher
 from .workspace import DataError, open_workspace, write_atomic
@@ -29,7 +31,7 @@ from .workspace import DataError, open_workspace, write_atomic
 # %% ../nbs/90g_adopt.ipynb #058ceb9d
 FOR_PAGES = {("DEFAULT", "prompts"): "data/prompts/pages", ("DEFAULT", "passage_words"): "50", ("DEFAULT", "regressions"): "", ("DEFAULT", "draft_questions"): "false",
              ("dev", "draft_questions"): "true", ("dev", "chat_max_tokens"): "60", ("dev", "prompt_search"): "0", ("dev", "prompt_questions"): "4", ("dev", "prompt_report_questions"): "4", ("smoke", "finetune_examples"): "176", ("smoke", "finetune_tokens"): "512"}
-FEWEST = 24                                         # chunks that can be asked about, outside the pages of the test; with fewer, the base model serves as it is
+FEWEST = 24                                         # chunks of which a prompt shows a whole sentence, outside the pages of the test; with fewer, the base model serves as it is
 
 @dataclass(frozen=True)
 class Adoption:
@@ -70,7 +72,8 @@ def plan_adoption(
     there = load_questions(root / questions, drafts=True) if (root / questions).is_file() else pd.DataFrame(columns=["id", "question", "type", "gold", "answer", "split"])
     drafts = _new_drafts(chunks, there, n, open_teacher(ws) if teacher else None)
     tested = {g for rows in (there, drafts) for gold in rows.gold[rows.split == "test"] for g in gold}
-    tuned = sum(bool(page_sentences(text)) for text in chunks.text[~chunks.document_id.isin(tested)]) >= FEWEST
+    words = int(FOR_PAGES["DEFAULT", "passage_words"]) if before.corpus == "packages" else before.passage_words
+    tuned = sum(bool(page_sentences(cut_words(text, words).removesuffix(" ..."))) for text in chunks.text[~chunks.document_id.isin(tested)]) >= FEWEST      # what a prompt shows of them
     wanted = {("DEFAULT", "corpus"): corpus, ("DEFAULT", "questions"): questions.as_posix()}
     if before.corpus == "packages": wanted |= FOR_PAGES | {("DEFAULT", "finetune"): "on" if tuned else "off"}
     wanted = {(section, key): value for (section, key), value in wanted.items() if section != "smoke" or "[smoke]" in (root / "settings.ini").read_text()}      # a project may have thrown that profile away
@@ -104,11 +107,14 @@ def adopt_folder(
     root: Path | str, # Of the project
     plan: Adoption, # From `plan_adoption`
 ) -> list[str]: # Settings that something else overrides, each with its origin; empty if all is well
-    "Write the draft questions and the settings."
+    "Write the draft questions and the settings; `DataError` if the file of questions is not the one that was planned for."
     root = Path(root)
     path = root / plan.questions
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if len(plan.drafts): write_atomic(path, old + "\n" * bool(old and not old.endswith("\n")) + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plan.drafts.to_dict("records")))
+    if len(plan.drafts):
+        with one_writer(path):
+            old = path.read_text(encoding="utf-8") if path.is_file() else ""
+            if sum(map(bool, map(str.strip, old.splitlines()))) != plan.kept: raise DataError(f"Somebody has changed {plan.questions} in the meantime. Nothing is written; call the command again.")
+            write_atomic(path, old + "\n" * bool(old and not old.endswith("\n")) + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plan.drafts.to_dict("records")))
     if plan.settings: write_settings(root, plan.settings)
     return [f"{key} = {row['value']} in {env}, from {row['origin']}" for env in ("dev", "staging", "prod") for row in explain(load_config(env, root))
             for key in ("corpus", "questions", "prompts") if row["key"] == key and ("DEFAULT", key) in plan.settings and str(row["value"]) != plan.settings["DEFAULT", key]]

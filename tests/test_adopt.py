@@ -7,6 +7,7 @@ from markdown_it import MarkdownIt
 from conftest import ROOT, SAMPLE, Project
 from llmops_ref.config import load_config
 from llmops_ref.corpus import load_questions
+from llmops_ref.scoring import is_refusal, says_reference
 from llmops_ref.workspace import open_workspace
 
 QUICK = dict(HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", PROMPT_REPORT_QUESTIONS="2", PROMPT_BEHAVIOUR="0", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="3",
@@ -77,9 +78,11 @@ def test_prose_is_scored_as_prose(adopted):
     gates = {gate["gate"] for gate in checked["details"]["gates"]}
     assert "says_reference" in gates and "names_gold" not in gates
     watched = json.loads((adopted.root / "stores" / "dev" / "stages" / "monitoring.json").read_text())
-    assert 0 <= watched["metrics"]["probe_correct"] <= 1
     ws = open_workspace(load_config("dev", adopted.root))
     pairs, questions = ws.read("training_pairs"), ws.read("questions")
+    answers = ws.read("requests").query("purpose == 'probe'").merge(questions, on="question", suffixes=("", "_of_reference"))
+    right = [is_refusal(a.answer) if a.type == "unanswerable" else says_reference(a.answer, a.answer_of_reference, a.question) for a in answers.itertuples()]
+    assert len(right) == watched["metrics"]["probes"] == 3 and watched["metrics"]["probe_correct"] == pytest.approx(sum(right) / 3), "a page's name is in no answer"
     answers = [messages[-1]["content"] for messages in pairs.messages]
     assert sum(answer.startswith("According to [") for answer in answers) > len(answers) / 2 and not any(answer.startswith("Use `") for answer in answers)
     tested = {g for gold in questions[questions.split == "test"].gold for g in gold}
@@ -89,7 +92,8 @@ def test_prose_is_scored_as_prose(adopted):
 
 def test_a_correction_in_prose_finds_its_page(adopted):
     "Somebody votes an answer down and says what would have been right: the page that was shown and says it is what the next model learns from."
-    q = load_questions(adopted.root / "data" / "handbook_questions.jsonl", drafts=True).query("split == 'train' and type != 'unanswerable'").iloc[0]
+    learned = load_questions(adopted.root / "data" / "handbook_questions.jsonl", drafts=True).query("split == 'train' and type != 'unanswerable'")
+    q = learned.iloc[0]
     reply = asked(adopted, q.question)
     assert q.gold[0] in {p["document_id"] for p in reply["passages"]}, "the search shows the page"
     vote = json.loads(adopted.llmops("vote", reply["trace_id"], "--down", "--correction", q.answer, "--by", "ann", "--json").stdout)
@@ -97,8 +101,9 @@ def test_a_correction_in_prose_finds_its_page(adopted):
     assert nonsense.returncode == 1 and "no page that was shown says it" in nonsense.stderr
     row = json.loads(adopted.llmops("review", vote["feedback_id"], "--accept", "--by", "bob", "--json").stdout)
     assert row["gold"] == q.gold[0] and row["answer"] == q.answer
-    good = json.loads(adopted.llmops("vote", reply["trace_id"], "--up", "--by", "eve", "--json").stdout)
-    if reply["citations"]: assert "According" not in json.loads(adopted.llmops("review", good["feedback_id"], "--accept", "--by", "bob", "--json").stdout)["answer"], "the form comes with the next pair"
+    liked = next(r for other in learned.iloc[1:7].itertuples() if (r := asked(adopted, other.question))["citations"])
+    good = json.loads(adopted.llmops("vote", liked["trace_id"], "--up", "--by", "eve", "--json").stdout)
+    assert "According" not in json.loads(adopted.llmops("review", good["feedback_id"], "--accept", "--by", "bob", "--json").stdout)["answer"], "the form comes with the next pair"
 
 
 def test_only_named_settings_change_and_a_second_time_nothing(adopted):
