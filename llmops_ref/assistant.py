@@ -8,7 +8,8 @@ Reads the index, a prompt and an endpoint. Leaves the chain that every later sta
 __all__ = ['FENCE', 'PLAIN_PROMPT', 'DIRECT_PROMPT', 'ENTRY', 'REQUIREMENTS', 'cut_words', 'passage_block', 'check_template',
            'build_messages', 'check_citations', 'make_chain', 'retriever_class', 'as_retriever', 'open_endpoint',
            'served_endpoint', 'lowest_cosine', 'open_chains', 'open_assistants', 'open_assistant', 'assistant_parts',
-           'assistant_digest', 'logged_digest', 'verify_files', 'find_version', 'log_assistant', 'log_chain']
+           'assistant_digest', 'logged_settings', 'logged_digest', 'verify_files', 'find_version', 'log_assistant',
+           'log_chain']
 
 # %% ../nbs/03a_assistant.ipynb #e2b9e145
 import contextlib, functools, hashlib, importlib.metadata, json, os, re, shutil, tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from .config import Config, SettingsError, load_config
 from .examples import open_examples, wants_examples, write_examples
-from .gateway import gateway_endpoint, route_settings
+from .gateway import destinations, gateway_endpoint, route_settings
 from .hub import chosen_gguf
 from .llm import Endpoint, chat_client, read_prices, serve_gguf
 from .embedding import minilm_folder, minilm_onnx
@@ -237,7 +238,7 @@ def assistant_parts(
     settings = dict(app=config.app, template=check_template(template, passages=config.retrieval != "off"), prompt=prompt, retrieval=config.retrieval, precision=index_precision(ws) or "fp32", reranker=config.reranker,
                     k=config.retrieval_k, candidates=config.retrieval_candidates, max_words=config.passage_words, question_words=config.question_words, refuse_below=lowest_cosine(config), max_tokens=config.chat_max_tokens,
                     slots=config.chat_slots, timeout=config.chat_timeout, retries=config.chat_retries)
-    if config.app == "third_party": settings |= dict(gateway=route_settings(config), requests_per_minute=config.gateway_requests_per_minute, prices={model: list(price) for model, price in read_prices(config).items()})
+    if config.app == "third_party": settings |= dict(gateway=route_settings(config), destinations=destinations(config), requests_per_minute=config.gateway_requests_per_minute, prices={model: list(price) for model, price in read_prices(config).items()})
     else:
         settings["machine_price"] = config.machine_price
         if config.chat_url: settings["served"] = dict(url=config.chat_url, model=config.chat_model, workspace=config.platform == "databricks")
@@ -263,15 +264,23 @@ def assistant_digest(
     "What makes an assistant this one and no other: its settings, with the digests of its files and the packages that it runs on, and its code."
     return hashlib.sha256(json.dumps([settings, code], sort_keys=True).encode()).hexdigest()
 
+def logged_settings(
+    ws: Workspace,
+    version: str, # Of the registered model `assistant`
+) -> dict: # As from `assistant_parts`
+    "The settings that a version was logged with."
+    from mlflow.models import Model
+    ws.mlflow()
+    return dict(Model.load(f"models:/{ws.registered('assistant')}/{version}").flavors["python_function"]["config"])
+
 def logged_digest(
     ws: Workspace,
     version: str, # Of the registered model `assistant`
 ) -> str: # 64 hexadecimal digits
     "The digest of what the registry holds under a version, computed from it; `DataError` if it cannot be read."
     from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
     uri, fetch = f"models:/{ws.registered('assistant')}/{version}", ws.mlflow().artifacts.download_artifacts
-    try: return assistant_digest(dict(Model.load(uri).flavors["python_function"]["config"]), _code(fetch(f"{uri}/code")) | dict(entry=file_digest(fetch(f"{uri}/{ENTRY}"))))
+    try: return assistant_digest(logged_settings(ws, version), _code(fetch(f"{uri}/code")) | dict(entry=file_digest(fetch(f"{uri}/{ENTRY}"))))
     except (MlflowException, OSError, KeyError) as error: raise DataError(f"Version {version} of the assistant cannot be read from the registry of {ws.config.env}: {str(error)[:200]}. Log a new one: `llmops run --env {ws.config.env} --from validation --force`.") from None
 
 def verify_files(config: dict, files: dict[str, Path]) -> None:

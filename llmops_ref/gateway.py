@@ -7,12 +7,12 @@ Reads the gateway's declaration in `settings.ini`, and keys. Leaves an `Endpoint
 # %% auto #0
 __all__ = ['ROUTE', 'LOCAL', 'LOCAL_MODELS', 'PROVIDERS', 'ON_DATABRICKS', 'Destination', 'read_route', 'read_keys', 'price_list',
            'gateway_store', 'forget_routes', 'start_gateway', 'gateway_command', 'gateway_environment',
-           'route_endpoint', 'gateway_endpoint', 'route_settings', 'open_route', 'workspace_services',
-           'publish_gateway']
+           'route_endpoint', 'gateway_endpoint', 'route_settings', 'destinations', 'gateway_of', 'open_route',
+           'workspace_services', 'publish_gateway']
 
 # %% ../nbs/00g_gateway.ipynb #fc74decf
 import hashlib, json, os, re, secrets, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -149,11 +149,11 @@ def start_gateway(ws: Workspace) -> Endpoint:
     config, keys = ws.config, read_keys(ws)
     names = ("gateway_models", "gateway_fallbacks", "gateway_providers", "gateway_budget", "gateway_guardrail", "gateway_judge", "gateway_timeout", "gateway_port", "prices", "chat_slots")
     digest = hashlib.sha256(json.dumps([[getattr(config, name) for name in names], keys]).encode()).hexdigest()[:16]
-    name = f"gateway-{digest[:6]}"                  # another declaration is another gateway: that of somebody else stays up
+    name = f"gateway-{digest[:6]}"                  # another declaration is another gateway: a version that was validated with it may still serve
     service = find_service(ws, name, digest)
     if service is None:
         for other in running_services(ws):
-            if other.owner == owner() and other.name.startswith(("gateway-", "provider-")): stop_service(ws, other)
+            if config.gateway_port and other.owner == owner() and other.name.startswith("gateway-") and other.port == config.gateway_port: stop_service(ws, other)
         targets = {d.name: ("openai", d.base_url, keys[d.key_name]) if d.base_url else (d.provider, "", keys.get(d.key_name)) for d in _all(config)}
         for d in {d.name: d for d in _all(config) if d.provider == LOCAL}.values():
             key = secrets.token_urlsafe(24)
@@ -199,6 +199,19 @@ def route_settings(config: Config) -> dict:
     read_route(config)
     there = config.platform == "databricks" and not config.gateway_url
     return dict(url=config.gateway_url.rstrip("/"), route=f"{config.catalog}.{config.schema}.{ROUTE}" if there else ROUTE, fallbacks=bool(config.gateway_fallbacks), workspace=there)
+
+def destinations(config: Config) -> dict[str, list[str]]: # Settings by name; none behind a gateway of somebody else, which alone knows
+    "Who is behind the route. A logged assistant keeps it: with another model it is another assistant, to be validated anew."
+    return {} if config.gateway_url else {name: list(getattr(config, name)) for name in ("gateway_models", "gateway_fallbacks", "gateway_providers")}
+
+def gateway_of(
+    ws: Workspace,
+    logged: dict, # Settings of a logged assistant
+) -> Endpoint:
+    "The gateway that an assistant asks on this machine: its models are those that it was validated with, whatever the settings say by now."
+    if logged["gateway"]["url"]: return open_route(**logged["gateway"])
+    theirs = logged.get("destinations") or destinations(ws.config)
+    return start_gateway(ws if theirs == destinations(ws.config) else open_workspace(replace(ws.config, gateway_url="", gateway_port=0, **theirs)))
 
 def open_route(url: str, route: str, fallbacks: bool, workspace: bool) -> Endpoint:
     "The endpoint of `route_settings`; one of our own is where ASSISTANT_GATEWAY_URL says. `DataError` if nothing says where."

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from .assistant import cut_words, log_assistant, open_assistant
+from .assistant import cut_words, log_assistant, logged_settings, open_assistant
 from .cases import attack_table, load_attacks, load_regressions, planted, try_attacks, try_regressions
 from .config import Config, SettingsError, load_config
 from .corpus import sample_questions
-from .gateway import gateway_endpoint
+from .gateway import gateway_of
 from .evaluation import LESS_IS_BETTER, answer_all, summarise
 from .finetune import model_facts, tuned_files
 from .evidence import OUR_FACTS, compare_slices, missing_facts, render_evidence, version_facts
@@ -48,7 +48,7 @@ def serving_environment(
 ) -> dict[str, str]:
     "Environment variables for a process that serves a version; its gateway is up afterwards."
     app = ws.mlflow().MlflowClient().get_model_version(ws.registered("assistant"), version).tags.get("app")
-    where = gateway_endpoint(ws).base_url if app == "third_party" and ws.config.platform == "local" else ""
+    where = gateway_of(ws, logged_settings(ws, version)).base_url if app == "third_party" and ws.config.platform == "local" else ""
     return dict(ASSISTANT_VERSION=version, ASSISTANT_GATEWAY_URL=where)
 
 # %% ../nbs/06_validation.ipynb #74958956

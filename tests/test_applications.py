@@ -7,7 +7,7 @@ import pandas as pd, psutil, pytest
 from conftest import CACHE, SMALL
 from langchain_core.exceptions import ModelAuthenticationError
 
-from llmops_ref.assistant import log_chain, open_assistant
+from llmops_ref.assistant import assistant_digest, assistant_parts, log_chain, open_assistant
 from llmops_ref.config import load_config
 from llmops_ref.finetune import tuned_files
 from llmops_ref.prompts import champion_prompt
@@ -89,12 +89,24 @@ def test_streamed_and_whole_are_the_same_answer(third):
     assert 0 < streamed["first_token_seconds"] < streamed["seconds"]
 
 
+def test_a_version_asks_whom_it_was_validated_with(third):
+    "Somebody changes the provider's model in the settings: what serves stays as it was, and with the next run it is another version."
+    project, llmops, acme, _ = third
+    reply = json.loads(llmops("ask", QUESTION, "--env", "dev", "--json", GATEWAY_MODELS="local/smollm2-q4_1", GATEWAY_FALLBACKS="", GATEWAY_PROVIDERS="").stdout)
+    assert reply["served_by"] == "acme-large" and reply["answer"]
+    one, other = (open_workspace(load_config("dev", project.root, app="third_party", gateway_models=[model], gateway_providers=[f"acme={acme.url}"])) for model in ("acme/acme-large", "acme/acme-small"))
+    digests = [assistant_digest(assistant_parts(ws, champion_prompt(one)[0])[0], {}) for ws in (one, one, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_key_that_is_refused_is_one_clear_error(third):
     project, llmops, acme, _ = third
     acme.fault = "401"
-    done = llmops("ask", QUESTION, "--env", "dev", GATEWAY_FALLBACKS="")
+    done = llmops("run", "--env", "dev", "--only", "prompts", "--force", GATEWAY_FALLBACKS="")
     acme.fault = None
-    assert done.returncode == 1 and "The key was refused. Set the right one in" in done.stderr and "Traceback" not in done.stderr and KEY not in done.stderr
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "The key was refused. Set the right one in" in said and "Traceback" not in said and KEY not in said
+    assert "Resume with:" in said and "--only prompts" in said.partition("Resume with:")[2]
 
 
 def test_without_an_index(third):
