@@ -21,7 +21,7 @@ from .config import SettingsError, explain, load_config
 from .pipeline import STAGES, Lines, StageFailed, duration, find_stage, last_words, make_plan, manifest, not_needed, preflight, progress_text, reasons, run_pipeline
 from .kit import kit_app
 from .people import people_app
-from .terminal import By, Env, Json, given, manners, me, one_of, out, watched, who
+from .terminal import By, Env, Json, given, manners, me, one_of, out, seen, watched, who
 from .workspace import DataError, open_workspace
 
 # %% ../nbs/91_cli.ipynb #56b61f8c
@@ -73,7 +73,7 @@ def run(
         if dry_run: return
         if all(step.state in ("cached", "skipped") for step in steps): return _nothing_to_do(ws, env)
         preflight(ws, [step.stage for step in steps])
-        kept = shlex.join([a for text in settings or [] for a in ("--set", text)] + (["--app", app_name] if app_name else []) + (["--to", end] if end else []))
+        kept = shlex.join([a for text in settings or [] for a in ("--set", text)] + (["--app", app_name] if app_name else []) + (["--only", only] if only else ["--to", end] if end else []))
         _run(ws, env, steps, force, kept)
 
 # %% ../nbs/91_cli.ipynb #e6251c68
@@ -105,7 +105,7 @@ def _run(ws, env, steps, force, kept):
         typer.secho(f"\n{failure.stage.notebook} failed:", fg="red", err=True)
         typer.echo("  " + failure.error.replace("\n", "\n  "), err=True)
         typer.echo(f"Executed notebook: {os.path.relpath(failure.notebook)}\nReport:            {_report(ws)}\n"
-                   f"Resume with:       {me()} run --env {env} --from {failure.stage.number} {kept}".rstrip(), err=True)
+                   f"Resume with:       {me()} run --env {env} {'' if len(steps) == 1 else f'--from {failure.stage.number} '}{kept}".rstrip(), err=True)
         raise typer.Exit(1) from None
     if record["waiting"]:
         typer.secho(f"\n{record['waiting']}", fg="yellow", err=True)
@@ -183,7 +183,7 @@ def search(question: Annotated[Optional[str], typer.Argument()] = None, k: Annot
             found = index.search(text, k, method, ws.config.retrieval_candidates, filters={"package": package} if package else None)
             if as_json or many: out(dict(question=text, passages=[asdict(p) for p in found]))
             else:
-                for n, p in enumerate(found, 1): typer.echo(f"[{n}] {typer.style(p.document_id, bold=True)}  ({p.heading}, {p.similarity:.2f})\n    {' '.join(p.text.split(chr(10), 1)[-1].split())[:200]}")
+                for n, p in enumerate(found, 1): typer.echo(f"[{n}] {typer.style(seen(p.document_id), bold=True)}  ({seen(p.heading)}, {p.similarity:.2f})\n    {seen(' '.join(p.text.split(chr(10), 1)[-1].split()))[:200]}")
 
 @app.command()
 def ask(question: Annotated[Optional[str], typer.Argument()] = None, stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is written")] = False, env: Env = "dev", as_json: Json = False):
@@ -194,12 +194,12 @@ def ask(question: Annotated[Optional[str], typer.Argument()] = None, stream: Ann
         ws = open_workspace(load_config(env))
         with open_champion(ws) as answer:
             for text in questions:
-                reply = answer(text, (lambda piece: typer.echo(piece, nl=False)) if stream and not (as_json or many) else (lambda piece: None) if stream else None)
+                reply = answer(text, (lambda piece: typer.echo(seen(piece), nl=False)) if stream and not (as_json or many) else (lambda piece: None) if stream else None)
                 if as_json or many: out(reply)
                 else:
-                    typer.echo("" if stream else reply["answer"])
+                    typer.echo("" if stream else seen(reply["answer"]))
                     for p in reply["passages"]:
-                        if p["number"] in reply["citations"]: typer.echo(typer.style(f"  [{p['number']}] {p['document_id']}", dim=True))
+                        if p["number"] in reply["citations"]: typer.echo(typer.style(f"  [{p['number']}] {seen(p['document_id'])}", dim=True))
                     if reply.get("trace_id"): typer.echo(typer.style(f"  {me()} vote {reply['trace_id']} --env {env} --up, or --down", dim=True))
 
 @app.command()
@@ -213,7 +213,7 @@ def rollback(env: Env = "dev", prompt: Annotated[bool, typer.Option("--prompt", 
             return
         from llmops_ref.deployment import rollback as back
         version, answer = back(open_workspace(load_config(env)), question)
-        typer.echo(f"Version {version} of the assistant is champion of {env} again. It was asked first: {question}\n  {answer}")
+        typer.echo(f"Version {version} of the assistant is champion of {env} again. It was asked first: {question}\n  {seen(answer)}")
 
 # %% ../nbs/91_cli.ipynb #60e5afa0
 Version = Annotated[Optional[str], typer.Option("--version", help="Of the assistant; the one that waits by default")]
@@ -346,7 +346,7 @@ def list_questions(split: Annotated[Optional[str], typer.Option(help="Only train
         if one_of(kind, "--type", QUESTION_TYPES): rows = rows[rows.type == kind]
         if drafts: rows = rows[rows.draft]
         if as_json: return out(rows.to_dict("records"))
-        for q in rows.itertuples(): typer.echo(f"{q.id}  {q.split:5}  {q.type:12}  {'DRAFT  ' if q.draft else ''}{q.question}")
+        for q in rows.itertuples(): typer.echo(f"{q.id}  {q.split:5}  {q.type:12}  {'DRAFT  ' if q.draft else ''}{seen(q.question)}")
         typer.echo(f"{len(rows)} questions, {rows.draft.sum()} of them drafts")
 
 @questions_app.command("add")
@@ -417,8 +417,11 @@ def plan(env: Env = "dev", var: Vars = None, as_json: Json = False):
         typer.echo(f"{bundle.name} in {env}, mode {bundle.mode}, run as {next(iter(bundle.run_as.values()), 'you')}, files in {bundle.workspace['root_path']}\n")
         width = {key: max(len(str(v)) for v in [key.replace("_", " "), *table[key]]) for key in table.columns}
         for row in [{key: key.replace("_", " ") for key in table.columns}, *table.to_dict("records")]: typer.echo("  " + "  ".join(f"{row[key]:{width[key]}}" for key in table.columns).rstrip())
-        if bundle.mode == "development": typer.echo("\n`you` is your name there. For llmops on this machine: export LLMOPS_SCHEMA=dev_<name>_reference LLMOPS_EXPERIMENT='/Shared/[dev <name>] llmops_dev'")
-        typer.echo(f"\nUS dollars an hour, as orders of magnitude; look the real prices up for your region. Then: databricks bundle deploy -t {env} && {me()} bundle connect --env {env}")
+        own = ""                                    # not exported: they would follow you into prod
+        if bundle.mode == "development":
+            own = f"LLMOPS_SCHEMA=dev_<name>_reference LLMOPS_EXPERIMENT='/Shared/[dev <name>] {load_config(env, **bundle.settings()).catalog}' "
+            typer.echo("\n`you` is your name there. Give what stands before llmops below to each command that is to see your copy.")
+        typer.echo(f"\nUS dollars an hour, as orders of magnitude; look the real prices up for your region. Then: databricks bundle deploy -t {env} && {own}{me()} bundle connect --env {env}")
 
 @bundle_app.command("connect")
 def connect(env: Env = "dev", job_id: Annotated[Optional[int], typer.Option(help="Of the deployment job; found by its name by default")] = None):

@@ -14,9 +14,8 @@ from typing import Annotated, Optional
 import typer
 
 from .config import SettingsError, load_config
-from .page import UNSEEN
 from .pipeline import StageFailed, find_stage, make_plan, preflight, run_pipeline
-from .terminal import By, Env, Json, manners, me, one_of, out, who
+from .terminal import By, Env, Json, manners, me, one_of, out, seen, who
 from .workspace import DataError, open_workspace
 
 # %% ../nbs/90e_people.ipynb #8f87031e
@@ -53,12 +52,12 @@ def vote(trace_id: Annotated[str, typer.Argument(help="Of the answer; `llmops as
         typer.echo(f"Noted as {row['feedback_id']}." + ("" if good and not correction else f" A person reads it: {me()} review --env {env}"))
 
 # %% ../nbs/90e_people.ipynb #7090915b
-def _seen(text): return UNSEEN.sub("", " ".join(str(text).split()))      # nothing that a terminal would obey
+def _line(text): return seen(" ".join(str(text).split()))
 
 def _show_vote(row, number, n):
-    typer.secho(f"\n{number} of {n}   {row.feedback_id}   thumb {'up' if row.good else 'down'} by {_seen(row.source)}" + (f", {row.reason}" if row.reason else ""), bold=True)
+    typer.secho(f"\n{number} of {n}   {row.feedback_id}   thumb {'up' if row.good else 'down'} by {_line(row.source)}" + (f", {row.reason}" if row.reason else ""), bold=True)
     for label, said in (("Question", row.question), ("Answer", row.answer), ("Comment", row.comment), ("Correction", row.correction)):
-        if said: typer.echo(f"  {label + ':':11} {_seen(said)[:600]}")
+        if said: typer.echo(f"  {label + ':':11} {_line(said)[:600]}")
 
 def _decide(ws, row, by):                           # asks a person about one vote; False to stop
     from llmops_ref.review import review_feedback
@@ -90,7 +89,7 @@ def review(feedback_id: Annotated[Optional[str], typer.Argument(help="Of one vot
             if not feedback_id: raise SettingsError("Whose way? Give the id of a vote.")
             table = trace_case(ws, feedback_id)
             if as_json: return out(table.to_dict("records"))
-            for step in table.itertuples(): typer.echo(f"  {step.step:10} {_seen(step.what)[:200]}\n             {typer.style(step.where, dim=True)}")
+            for step in table.itertuples(): typer.echo(f"  {step.step:10} {_line(step.what)[:200]}\n             {typer.style(step.where, dim=True)}")
         elif feedback_id:
             if accept is None: raise SettingsError("Say --accept or --reject.")
             row = review_feedback(ws, feedback_id, who(by), accept, answer, tuple(uses or ["pair"]))
