@@ -32,8 +32,8 @@ setup: .venv/installed
 
 # The lock is complete, so nothing is resolved: torch first (it chooses its own CUDA packages), then everything else as it stands.
 .venv/installed: requirements.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "Error: $(PYTHON) not found. Install Python 3.11 or newer, or name one: make PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Error: $$($(PYTHON) --version) is too old. Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "Error: $(PYTHON) not found. Install Python 3.11 to 3.14, or name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo "Error: $$($(PYTHON) --version) does not do. Python 3.11 to 3.14 is needed: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv with $(INSTALLER)"
 	@$(install_$(INSTALLER))
@@ -41,12 +41,12 @@ setup: .venv/installed
 
 torch := $(shell grep '^torch==' requirements.lock)
 # Unlike pip, uv leaves it to Python to compile each module at its first import. We import the largest here, beside each other and beside the downloads.
-# uv does not read pip's configuration, so we hand over what is set there: index, further indexes, folders of wheels
-pip_setting = $$($(BIN)/pip config get global.$(1) 2>/dev/null | tr -s ' \n' '$(2)' | sed 's/$(2)$$//')
+# uv does not read pip's configuration, so we hand over what is set there or in PIP_ variables: index, further indexes (of which pip takes the best match), folders of wheels
+pip_setting = $$({ $(BIN)/pip config get :env:.$(1) || $(BIN)/pip config get global.$(1); } 2>/dev/null | tr -s ' \n' '$(2)' | sed 's/$(2)$$//')
 define install_uv
 $(BIN)/pip install -q --disable-pip-version-check uv && \
-export UV_DEFAULT_INDEX="$(call pip_setting,index-url, )" UV_FIND_LINKS="$(call pip_setting,find-links,$(comma))" && \
-{ test -n "$$UV_DEFAULT_INDEX" || unset UV_DEFAULT_INDEX; } && { test -n "$$UV_FIND_LINKS" || unset UV_FIND_LINKS; } && \
+export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$(call pip_setting,index-url, )}" UV_INDEX="$${UV_INDEX:-$(call pip_setting,extra-index-url, )}" UV_FIND_LINKS="$${UV_FIND_LINKS:-$(call pip_setting,find-links,$(comma))}" && \
+{ test -n "$$UV_DEFAULT_INDEX" || unset UV_DEFAULT_INDEX; } && { test -n "$$UV_FIND_LINKS" || unset UV_FIND_LINKS; } && { test -z "$$UV_INDEX" && unset UV_INDEX || export UV_INDEX_STRATEGY=unsafe-best-match; } && \
 uv="$(BIN)/uv pip install -q --python $(BIN)/python" && \
 $$uv $(if $(TORCH),--torch-backend $(TORCH)) $(torch) && $(call compile,import torch) && $$uv --no-deps -r requirements.lock && $$uv --no-deps -e . && \
 $(call compile,import transformers.models.llama.modeling_llama; import peft) && $(call compile,import mlflow.genai; import langchain_openai; import matplotlib.pyplot) && wait

@@ -60,8 +60,8 @@ def check_machine(
 ) -> list[Finding]:
     "Python, packages, disk, memory, processor and GPU."
     version, disk, memory, cores = sys.version_info, shutil.disk_usage(root).free / 1e9, psutil.virtual_memory().available / 1e9, os.cpu_count()
-    state = "fail" if version < (3, 11) else "note" if version >= (3, 14) else "ok"
-    found = [Finding("Python", state, f"{version.major}.{version.minor}.{version.micro}", "" if state == "ok" else "Take 3.11, 3.12 or 3.13: make setup PYTHON=python3.12")]
+    state = "ok" if (3, 11) <= version < (3, 15) else "fail"
+    found = [Finding("Python", state, f"{version.major}.{version.minor}.{version.micro}", "" if state == "ok" else "Take 3.11 to 3.14: make setup PYTHON=python3.12")]
     installed = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version.partition("+")[0] for d in importlib.metadata.distributions() if d.name and d.version}
     found += guarded("packages", lambda: check_packages(root, installed))
     found.append(_at_least("disk", disk, 5, 1.5, "GB free", "Make room here, or let `store` and `cache` in settings.ini name another disk."))
