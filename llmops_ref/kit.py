@@ -155,4 +155,4 @@ def todo(env: Env = "dev", as_json: Json = False):
         if as_json: return out(dict(env=env, findings=[vars(f) for f in findings]))
         _show(findings)
         left = sum(f.state != "ok" for f in findings)
-        typer.echo(f"\n{left} left." if left else "\nNothing of the sample is left.")
+        typer.echo(f"\n{left} left." if left else "\nNothing of the sample is left in data and settings. No command can see whether nbs/index.ipynb (the README), the bounds of the gates, and who may read (databricks.yml) are yours by now.")
