@@ -233,13 +233,15 @@ def find_samples(
 
 def _sample_data(root, config, taken):
     from llmops_ref.corpus import load_questions
-    rows, found, commit = load_questions(root / config.questions, drafts=True), [], taken and taken.commit
+    rows, found, commit, told = load_questions(root / config.questions, drafts=True), [], taken and taken.commit, True
     try: commit and git(root, "cat-file", "-e", commit)
-    except DataError: return [Finding("data", "note", f"commit {taken.commit[:12]} is not here, so the sample's files cannot be told from yours", "git fetch upstream")]
-    sample = config.questions == "data/questions.jsonl" and _as_taken(root, config.questions, commit)
-    found.append(Finding("questions", "note" if sample else "ok", f"{len(rows)} about the sample's corpus" if sample else f"{len(rows)} of your own", f"Write your own in {config.questions}: llmops questions add" if sample else ""))
+    except DataError:
+        told = False
+        found.append(Finding("data", "note", f"commit {taken.commit[:12]} is not here, so the sample's files cannot be told from yours", "git fetch upstream"))
+    own = config.questions != "data/questions.jsonl" or told and not _as_taken(root, config.questions, commit)
+    if own or told: found.append(Finding("questions", "ok" if own else "note", f"{len(rows)} of your own" if own else f"{len(rows)} about the sample's corpus", "" if own else f"Write your own in {config.questions}: llmops questions add"))
     if rows.draft.any(): found.append(Finding("drafts", "note", f"{rows.draft.sum()} questions wait for a review, and " + ("flatter what is measured in dev" if config.draft_questions else "are asked by nobody until then"), "llmops questions list --drafts; llmops questions review <id> --accept"))
-    for name, (what, fix) in SAMPLES.items():
+    for name, (what, fix) in SAMPLES.items() if told else ():
         if name in ("data/prompts", "data/regressions.jsonl") and name not in (config.prompts, config.regressions): continue      # no setting names it any more
         if (root / name).exists() and _as_taken(root, name, commit): found.append(Finding(name, "note", what, fix))
     return found

@@ -318,3 +318,6 @@ def test_todo_names_the_sample_until_it_is_gone(upstream, tmp_path):
     shutil.rmtree(fork.root / "data" / "prompts")
     second = todo()
     assert second["corpus"] == second["questions"] == "ok" and second["drafts"] == "note" and "reviewers" not in second and "data/prompts" not in second
+    shutil.rmtree(fork.root / ".git")
+    third = todo()
+    assert third["data"] == third["drafts"] == "note" and "data/red_team.jsonl" not in third, "without the commit that was taken over, what needs no comparison is still said"
