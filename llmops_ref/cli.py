@@ -105,7 +105,7 @@ def _run(ws, env, steps, force, kept):
         typer.secho(f"\n{failure.stage.notebook} failed:", fg="red", err=True)
         typer.echo("  " + failure.error.replace("\n", "\n  "), err=True)
         typer.echo(f"Executed notebook: {os.path.relpath(failure.notebook)}\nReport:            {_report(ws)}\n"
-                   f"Resume with:       {me()} run --env {env} {'' if len(steps) == 1 else f'--from {failure.stage.number} '}{kept}".rstrip(), err=True)
+                   f"Resume with:       {me()} run --env {env} {'' if '--only' in kept else f'--from {failure.stage.number} '}{kept}".rstrip(), err=True)
         raise typer.Exit(1) from None
     if record["waiting"]:
         typer.secho(f"\n{record['waiting']}", fg="yellow", err=True)
