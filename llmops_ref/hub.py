@@ -186,7 +186,7 @@ def run_probes(
     code: str = "from llmops_ref.hub import probe_main; probe_main()",
 ) -> list[dict]: # As from `measure`, or `error`
     "Measure candidates in processes of their own, one after the other."
-    environment = os.environ | {"GOMP_SPINCOUNT": "30000"}      # see above: PyTorch on a shared machine
+    environment = os.environ | {"GOMP_SPINCOUNT": "30000", "PYTHON_COLORS": "0"}      # see above: PyTorch on a shared machine; from 3.13 on, Python would colour its errors for Jupyter
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for number, job in enumerate(jobs):

@@ -250,7 +250,7 @@ class StageKernel:
         self.progress = Path(self.scratch.name) / "progress.json"
         environment = os.environ | MLFLOW_SWITCHES | dict(
             TMPDIR=self.scratch.name, LLMOPS_PROGRESS=str(self.progress), LLMOPS_SETTINGS=str(ws.config.root / "settings.ini"), LLMOPS_RUN=str(os.getpid()),
-            GOMP_SPINCOUNT="30000", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+            GOMP_SPINCOUNT="30000", PYTHON_COLORS="0", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
         environment.pop("PYTHONDONTWRITEBYTECODE", None)    # set in many containers; each kernel would compile PyTorch and MLflow anew
         self.manager = AsyncKernelManager(kernel_name="python3")
         imports = ", ".join(["os", *([] if stage.name in ALONE else USUAL_IMPORTS), *MORE_IMPORTS.get(stage.name, [])])
