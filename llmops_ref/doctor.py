@@ -20,7 +20,7 @@ import psutil
 from .config import Config, SettingsError, load_config
 from .fork import git, read_identity, read_upstream
 from .pipeline import STAGES, check_parameters
-from .workspace import DataError, open_workspace
+from .workspace import DataError, open_workspace, usable_cores
 
 # %% ../nbs/90h_doctor.ipynb #d5c79a90
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def check_machine(
     root: Path | str, # The project's folder
 ) -> list[Finding]:
     "Python, packages, disk, memory, processor and GPU."
-    version, disk, memory, cores = sys.version_info, shutil.disk_usage(root).free / 1e9, psutil.virtual_memory().available / 1e9, os.cpu_count()
+    version, disk, memory, cores = sys.version_info, shutil.disk_usage(root).free / 1e9, psutil.virtual_memory().available / 1e9, usable_cores()
     state = "ok" if (3, 11) <= version < (3, 15) else "fail"
     found = [Finding("Python", state, f"{version.major}.{version.minor}.{version.micro}", "" if state == "ok" else "Take 3.11 to 3.14: make setup PYTHON=python3.12")]
     installed = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version.partition("+")[0] for d in importlib.metadata.distributions() if d.name and d.version}

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import SettingsError, load_config
-from .workspace import DataError, Workspace, file_digest, open_workspace, verify_digest, write_atomic
+from .workspace import DataError, Workspace, file_digest, open_workspace, usable_cores, verify_digest, write_atomic
 
 # %% ../nbs/00e_embedding.ipynb #14f69969
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -82,11 +82,11 @@ class Embedder:
         tokenizer: Path, # `tokenizer.json`
         precision: str = "fp32", # Of these weights: fp32 or int8
         max_tokens: int = TEXT_TOKENS, # Longer texts are cut
-        threads: int | None = None, # All cores by default
+        threads: int | None = None, # All that we may use by default
     ):
         import onnxruntime, tokenizers
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads or os.cpu_count() or 1, 3
+        options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3
         self.precision, self.digest = precision, embedder_digest(precision, max_tokens)
         self.session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
         self.tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import Config, SettingsError, load_config
-from .workspace import DataError, Workspace, file_digest, open_workspace, verify_digest
+from .workspace import DataError, Workspace, file_digest, open_workspace, usable_cores, verify_digest
 
 # %% ../nbs/00b_llm.ipynb #04373785
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -113,7 +113,7 @@ def serve_gguf(
     params, name = xllamacpp.CommonParams(), name or Path(model).stem
     params.model.path, params.model_alias, params.n_parallel, params.n_ctx = str(model), {name}, slots, context * slots
     params.hostnames, params.port, params.api_keys = ["127.0.0.1"], port, [key or secrets.token_urlsafe(24)]
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 2)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = usable_cores()
     params.cache_ram_mib = 0                        # else it keeps the prompts of idle slots, up to 8 GB of them
     params.verbosity = -1
     if adapter: params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]

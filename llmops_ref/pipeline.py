@@ -20,7 +20,7 @@ from pathlib import Path
 from jupyter_core.utils import run_sync
 
 from .config import Config, SettingsError, explain, load_config, read_shares
-from .workspace import MLFLOW_SWITCHES, DataError, Workspace, git_commit, on_databricks, open_workspace, write_atomic
+from .workspace import MLFLOW_SWITCHES, DataError, Workspace, git_commit, on_databricks, open_workspace, usable_cores, write_atomic
 
 # %% ../nbs/90_pipeline.ipynb #fd4431c8
 @dataclass(frozen=True)
@@ -461,7 +461,7 @@ def notebook_title(path: Path) -> str:
 def machine() -> str:
     "This machine in a few words."
     import psutil
-    return f"{os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB, Python {platform.python_version()}, {platform.system()}"
+    return f"{usable_cores()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB, Python {platform.python_version()}, {platform.system()}"
 
 # %% ../nbs/90_pipeline.ipynb #6f0e728d
 def _write_run(ws, record, folder):

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .config import Config, SettingsError, load_config
 from .hub import fastest_dtype
-from .workspace import DataError, file_digest, write_atomic
+from .workspace import DataError, file_digest, usable_cores, write_atomic
 
 # %% ../nbs/04b_training.ipynb #1d19feb8
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def _fit(folder, job, pairs, recipe, plan, on_step):
     import torch
     from accelerate import PartialState
     state = PartialState(cpu=not torch.cuda.is_available())
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))       # FAISS, which searched in this process before, has set it to 1 for both
+    torch.set_num_threads(usable_cores())       # FAISS, which searched in this process before, has set it to 1 for both
     device, processes = "cpu" if state.device.type == "cpu" else str(state.device), state.num_processes
     plan.setdefault("dtype", str(training_dtype(device)).removeprefix("torch."))       # measured once: a training that goes on may find a busier machine
     model, tokenizer = load_for_training(Path(job["base"]), recipe, device, plan["dtype"])

@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'FLAT_UP_TO', 'HNSW_UP_TO', 'BM25_K1', 'BM25_B', 'STOP_WORDS
            'Index', 'fuse', 'Passage', 'open_reranker']
 
 # %% ../nbs/02a_vector_index.ipynb #a4181290
-import functools, json, os
+import functools, json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import pandas as pd
 from .config import SettingsError
 from .embedding import clean_text
 from .scoring import words
-from .workspace import DataError, file_digest, verify_digest, write_atomic
+from .workspace import DataError, file_digest, usable_cores, verify_digest, write_atomic
 
 # %% ../nbs/02a_vector_index.ipynb #d5c2ae14
 KINDS = ("flat", "hnsw", "ivf_pq")
@@ -40,7 +40,7 @@ def make_faiss(
 ): # A FAISS index that holds them
     "Build a FAISS index of one kind; the order of the rows is kept."
     import faiss
-    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    faiss.omp_set_num_threads(usable_cores())
     count, dimension = vectors.shape
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if kind == "flat": index = faiss.IndexFlatIP(dimension)

@@ -6,8 +6,8 @@ Reads a `Config`. Leaves a `Workspace`: tables, files, secrets and the model reg
 
 # %% auto #0
 __all__ = ['MLFLOW_SWITCHES', 'DataError', 'file_digest', 'verify_digest', 'write_atomic', 'visible_files', 'folder_digest',
-           'Card', 'Workspace', 'hush_pyspark', 'Changes', 'git_commit', 'on_databricks', 'DatabricksWorkspace',
-           'open_workspace']
+           'Card', 'Workspace', 'usable_cores', 'hush_pyspark', 'Changes', 'git_commit', 'on_databricks',
+           'DatabricksWorkspace', 'open_workspace']
 
 # %% ../nbs/00a_workspace.ipynb #62c9b988
 import atexit, contextlib, functools, hashlib, importlib.metadata, json, math, multiprocessing, os, subprocess, tempfile, threading, time, warnings
@@ -134,6 +134,13 @@ class Workspace:
         if value := os.environ.get(name): return value
         raise SettingsError(f"The secret {name} is not set. Set it in the environment (`export {name}=...`); it is never written to a file.")
 
+# %% ../nbs/00a_workspace.ipynb #0ac9d17d
+def usable_cores() -> int:
+    "Cores that this process may keep busy: those that affinity and container leave to it, and at most `OMP_NUM_THREADS`."
+    from joblib import cpu_count
+    bound = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(cpu_count(), int(bound)) if bound.isdigit() and int(bound) else cpu_count()
+
 # %% ../nbs/00a_workspace.ipynb #ba379e34
 def hush_pyspark() -> None:
     "Silence what PySpark says of pandas 3 at each import; MLflow imports it too."
@@ -163,7 +170,7 @@ def spark(self: Workspace):
 @patch(as_prop=True)
 def cores(self: Workspace) -> int:
     "Into how many partitions work is worth splitting."
-    return os.cpu_count() or 1
+    return usable_cores()
 
 @patch
 def map_batches(
