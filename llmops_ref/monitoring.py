@@ -79,28 +79,31 @@ def look_at(
 # %% ../nbs/08_monitoring.ipynb #c8bfb536
 BLUE, GREEN, ORANGE, RED, GREY = "#5b8def", "#57a773", "#e4a03a", "#d64545", "#9aa5b1"
 
+def _dress(axis, title, ticks):                     # title on the left, and what the colours mean beside it, where no line can run into it
+    axis.set_title(title, fontsize=10, loc="left", pad=8); axis.tick_params(labelsize=8); axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlim(-0.5, max(len(ticks), 1) - 0.5); axis.set_xticks(range(len(ticks)), [d if d == "before" else pd.Timestamp(d).strftime("%a %-d") for d in ticks])
+    if len(axis.get_legend_handles_labels()[1]) > 1: axis.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.02, 1.02), ncols=3, handlelength=0.9, handletextpad=0.4, columnspacing=0.9, borderaxespad=0)
+
+def _bound(axis, at, colour): axis.axhline(at, color=colour, lw=1, ls=":")
+def _alarm(axis, x, y): axis.plot(x, y, "o", color=RED, ms=7, zorder=5, clip_on=False)
+
 def _shares(axis, look, title, **names):            # signals as lines, their bounds, red days
     every, highest = sorted(look.days.day[look.days.day != "all"].unique()), 0.02
     for (name, label), colour in zip(names.items(), (BLUE, ORANGE, GREEN)):
         rows = look.days[(look.days.signal == name.replace("_", " ")) & (look.days.day != "all")].set_index("day").reindex(every)
-        axis.plot(range(len(every)), rows.share.astype(float), "o-", color=colour, ms=3, lw=1.2, label=label)
+        axis.plot(range(len(every)), rows.share.astype(float), "o-", color=colour, ms=4, lw=1.5, label=label)
         bound = look.days.bound[look.days.signal == name.replace("_", " ")].max()
-        axis.axhline(bound, color=colour, lw=0.8, ls=":")
+        _bound(axis, bound, colour)
         for n, (state, share) in enumerate(zip(rows.state, rows.share)):
-            if state == "breach": axis.plot(n, share, "o", color=RED, ms=6, zorder=5)
+            if state == "breach": _alarm(axis, n, share)
         highest = max(highest, bound, rows.share.astype(float).max())
-    axis.set_ylim(0, min(1.03, 1.25 * highest)); _on_days(axis, every, title)
+    axis.set_ylim(0, min(1.03, 1.15 * highest)); _dress(axis, title, every)
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-    if len(names) > 1: axis.legend(fontsize=6, frameon=False, loc="upper left")
 
-def _on_days(axis, every, title):
-    axis.set_title(title, fontsize=8.5, loc="left"); axis.tick_params(labelsize=6.5); axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlim(-0.5, max(len(every), 1) - 0.5); axis.set_xticks(range(len(every)), [pd.Timestamp(d).strftime("%a %-d") for d in every])
-
-def _by_day(axis, look, title, label, column, scale=1.0, quantiles=(0.5, 0.95)):
+def _by_day(axis, look, title, column, scale=1.0, quantiles=(0.5, 0.95)):
     every, grouped = sorted(look.days.day[look.days.day != "all"].unique()), look.requests.groupby(look.requests.time.dt.strftime("%Y-%m-%d"))
-    for q, colour in zip(quantiles, (BLUE, ORANGE)): axis.plot(range(len(every)), (grouped[column].quantile(q) * scale).reindex(every), "o-", color=colour, ms=3, lw=1.2, label=f"p{q * 100:.0f}")
-    _on_days(axis, every, title); axis.set_ylim(0, None); axis.set_ylabel(label, fontsize=6.5); axis.legend(fontsize=6, frameon=False, loc="upper left")
+    for q, colour in zip(quantiles, (BLUE, ORANGE)): axis.plot(range(len(every)), (grouped[column].quantile(q) * scale).reindex(every), "o-", color=colour, ms=4, lw=1.5, label=f"p{q * 100:.0f}")
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1]); _dress(axis, title, every)
 
 # %% ../nbs/08_monitoring.ipynb #c0f1dd00
 def _requests(axis, look, title):
@@ -108,23 +111,25 @@ def _requests(axis, look, title):
     place = (look.requests.time.dt.tz_localize(None) - pd.Timestamp(every[0])) / pd.Timedelta(days=1) if every else pd.Series(dtype=float)
     bins = np.arange(0, len(every) + 1e-6, 1 / 12)
     if every: axis.hist([place[ok] - 0.5, place[~ok] - 0.5], bins=bins - 0.5, stacked=True, color=[BLUE, RED], label=["answered", "failed"])
-    _on_days(axis, every, title); axis.legend(fontsize=6, frameon=False, loc="upper left")
+    _dress(axis, title, every)
 
-def _drift(axis, look, bound):
+def _drift(axis, look, title, bound):
     rows = look.drift
     for key, colour, label, move in (("embedding_p", BLUE, "embeddings", -0.18), ("topic_p", ORANGE, "topics", 0.18)):
-        axis.bar(np.arange(len(rows)) + move, -np.log10(rows[key].astype(float)), 0.36, color=colour, label=label)
-    axis.axhline(-np.log10(bound), color=RED, lw=0.8, ls=":")
-    _on_days(axis, rows.day.tolist(), "drift of questions: −log₁₀ p"); axis.set_ylim(0, -np.log10(bound) * 1.4); axis.legend(fontsize=6, frameon=False, loc="upper left")
+        height = -np.log10(rows[key].astype(float))
+        axis.bar(np.arange(len(rows)) + move, height, 0.36, color=colour, label=label)
+        for n, h in enumerate(height):
+            if h > -np.log10(bound): _alarm(axis, n + move, h)
+    _bound(axis, -np.log10(bound), RED)
+    _dress(axis, title, rows.day.tolist()); axis.set_ylim(0, -np.log10(bound) * 1.25)
 
-def _topics(axis, look):
+def _topics(axis, look, title):
     shares, colours = look.topics, [BLUE, GREEN, ORANGE, "#8e6bbf", "#4ab3b3", "#c46b8a", "#a9b665", GREY]
     bottom = np.zeros(len(shares.columns))
     for (name, row), colour in zip(shares.iterrows(), colours):
-        axis.bar(range(len(row)), row, 0.8, bottom=bottom, color=colour, label=name); bottom += row.to_numpy()
-    axis.set_title("topics", fontsize=8.5, loc="left"); axis.tick_params(labelsize=6.5); axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xticks(range(len(shares.columns)), [c if c == "before" else pd.Timestamp(c).strftime("%a %-d") for c in shares.columns])
-    if len(shares): axis.legend(fontsize=5, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2)
+        axis.bar(range(len(row)), row, 0.8, bottom=bottom, color=colour, label=name.replace(". ", " ")); bottom += row.to_numpy()
+    _dress(axis, title, shares.columns.tolist()); axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    if len(shares): axis.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(-0.12, -0.12), ncols=2, handlelength=0.9, handletextpad=0.4, columnspacing=0.9, labelspacing=0.3, borderaxespad=0)
 
 # %% ../nbs/08_monitoring.ipynb #41184333
 def plot_monitoring(
@@ -134,23 +139,24 @@ def plot_monitoring(
 ):
     "All charts of a window, as a matplotlib figure."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(4, 3, figsize=(12, 10.5))
+    figure, axes = plt.subplots(4, 3, figsize=(14, 12.5))
     (a, b, c), (d, e, f), (g, h, i), (j, k, l) = axes
-    _requests(a, look, "requests, two hours a bar")
+    _requests(a, look, "requests every two hours")
     _shares(b, look, "requests that fail", errors="errors")
-    _by_day(c, look, "seconds an answer", "s", "seconds"); c.axhline(config.monitoring_max_p95_seconds, color=ORANGE, lw=0.8, ls=":")
+    _by_day(c, look, "seconds an answer", "seconds"); _bound(c, config.monitoring_max_p95_seconds, ORANGE)
     tokens = replace(look, requests=look.requests.assign(tokens=look.requests.prompt_tokens + look.requests.completion_tokens))
-    _by_day(d, tokens, "tokens an answer", "read and written", "tokens")
-    _by_day(e, look, "US dollars per 1,000 answers", "USD", "cost_usd", 1000)
-    _by_day(f, look, "cosine of the best passage", "", "similarity", quantiles=(0.5, 0.05)); f.axhline(config.refuse_below, color=RED, lw=0.8, ls=":")
-    _shares(g, look, "retrieval: weak, and refused", **{"weak retrieval": "weak", "refusals": "refused"})
-    _shares(h, look, "quality: answers without citation, ungrounded, unreadable", **{"answers without citation": "no citation", "ungrounded answers": "ungrounded", "unreadable answers": "unreadable"})
+    _by_day(d, tokens, "tokens an answer, read and written", "tokens")
+    _by_day(e, look, "US dollars for 1,000 answers", "cost_usd", 1000)
+    _by_day(f, look, "cosine of the best passage", "similarity", quantiles=(0.5, 0.05)); _bound(f, config.refuse_below, RED)
+    _shares(g, look, "retrieval", **{"weak retrieval": "weak passages", "refusals": "refused"})
+    _shares(h, look, "quality", **{"answers without citation": "no citation", "ungrounded answers": "ungrounded", "unreadable answers": "unreadable"})
     _shares(i, look, "thumbs down, of those who vote", **{"thumbs down": "down"})
-    _shares(j, look, "slow and dear answers", **{"slow answers": "slow", "dear answers": "dear"})
-    _drift(k, look, config.monitoring_false_alarms / (4 * max(int(look.drift.embedding_p.notna().sum()) if len(look.drift) else 1, 1)))
-    _topics(l, look)
-    if note: figure.suptitle(note, fontsize=11, x=0.01, ha="left", color=RED if "simulated" in note.lower() else "black")
-    figure.tight_layout(rect=(0, 0, 1, 0.98 if note else 1))
+    _shares(j, look, "slow or dear answers", **{"slow answers": "slow", "dear answers": "dear"})
+    _drift(k, look, "drift of questions: −log₁₀ p", config.monitoring_false_alarms / (4 * max(int(look.drift.embedding_p.notna().sum()) if len(look.drift) else 1, 1)))
+    _topics(l, look, "topics of the questions")
+    if note: figure.text(0.012, 0.985, note, fontsize=13, va="top", color=RED if "simulated" in note.lower() else "black")
+    figure.text(0.99, 0.985, "dotted: a bound of settings.ini      red: an alarm", fontsize=9, ha="right", va="top", color="#5b6670")
+    figure.tight_layout(rect=(0, 0, 1, 0.965), h_pad=2, w_pad=2.5)
     plt.close(figure)
     return figure
 
