@@ -16,7 +16,7 @@ from llmops_ref.workspace import DataError, open_workspace
 
 def main():
     port, host_name = int(os.environ.get("DATABRICKS_APP_PORT", 8080)), "0.0.0.0" if "DATABRICKS_APP_PORT" in os.environ else "127.0.0.1"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))           # what was started for the page ends with it, however politely we are asked
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what was started for the page ends with it, however politely we are asked
     free_port(port, "DATABRICKS_APP_PORT")                          # said now, not after the model has been loaded
     ws = open_workspace(load_config(os.environ.get("LLMOPS_ENV", "dev"), ROOT))
     host = open_champion(ws)

@@ -20,8 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from llmops_ref.training import answer_loss, collate, pack_rows
 
-SHAPES = {                                          # layers, width, inner width, heads, heads of keys and values, words
-    "tiny": (2, 64, 128, 4, 2, 512), "smollm2": (30, 576, 1536, 9, 3, 49152), "1b": (16, 2048, 8192, 32, 8, 128256), "7b": (32, 4096, 14336, 32, 8, 32000)}
+SHAPES = {  # layers, width, inner width, heads, heads of keys and values, words
+    "tiny": (2, 64, 128, 4, 2, 512),
+    "smollm2": (30, 576, 1536, 9, 3, 49152),
+    "1b": (16, 2048, 8192, 32, 8, 128256),
+    "7b": (32, 4096, 14336, 32, 8, 32000),
+}
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "A10": 125e12}         # dense bfloat16, operations a second
 logging.set_verbosity_error()
@@ -36,7 +40,10 @@ def examples(words, groups, rng):
 def build(shape, dtype, device, recompute):
     layers, width, inner, heads, kv, words = SHAPES[shape]
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=words, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=8192, tie_word_embeddings=shape == "smollm2")
+    config = LlamaConfig(
+        vocab_size=words, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv, max_position_embeddings=8192, tie_word_embeddings=shape == "smollm2",
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     with torch.device(device): model = LlamaForCausalLM(config)
@@ -68,7 +75,12 @@ def whole_loss(model, batch, items=None):
 def fill(row, length):
     "A row of exactly this length, for the compiler: what is added sees only itself and is not learned."
     more = length - len(row["labels"])
-    return row | {key: [*row[key], *values] for key, values in dict(input_ids=[0] * more, position_ids=[0] * more, branch=list(range(1, more + 1)), labels=[-100] * more, group=[-1] * more).items()}
+    return row | {
+        key: [*row[key], *values]
+        for key, values in dict(
+            input_ids=[0] * more, position_ids=[0] * more, branch=list(range(1, more + 1)), labels=[-100] * more, group=[-1] * more
+        ).items()
+    }
 
 
 def rate(model, batches, loss, collator, counts, windows, per_window, device):
@@ -84,9 +96,16 @@ def rate(model, batches, loss, collator, counts, windows, per_window, device):
             stamps.append(time.perf_counter())
             return out
     steps = (windows + 1) * per_window
-    Timed(model=model, train_dataset=batches[:steps], data_collator=collator, args=TrainingArguments(
-        tempfile.gettempdir(), max_steps=steps, per_device_train_batch_size=1, learning_rate=1e-4, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
-        train_sampling_strategy="sequential", use_cpu=device == "cpu", dataloader_pin_memory=False)).train()
+    Timed(
+        model=model,
+        train_dataset=batches[:steps],
+        data_collator=collator,
+        args=TrainingArguments(
+            tempfile.gettempdir(), max_steps=steps, per_device_train_batch_size=1, learning_rate=1e-4,
+            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
+            train_sampling_strategy="sequential", use_cpu=device == "cpu", dataloader_pin_memory=False,
+        ),
+    ).train()
     rates = []
     for w in range(1, windows + 1):
         first, last = w * per_window, (w + 1) * per_window
@@ -102,7 +121,9 @@ def ladder(shape, row, windows, per_window, device, rungs):
     size = max(1, row // 260)
     batches = [flat[i:i + size] for i in range(0, len(flat), size)]
     rows = pack_rows(groups, row)
-    answers = sum(label >= 0 for r in rows for label in r["labels"]) / sum(len(r["labels"]) for r in rows)       # share of the places whose logits are needed
+    answers = sum(label >= 0 for r in rows for label in r["labels"]) / sum(
+        len(r["labels"]) for r in rows
+    )  # share of the places whose logits are needed
     real = {id(g): [len(p) + len(a) for p, a in g] for g in groups}
     lengths = iter([n for g in groups for n in real[id(g)]])
     packed = []
@@ -112,22 +133,42 @@ def ladder(shape, row, windows, per_window, device, rungs):
     plain = [(sum(len(p) + len(a) for p, a in b), len(b) * max(len(p) + len(a) for p, a in b)) for b in batches]
     full = [fill(r, row) for r in rows]
     recompute = shape == "7b"
-    table = [("plain Trainer, padded", torch.float32, batches, None, lambda b: padded(b[0]), plain, False), ("packed rows", torch.float32, rows, whole_loss, collate, packed, False),
-             ("+ bfloat16", torch.bfloat16, rows, whole_loss, collate, packed, False), ("+ compiled", torch.bfloat16, full, whole_loss, collate, [(c[0], row) for c in packed], True),
-             ("+ only answers' logits", torch.bfloat16, full, answer_loss, collate, [(c[0], row) for c in packed], True), ("ours on a CPU: packed, fp32, only answers' logits", torch.float32, rows, answer_loss, collate, packed, False),
-             ("ours on a GPU: packed, bfloat16 with autocast, only answers' logits", torch.bfloat16, rows, answer_loss, collate, packed, False), ("plain Trainer, padded, bfloat16", torch.bfloat16, batches, None, lambda b: padded(b[0]), plain, False)]
+    table = [
+        ("plain Trainer, padded", torch.float32, batches, None, lambda b: padded(b[0]), plain, False),
+        ("packed rows", torch.float32, rows, whole_loss, collate, packed, False),
+        ("+ bfloat16", torch.bfloat16, rows, whole_loss, collate, packed, False),
+        ("+ compiled", torch.bfloat16, full, whole_loss, collate, [(c[0], row) for c in packed], True),
+        ("+ only answers' logits", torch.bfloat16, full, answer_loss, collate, [(c[0], row) for c in packed], True),
+        ("ours on a CPU: packed, fp32, only answers' logits", torch.float32, rows, answer_loss, collate, packed, False),
+        ("ours on a GPU: packed, bfloat16 with autocast, only answers' logits", torch.bfloat16, rows, answer_loss, collate, packed, False),
+        ("plain Trainer, padded, bfloat16", torch.bfloat16, batches, None, lambda b: padded(b[0]), plain, False),
+    ]
     for number, (name, dtype, data, loss, collator, counts, compiled) in enumerate(table, 1):
         if rungs and number not in rungs: continue
         try:
             model = build(shape, dtype, device, recompute)
-            layers, head = (sum(p.numel() for p in part.parameters()) for part in (model.base_model.model.model.layers, model.get_output_embeddings()))
+            layers, head = (
+                sum(p.numel() for p in part.parameters()) for part in (model.base_model.model.model.layers, model.get_output_embeddings())
+            )
             parameters = layers + head * (answers if loss is answer_loss else 1)
             if compiled: model.base_model.model.model.compile(dynamic=False)
             tokens, computed = rate(model, data, loss, collator, counts, windows, per_window, device)
             peak = next((p for key, p in PEAK.items() if device == "cuda" and key in torch.cuda.get_device_name()), None)
-            out.append(dict(model=shape, rung=name, tokens_s=round(tokens), computed_s=round(computed), mfu=round(4 * parameters * computed / peak, 3) if peak else None, times=round(tokens / (out[0]["tokens_s"] or float("nan")), 2) if out else 1.0,
-                            memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1) if device == "cuda" else None))
-        except (RuntimeError, torch.OutOfMemoryError) as error: out.append(dict(model=shape, rung=name, tokens_s=0, computed_s=0, mfu=None, times=0, memory_gb=None, error=str(error).strip().splitlines()[0][:160]))
+            out.append(
+                dict(
+                    model=shape, rung=name, tokens_s=round(tokens), computed_s=round(computed),
+                    mfu=round(4 * parameters * computed / peak, 3) if peak else None,
+                    times=round(tokens / (out[0]["tokens_s"] or float("nan")), 2) if out else 1.0,
+                    memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1) if device == "cuda" else None,
+                )
+            )
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            out.append(
+                dict(
+                    model=shape, rung=name, tokens_s=0, computed_s=0, mfu=None, times=0, memory_gb=None,
+                    error=str(error).strip().splitlines()[0][:160],
+                )
+            )
         print(json.dumps(out[-1]), flush=True)
         model = None
         gc.collect()
@@ -145,6 +186,18 @@ if __name__ == "__main__":
     parser.add_argument("--rungs", type=int, nargs="*", help="only these, from 1")
     chosen, device = parser.parse_args(), "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, torch {torch.__version__}")
-    rows = [r for shape in chosen.shapes for r in ladder(shape, chosen.row or (4096 if device == "cuda" else 1024), chosen.windows, chosen.steps or (8 if device == "cuda" else 2), device, chosen.rungs)]
+    rows = [
+        r
+        for shape in chosen.shapes
+        for r in ladder(
+            shape, chosen.row or (4096 if device == "cuda" else 1024), chosen.windows,
+            chosen.steps or (8 if device == "cuda" else 2), device, chosen.rungs,
+        )
+    ]
     print("\n| model | | tokens/s | computed tokens/s | MFU | times the plain Trainer | GB |\n|---|---|--:|--:|--:|--:|--:|")
-    for r in rows: print(f"| {r['model']} | {r['rung']} | {r['tokens_s']:,} | {r['computed_s']:,} | {'' if r['mfu'] is None else format(r['mfu'], '.1%')} | {r['times']:.2f} | {r['memory_gb'] or ''} |" + (f" {r['error']}" if 'error' in r else ""))
+    for r in rows:
+        print(
+            f"| {r['model']} | {r['rung']} | {r['tokens_s']:,} | {r['computed_s']:,} |"
+            f" {'' if r['mfu'] is None else format(r['mfu'], '.1%')} | {r['times']:.2f} | {r['memory_gb'] or ''} |"
+            + (f" {r['error']}" if 'error' in r else "")
+        )

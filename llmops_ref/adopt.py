@@ -29,9 +29,13 @@ from .teacher import open_teacher
 from .workspace import DataError, open_workspace, write_atomic
 
 # %% ../nbs/90g_adopt.ipynb #058ceb9d
-FOR_PAGES = {("DEFAULT", "prompts"): "data/prompts/pages", ("DEFAULT", "passage_words"): "50", ("DEFAULT", "regressions"): "", ("DEFAULT", "draft_questions"): "false",
-             ("dev", "draft_questions"): "true", ("dev", "chat_max_tokens"): "60", ("dev", "prompt_search"): "0", ("dev", "prompt_questions"): "4", ("dev", "prompt_report_questions"): "4", ("smoke", "finetune_examples"): "176", ("smoke", "finetune_tokens"): "512"}
-FEWEST = 24                                         # chunks of which a prompt shows a whole sentence, outside the pages of the test; with fewer, the base model serves as it is
+FOR_PAGES = {
+    ("DEFAULT", "prompts"): "data/prompts/pages", ("DEFAULT", "passage_words"): "50", ("DEFAULT", "regressions"): "",
+    ("DEFAULT", "draft_questions"): "false", ("dev", "draft_questions"): "true", ("dev", "chat_max_tokens"): "60",
+    ("dev", "prompt_search"): "0", ("dev", "prompt_questions"): "4", ("dev", "prompt_report_questions"): "4",
+    ("smoke", "finetune_examples"): "176", ("smoke", "finetune_tokens"): "512",
+}
+FEWEST = 24  # chunks of which a prompt shows a whole sentence, outside the pages of the test; with fewer, the base model serves as it is
 
 @dataclass(frozen=True)
 class Adoption:
@@ -50,7 +54,10 @@ def _place(folder, root):                           # as settings.ini names it: 
     folder = Path(os.path.normpath(Path(folder).expanduser().absolute()))
     if folder == root: raise SettingsError("That is the project itself. Put the documents into a folder of their own, such as documents/.")
     place = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
-    if re.search(r"[;{}\n]|^\s|\s$", place): raise SettingsError(f"settings.ini cannot hold the name {place!r}: it has a semicolon, a brace, or a space at its end. Rename the folder.")
+    if re.search(r"[;{}\n]|^\s|\s$", place):
+        raise SettingsError(
+            f"settings.ini cannot hold the name {place!r}: it has a semicolon, a brace, or a space at its end. Rename the folder."
+        )
     return f"./{place}" if place == "packages" else place       # which is also the word for the sample
 
 # %% ../nbs/90g_adopt.ipynb #86e25dac
@@ -62,33 +69,63 @@ def plan_adoption(
 ) -> Adoption:
     "Read the folder and draft questions about it; nothing is written into the project. `SettingsError` or `DataError` names what is wrong with the folder."
     root = Path(root).absolute()
-    if not Path(folder).expanduser().is_dir(): raise SettingsError(f"There is no folder {folder}. Name one with documents: Markdown, HTML, reStructuredText, PDF, notebooks or text.")
+    if not Path(folder).expanduser().is_dir():
+        raise SettingsError(
+            f"There is no folder {folder}. Name one with documents: Markdown, HTML, reStructuredText, PDF, notebooks or text."
+        )
     corpus, before = _place(folder, root), load_config("dev", root)
     questions = Path("data") / f"{_file_name(Path(corpus).name if Path(corpus).is_absolute() else corpus)}_questions.jsonl"
     config = load_config("dev", root, corpus=corpus)
     ws = open_workspace(config)
     documents, problems = read_folder(ws, corpus, config.corpus_max_unreadable, config.corpus_exclude, config.corpus_min_words)
     chunks = make_chunks(documents, config.chunk_words, config.chunker)
-    there = load_questions(root / questions, drafts=True) if (root / questions).is_file() else pd.DataFrame(columns=["id", "question", "type", "gold", "answer", "split"])
+    there = (
+        load_questions(root / questions, drafts=True)
+        if (root / questions).is_file()
+        else pd.DataFrame(columns=["id", "question", "type", "gold", "answer", "split"])
+    )
     drafts = _new_drafts(chunks, there, n, open_teacher(ws) if teacher else None)
     tested = {g for rows in (there, drafts) for gold in rows.gold[rows.split == "test"] for g in gold}
     words = int(FOR_PAGES["DEFAULT", "passage_words"]) if before.corpus == "packages" else before.passage_words
-    tuned = sum(bool(page_sentences(cut_words(text, words).removesuffix(" ..."))) for text in chunks.text[~chunks.document_id.isin(tested)]) >= FEWEST      # what a prompt shows of them
+    tuned = (
+        sum(bool(page_sentences(cut_words(text, words).removesuffix(" ..."))) for text in chunks.text[~chunks.document_id.isin(tested)])
+        >= FEWEST
+    )  # what a prompt shows of them
     wanted = {("DEFAULT", "corpus"): corpus, ("DEFAULT", "questions"): questions.as_posix()}
     if before.corpus == "packages": wanted |= FOR_PAGES | {("DEFAULT", "finetune"): "on" if tuned else "off"}
-    wanted = {(section, key): value for (section, key), value in wanted.items() if section != "smoke" or "[smoke]" in (root / "settings.ini").read_text()}      # a project may have thrown that profile away
+    wanted = {
+        (section, key): value
+        for (section, key), value in wanted.items()
+        if section != "smoke" or "[smoke]" in (root / "settings.ini").read_text()
+    }  # a project may have thrown that profile away
     gone = [q.id for q in there.itertuples() if not set(q.gold) <= set(documents.id)]
-    return Adoption(documents, problems, questions, drafts, len(there), gone, setting_changes(root, wanted), tuned, _notes(root, corpus, documents, before, tuned))
+    return Adoption(
+        documents, problems, questions, drafts, len(there), gone, setting_changes(root, wanted), tuned,
+        _notes(root, corpus, documents, before, tuned),
+    )
 
 def _file_name(place): return re.sub(r"\W+", "_", place.lower()).strip("_") or "own"
 
 def _notes(root, corpus, documents, config, tuned):
     notes, spoken = [], Counter(language(text[:3000]) or script(text[:3000]) for text in documents.text)
-    if (most := spoken.most_common(1)[0][0]) not in ("en", "LATIN", None): notes.append(f"The documents seem to be in another language ({most}). Our templates are English and so is the model that comes with us: the drafts read oddly, and a larger model should answer (`--app third_party`).")
+    if (most := spoken.most_common(1)[0][0]) not in ("en", "LATIN", None):
+        notes.append(
+            f"The documents seem to be in another language ({most}). Our templates are English and so is the model that comes with us: the"
+            " drafts read oddly, and a larger model should answer (`--app third_party`)."
+        )
     for env in ("dev", "staging", "prod"):
-        if 0 < (most := load_config(env, root).corpus_documents) < len(documents): notes.append(f"{env} takes {most} of the {len(documents)} documents: `corpus_documents` under [{env}].")
-    if config.corpus == "packages" and not tuned: notes.append("Too few sentences to train on: the model serves as it is. A small one cites little then; `--app third_party` asks a provider's.")
-    if Path(corpus).is_absolute(): notes.append("The folder is outside the project, so only this machine finds it there. Move it in, and adopt it again, before others run this.")
+        if 0 < (most := load_config(env, root).corpus_documents) < len(documents):
+            notes.append(f"{env} takes {most} of the {len(documents)} documents: `corpus_documents` under [{env}].")
+    if config.corpus == "packages" and not tuned:
+        notes.append(
+            "Too few sentences to train on: the model serves as it is. A small one cites little then; `--app third_party` asks a"
+            " provider's."
+        )
+    if Path(corpus).is_absolute():
+        notes.append(
+            "The folder is outside the project, so only this machine finds it there. Move it in, and adopt it again, before others run"
+            " this."
+        )
     return notes
 
 def _new_drafts(chunks, there, n, teacher):
@@ -96,7 +133,11 @@ def _new_drafts(chunks, there, n, teacher):
     nothing = pd.DataFrame(columns=["id", "question", "type", "gold", "answer", "split", "status"])
     fresh = chunks[~chunks.document_id.isin({g for gold in there.gold for g in gold})]
     if (wanted := n - len(there)) <= 0 or fresh.empty: return nothing
-    try: drafts = draft_questions(fresh, min(wanted + wanted // 4, 2 * fresh.document_id.nunique() + 1), teacher, alone=there.split.value_counts().reindex(["test", "train"], fill_value=0).idxmin())
+    try:
+        drafts = draft_questions(
+            fresh, min(wanted + wanted // 4, 2 * fresh.document_id.nunique() + 1), teacher,
+            alone=there.split.value_counts().reindex(["test", "train"], fill_value=0).idxmin(),
+        )
     except DataError: return nothing                # no whole sentence in them
     drafts = drafts[(drafts.type != "unanswerable") & ~drafts.question.str.casefold().isin(there.question.str.casefold())].head(wanted)
     first = max((int(id[1:]) for id in there.id if re.fullmatch(r"[a-z]\d+", id)), default=0)
@@ -113,8 +154,19 @@ def adopt_folder(
     if len(plan.drafts):
         with one_writer(path):
             old = path.read_text(encoding="utf-8") if path.is_file() else ""
-            if sum(map(bool, map(str.strip, old.splitlines()))) != plan.kept: raise DataError(f"Somebody has changed {plan.questions} in the meantime. Nothing is written; call the command again.")
-            write_atomic(path, old + "\n" * bool(old and not old.endswith("\n")) + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plan.drafts.to_dict("records")))
+            if sum(map(bool, map(str.strip, old.splitlines()))) != plan.kept:
+                raise DataError(f"Somebody has changed {plan.questions} in the meantime. Nothing is written; call the command again.")
+            write_atomic(
+                path,
+                old
+                + "\n" * bool(old and not old.endswith("\n"))
+                + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plan.drafts.to_dict("records")),
+            )
     if plan.settings: write_settings(root, plan.settings)
-    return [f"{key} = {row['value']} in {env}, from {row['origin']}" for env in ("dev", "staging", "prod") for row in explain(load_config(env, root))
-            for key in ("corpus", "questions", "prompts") if row["key"] == key and ("DEFAULT", key) in plan.settings and str(row["value"]) != plan.settings["DEFAULT", key]]
+    return [
+        f"{key} = {row['value']} in {env}, from {row['origin']}"
+        for env in ("dev", "staging", "prod")
+        for row in explain(load_config(env, root))
+        for key in ("corpus", "questions", "prompts")
+        if row["key"] == key and ("DEFAULT", key) in plan.settings and str(row["value"]) != plan.settings["DEFAULT", key]
+    ]

@@ -37,7 +37,10 @@ def open_model(
         if not served["workspace"]: return Endpoint(served["url"], served["model"], os.environ.get("CHAT_API_KEY"), "CHAT_API_KEY")
         from databricks.sdk import WorkspaceClient
         me = WorkspaceClient().config
-        return Endpoint(served["url"], served["model"], lambda: me.authenticate()["Authorization"].removeprefix("Bearer "), "the Databricks configuration")
+        return Endpoint(
+            served["url"], served["model"], lambda: me.authenticate()["Authorization"].removeprefix("Bearer "),
+            "the Databricks configuration",
+        )
     name = files["model"].stem + (" + adapter" if "adapter" in files else "")
     return stack.enter_context(serve_gguf(files["model"], files.get("adapter"), slots=config["slots"], name=name))
 
@@ -47,7 +50,11 @@ def open_retriever(
 ): # A LangChain retriever, as from `as_retriever`; `None` if the assistant asks its model directly
     "The retriever of a logged assistant."
     embedder = Embedder(files["embedder"], files["tokenizer"], config["precision"]) if "embedder" in files else None
-    index = Index(files["index"], embedder, open_reranker(config["reranker"])) if "index" in files else open_ai_search(config["ai_search"], embedder) if "ai_search" in config else None
+    index = (
+        Index(files["index"], embedder, open_reranker(config["reranker"]))
+        if "index" in files
+        else open_ai_search(config["ai_search"], embedder) if "ai_search" in config else None
+    )
     return None if index is None else as_retriever(index, config["k"], config["retrieval"], config["candidates"])
 
 def open_chain(
@@ -57,8 +64,14 @@ def open_chain(
     stack: contextlib.ExitStack,
 ): # A runnable, as from `make_chain`
     "The chain of a logged assistant."
-    client = chat_client(open_model(config, files, stack), config["max_tokens"], config["timeout"], config["retries"], requests_per_minute=config.get("requests_per_minute", 0))
-    return make_chain(client, config["template"], retriever, config["max_words"], config["refuse_below"], config["question_words"], read_examples(files["examples"]) if "examples" in files else None)
+    client = chat_client(
+        open_model(config, files, stack), config["max_tokens"], config["timeout"], config["retries"],
+        requests_per_minute=config.get("requests_per_minute", 0),
+    )
+    return make_chain(
+        client, config["template"], retriever, config["max_words"], config["refuse_below"], config["question_words"],
+        read_examples(files["examples"]) if "examples" in files else None,
+    )
 
 # %% ../nbs/03b_agent.ipynb #7d6a7cdb
 class AssistantAgent(ResponsesAgent):
@@ -78,14 +91,20 @@ class AssistantAgent(ResponsesAgent):
 
     @staticmethod
     def responses_agent_output_reducer(chunks):     # what the trace of a stream shows
-        return ResponsesAgentResponse(output=[chunks[-1].item], custom_outputs=chunks[-1].custom_outputs).model_dump(exclude_none=True) if chunks and chunks[-1].type == "response.output_item.done" else None
+        return (
+            ResponsesAgentResponse(output=[chunks[-1].item], custom_outputs=chunks[-1].custom_outputs).model_dump(exclude_none=True)
+            if chunks and chunks[-1].type == "response.output_item.done"
+            else None
+        )
 
     def predict(self, request: ResponsesAgentRequest) -> ResponsesAgentResponse:
         "One answer; what it rests on (citations, passages, tokens, seconds, cost) is in `custom_outputs`."
         start = time.perf_counter()
         self._begin(request)
         facts = self._facts(request, self.chain.invoke({"question": question_of(request)}, watch()), time.perf_counter() - start)
-        return ResponsesAgentResponse(output=[self.create_text_output_item(text=facts.pop("answer"), id=_message_id())], custom_outputs=facts)
+        return ResponsesAgentResponse(
+            output=[self.create_text_output_item(text=facts.pop("answer"), id=_message_id())], custom_outputs=facts
+        )
 
     def predict_stream(self, request: ResponsesAgentRequest):
         "The answer in pieces as they are written, then whole, with the same `custom_outputs`."
@@ -98,7 +117,9 @@ class AssistantAgent(ResponsesAgent):
                     first = first or time.perf_counter() - start
                     yield ResponsesAgentStreamEvent(**self.create_text_delta(chunk["answer"], name))
             facts = self._facts(request, result, time.perf_counter() - start) | dict(first_token_seconds=first)
-            last = ResponsesAgentStreamEvent(type="response.output_item.done", item=self.create_text_output_item(text=facts.pop("answer"), id=name), custom_outputs=facts)
+            last = ResponsesAgentStreamEvent(
+                type="response.output_item.done", item=self.create_text_output_item(text=facts.pop("answer"), id=name), custom_outputs=facts
+            )
             yield last
         except GeneratorExit:                       # who asked has gone; MLflow would leave the span open, and the request without a record
             if span is not None:
@@ -112,18 +133,25 @@ class AssistantAgent(ResponsesAgent):
         number = next(self.numbers.setdefault(purpose, itertools.count(1)))
         if mlflow.get_active_trace_id():
             tags = dict(purpose=purpose, app=self.config["app"], assistant_version=_version(), server=self.server, sequence=number)
-            mlflow.update_current_trace(tags={key: str(value) for key, value in tags.items()}, metadata={"mlflow.trace.user": pseudonym(str(said["user"])[:100])} if said.get("user") else None)
+            mlflow.update_current_trace(
+                tags={key: str(value) for key, value in tags.items()},
+                metadata={"mlflow.trace.user": pseudonym(str(said["user"])[:100])} if said.get("user") else None,
+            )
 
     def _facts(self, request, result, seconds):
-        facts = {key: value for key, value in result.items() if key != "question"} | dict(seconds=seconds, version=_version(), app=self.config["app"])
+        facts = {key: value for key, value in result.items() if key != "question"} | dict(
+            seconds=seconds, version=_version(), app=self.config["app"]
+        )
         if not result["asked_model"]: facts["cost_usd"] = 0.0
         elif "machine_price" in self.config: facts["cost_usd"] = seconds * self.config["machine_price"] / 3600
-        else: facts["cost_usd"] = token_cost(result["served_by"], result["prompt_tokens"], result["completion_tokens"], self.config["prices"])
+        else:
+            facts["cost_usd"] = token_cost(result["served_by"], result["prompt_tokens"], result["completion_tokens"], self.config["prices"])
         if trace := mlflow.get_active_trace_id():
             facts["trace_id"] = trace
             mlflow.update_current_trace(tags=dict(served_by=facts["served_by"], cost_usd=str(facts["cost_usd"])))
             if self.config["prompt"]:
-                with contextlib.suppress(Exception): mlflow.genai.load_prompt(f"prompts:/{self.config['prompt']}", allow_missing=True)       # no answer is worth less for a registry that is down
+                with contextlib.suppress(Exception):  # no answer is worth less for a registry that is down
+                    mlflow.genai.load_prompt(f"prompts:/{self.config['prompt']}", allow_missing=True)
         return facts
 
 def _version(): return os.environ.get("ASSISTANT_VERSION", "")         # set by whoever serves us

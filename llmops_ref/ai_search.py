@@ -25,12 +25,15 @@ from .workspace import DataError
 def check_index_name(name: str) -> str:
     "Refuse a name that AI Search would refuse later, with `SettingsError`."
     if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){2}", name):
-        raise SettingsError(f"{name!r} cannot name an index. It needs three parts, catalog.schema.index, each of letters, digits and underscores only.")
+        raise SettingsError(
+            f"{name!r} cannot name an index. It needs three parts, catalog.schema.index, each of letters, digits and underscores only."
+        )
     return name
 
 def change_feed_sql(table: str) -> str:
     "The SQL statement that turns on a table's change data feed, which a delta_sync index follows; `SettingsError` if the name has not three parts."
-    if not re.fullmatch(r"[^.`\s]+(\.[^.`\s]+){2}", table): raise SettingsError(f"{table!r} cannot name the chunk table. It needs three parts, catalog.schema.table.")
+    if not re.fullmatch(r"[^.`\s]+(\.[^.`\s]+){2}", table):
+        raise SettingsError(f"{table!r} cannot name the chunk table. It needs three parts, catalog.schema.table.")
     return f"ALTER TABLE `{table.replace('.', '`.`')}` SET TBLPROPERTIES (delta.enableChangeDataFeed = true)"
 
 # %% ../nbs/02b_ai_search.ipynb #0bed42af
@@ -51,12 +54,23 @@ def index_body(
     missing = sorted(set(COLUMNS) - set(columns or COLUMNS))
     if missing: raise SettingsError(f"The index needs the columns {', '.join(missing)} too: passages are made of them.")
     if kind == "direct_access":
-        if source_table or embedding_endpoint or not dimension: raise SettingsError("An index of kind direct_access takes a `dimension` and no `source_table` or `embedding_endpoint`: we bring chunks and vectors ourselves.")
+        if source_table or embedding_endpoint or not dimension:
+            raise SettingsError(
+                "An index of kind direct_access takes a `dimension` and no `source_table` or `embedding_endpoint`: we bring chunks and"
+                " vectors ourselves."
+            )
         schema = {c: "string" for c in columns or COLUMNS} | {(column := vector_column or "embedding"): "array<float>"}
-        return body | dict(direct_access_index_spec=dict(embedding_vector_columns=[dict(name=column, embedding_dimension=dimension)], schema_json=json.dumps(schema)))
+        return body | dict(
+            direct_access_index_spec=dict(
+                embedding_vector_columns=[dict(name=column, embedding_dimension=dimension)], schema_json=json.dumps(schema)
+            )
+        )
     if kind != "delta_sync": raise SettingsError(f"An index is of kind delta_sync or direct_access, not {kind!r}.")
     if not source_table or bool(embedding_endpoint) == bool(vector_column) or bool(vector_column) != bool(dimension):
-        raise SettingsError("An index of kind delta_sync takes a `source_table`, and either an `embedding_endpoint` or a `vector_column` with its `dimension`.")
+        raise SettingsError(
+            "An index of kind delta_sync takes a `source_table`, and either an `embedding_endpoint` or a `vector_column` with its"
+            " `dimension`."
+        )
     change_feed_sql(source_table)                   # checks the name
     spec = dict(source_table=source_table, pipeline_type="TRIGGERED")
     if columns: spec["columns_to_sync"] = list(columns)
@@ -70,24 +84,43 @@ def index_shape(body: dict) -> dict:
     spec = body.get("delta_sync_index_spec") or body.get("direct_access_index_spec") or {}
     text, vector = (spec.get("embedding_source_columns") or [{}])[0], (spec.get("embedding_vector_columns") or [{}])[0]
     columns = json.loads(spec["schema_json"]) if spec.get("schema_json") else spec.get("columns_to_sync") or spec.get("columns_to_index")
-    return {"kind": (body.get("index_type") or "").lower(), "endpoint": body.get("endpoint_name"), "primary key": body.get("primary_key"),
-            "source table": spec["source_table"].lower() if spec.get("source_table") else None, "embedding endpoint": text.get("embedding_model_endpoint_name"),
-            "vector column": vector.get("name"), "dimension": vector.get("embedding_dimension"), "columns": sorted(set(columns) - {vector.get("name")}) if columns else None}
+    return {
+        "kind": (body.get("index_type") or "").lower(), "endpoint": body.get("endpoint_name"),
+        "primary key": body.get("primary_key"),
+        "source table": spec["source_table"].lower() if spec.get("source_table") else None,
+        "embedding endpoint": text.get("embedding_model_endpoint_name"), "vector column": vector.get("name"),
+        "dimension": vector.get("embedding_dimension"),
+        "columns": sorted(set(columns) - {vector.get("name")}) if columns else None,
+    }
 
 def check_same_index(wanted: dict, found: dict) -> None:
     "Refuse, with `DataError`, an existing index that is not the one we want; both as `index_shape` takes them."
     ours, theirs = index_shape(wanted), index_shape(found)
-    if differences := [f"its {key} is {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key] and not (key == "columns" and None in (ours[key], theirs[key]))]:
-        raise DataError(f"The index {wanted['name']} is there already, and is another one: {'; '.join(differences)}. It was left as it is. "
-                        f"Choose another name, or delete it first: `WorkspaceClient().vector_search_indexes.delete_index({wanted['name']!r})`.")
+    if differences := [
+        f"its {key} is {theirs[key]}, not {ours[key]}"
+        for key in ours
+        if ours[key] != theirs[key] and not (key == "columns" and None in (ours[key], theirs[key]))
+    ]:
+        raise DataError(
+            f"The index {wanted['name']} is there already, and is another one: {'; '.join(differences)}. It was left as it is. "
+            f"Choose another name, or delete it first: `WorkspaceClient().vector_search_indexes.delete_index({wanted['name']!r})`."
+        )
 
 # %% ../nbs/02b_ai_search.ipynb #b52da948
 @contextmanager
 def _asking(what):
     from databricks.sdk.errors import DatabricksError, NotFound, PermissionDenied, Unauthenticated
     try: yield
-    except NotFound as error: raise DataError(f"AI Search does not know {what}, or a thing that it needs: {str(error).rstrip('.')}. Endpoint and index are made by `create_search_index`.") from None
-    except (PermissionDenied, Unauthenticated) as error: raise SettingsError(f"We may not use {what}: {str(error).rstrip('.')}. Ask its owner for SELECT on the index (with USE on catalog and schema) and CAN USE on the endpoint.") from None
+    except NotFound as error:
+        raise DataError(
+            f"AI Search does not know {what}, or a thing that it needs: {str(error).rstrip('.')}. Endpoint and index are made by"
+            " `create_search_index`."
+        ) from None
+    except (PermissionDenied, Unauthenticated) as error:
+        raise SettingsError(
+            f"We may not use {what}: {str(error).rstrip('.')}. Ask its owner for SELECT on the index (with USE on catalog and schema) and"
+            " CAN USE on the endpoint."
+        ) from None
     except (DatabricksError, TimeoutError) as error: raise DataError(f"AI Search failed on {what}: {error}") from None
 
 def _call(client, method, path, body=None):     # for what the SDK's own methods leave out
@@ -100,7 +133,11 @@ def _wait(what, look, timeout, poll, on_wait):
         done, state = look(time.monotonic() - start)
         if done: return
         left = timeout - (time.monotonic() - start)
-        if left <= 0: raise DataError(f"{what} was not ready after {timeout:.0f} seconds; its last state was {state}. It may still get there: run this again, or allow more time.")
+        if left <= 0:
+            raise DataError(
+                f"{what} was not ready after {timeout:.0f} seconds; its last state was {state}. It may still get there: run this again, or"
+                " allow more time."
+            )
         if on_wait: on_wait(time.monotonic() - start, f"{what}: {state}")
         time.sleep(min(poll, left))
 
@@ -115,7 +152,8 @@ def index_state(answer: dict) -> tuple[str, int]:
 def _ready_endpoint(client, name, endpoint_type, timeout, poll, on_wait):
     from databricks.sdk.errors import NotFound, ResourceConflict
     from databricks.sdk.service.vectorsearch import EndpointType
-    if endpoint_type not in EndpointType.__members__: raise SettingsError(f"An endpoint is of type {' or '.join(EndpointType.__members__)}, not {endpoint_type!r}.")
+    if endpoint_type not in EndpointType.__members__:
+        raise SettingsError(f"An endpoint is of type {' or '.join(EndpointType.__members__)}, not {endpoint_type!r}.")
     with _asking(f"the endpoint {name}"):
         try: client.vector_search_endpoints.get_endpoint(name)
         except NotFound:
@@ -123,9 +161,19 @@ def _ready_endpoint(client, name, endpoint_type, timeout, poll, on_wait):
             except ResourceConflict: pass
         def look(seconds):
             found = client.vector_search_endpoints.get_endpoint(name).as_dict()
-            state, message = found.get("endpoint_status", {}).get("state", "PROVISIONING"), found.get("endpoint_status", {}).get("message", "")
-            if found.get("endpoint_type", endpoint_type) != endpoint_type: raise SettingsError(f"The endpoint {name} is there already, and is {found['endpoint_type']}, not {endpoint_type}. Name another endpoint, or set its type.")
-            if state in ("OFFLINE", "RED_STATE", "STOPPED", "STOPPING", "DELETED"): raise DataError(f"The endpoint {name} is {state}. {message} Look at it under Compute in the workspace; start it, or delete it and run this again.")
+            state, message = found.get("endpoint_status", {}).get("state", "PROVISIONING"), found.get("endpoint_status", {}).get(
+                "message", ""
+            )
+            if found.get("endpoint_type", endpoint_type) != endpoint_type:
+                raise SettingsError(
+                    f"The endpoint {name} is there already, and is {found['endpoint_type']}, not {endpoint_type}. Name another endpoint, or"
+                    " set its type."
+                )
+            if state in ("OFFLINE", "RED_STATE", "STOPPED", "STOPPING", "DELETED"):
+                raise DataError(
+                    f"The endpoint {name} is {state}. {message} Look at it under Compute in the workspace; start it, or delete it and run"
+                    " this again."
+                )
             return state == "ONLINE", state
         _wait(f"The endpoint {name}", look, timeout, poll, on_wait)
 
@@ -148,13 +196,25 @@ def create_search_index(
     with _asking(f"the index {name}"):
         try: client.vector_search_indexes.get_index(name)
         except NotFound:
-            specs = {key: of.from_dict(body[key]) for key, of in (("delta_sync_index_spec", DeltaSyncVectorIndexSpecRequest), ("direct_access_index_spec", DirectAccessVectorIndexSpec)) if key in body}
-            try: client.vector_search_indexes.create_index(name, endpoint, body["primary_key"], VectorIndexType(body["index_type"]), **specs)
+            specs = {
+                key: of.from_dict(body[key])
+                for key, of in (
+                    ("delta_sync_index_spec", DeltaSyncVectorIndexSpecRequest),
+                    ("direct_access_index_spec", DirectAccessVectorIndexSpec),
+                )
+                if key in body
+            }
+            try:
+                client.vector_search_indexes.create_index(name, endpoint, body["primary_key"], VectorIndexType(body["index_type"]), **specs)
             except ResourceConflict: pass
         check_same_index(body, client.vector_search_indexes.get_index(name).as_dict())
         def look(seconds):
             state, rows = index_state(found := _call(client, "GET", f"indexes/{name}"))
-            if "FAILED" in state and not state.startswith("ONLINE"): raise DataError(f"The index {name} is {state}: {found['status'].get('message', 'no reason was given')}. Mend the cause (often the table, its change data feed, or the embedding endpoint), delete the index, and run this again.")
+            if "FAILED" in state and not state.startswith("ONLINE"):
+                raise DataError(
+                    f"The index {name} is {state}: {found['status'].get('message', 'no reason was given')}. Mend the cause (often the"
+                    " table, its change data feed, or the embedding endpoint), delete the index, and run this again."
+                )
             return state.startswith("ONLINE"), f"{state}, {rows:,} rows"
         _wait(f"The index {name}", look, max(0, timeout - (time.monotonic() - start)), poll, on_wait)
         return _call(client, "GET", f"indexes/{name}")
@@ -172,14 +232,21 @@ def sync_search_index(
     "Bring the changes of the table into the index and wait until they are there; `DataError` if that fails or takes too long."
     busy, count = False, 0
     with _asking(f"the index {check_index_name(name)}"):
-        if _call(client, "GET", f"indexes/{name}").get("index_type") == "DIRECT_ACCESS": raise SettingsError(f"The index {name} follows no table. Bring chunks to it with `upsert_chunks`.")
+        if _call(client, "GET", f"indexes/{name}").get("index_type") == "DIRECT_ACCESS":
+            raise SettingsError(f"The index {name} follows no table. Bring chunks to it with `upsert_chunks`.")
         client.vector_search_indexes.sync_index(name)
         def look(seconds):
             nonlocal busy, count
             state, count = index_state(found := _call(client, "GET", f"indexes/{name}"))
-            if "FAILED" in state and (busy or seconds >= grace): raise DataError(f"The sync of {name} failed ({state}): {found['status'].get('message', 'no reason was given')}. The index still answers from before. Look at its pipeline in the workspace, then sync again.")
+            if "FAILED" in state and (busy or seconds >= grace):
+                raise DataError(
+                    f"The sync of {name} failed ({state}): {found['status'].get('message', 'no reason was given')}. The index still answers"
+                    " from before. Look at its pipeline in the workspace, then sync again."
+                )
             busy = busy or not (state in IDLE or "FAILED" in state)
-            return state in IDLE and (busy or seconds >= grace) and rows in (None, count), f"{state}, {count:,} rows" + (f" of {rows:,}" if rows is not None else "")
+            return state in IDLE and (busy or seconds >= grace) and rows in (None, count), f"{state}, {count:,} rows" + (
+                f" of {rows:,}" if rows is not None else ""
+            )
         _wait(f"The sync of {name}", look, timeout, poll, on_wait)
     return count
 
@@ -195,7 +262,11 @@ def _in_batches(name, keys, batch, send, verb):
         for start in range(0, len(keys), max(1, batch)):
             sent = keys[start:start + max(1, batch)]
             failed += failed_keys(send(start, sent).as_dict(), sent)
-    if failed: raise DataError(f"{len(failed)} of {len(keys)} chunks could not be {verb} the index {name}: {', '.join(failed[:10])}{' …' if len(failed) > 10 else ''}. The others are done; running this again does no harm.")
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(keys)} chunks could not be {verb} the index {name}:"
+            f" {', '.join(failed[:10])}{' …' if len(failed) > 10 else ''}. The others are done; running this again does no harm."
+        )
     return len(keys)
 
 def upsert_chunks(
@@ -207,13 +278,20 @@ def upsert_chunks(
 ) -> int: # Chunks that were written
     "Write chunks and their vectors, in place of those with the same id; `DataError` names the chunks that were refused."
     with _asking(f"the index {check_index_name(name)}"): shape = index_shape(client.vector_search_indexes.get_index(name).as_dict())
-    if shape["kind"] != "direct_access": raise SettingsError(f"The index {name} follows the table {shape['source table']}. Write there, then `sync_search_index`.")
-    if missing := [c for c in shape["columns"] if c not in chunks]: raise DataError(f"The chunks lack the columns {', '.join(missing)} of the index {name}.")
-    if vectors.shape != (len(chunks), shape["dimension"]): raise DataError(f"The index {name} needs {len(chunks)} vectors of dimension {shape['dimension']}, and was given {vectors.shape}.")
-    if not np.isfinite(vectors).all() or chunks.id.duplicated().any(): raise DataError("Some vectors are not numbers, or some ids are there twice. Nothing was written.")
+    if shape["kind"] != "direct_access":
+        raise SettingsError(f"The index {name} follows the table {shape['source table']}. Write there, then `sync_search_index`.")
+    if missing := [c for c in shape["columns"] if c not in chunks]:
+        raise DataError(f"The chunks lack the columns {', '.join(missing)} of the index {name}.")
+    if vectors.shape != (len(chunks), shape["dimension"]):
+        raise DataError(f"The index {name} needs {len(chunks)} vectors of dimension {shape['dimension']}, and was given {vectors.shape}.")
+    if not np.isfinite(vectors).all() or chunks.id.duplicated().any():
+        raise DataError("Some vectors are not numbers, or some ids are there twice. Nothing was written.")
     def send(start, sent):
         rows = chunks[shape["columns"]].iloc[start:start + len(sent)].to_dict("records")
-        rows = [{c: None if pd.isna(v) else clean_text(str(v)) for c, v in row.items()} | {shape["vector column"]: vectors[start + i].tolist()} for i, row in enumerate(rows)]
+        rows = [
+            {c: None if pd.isna(v) else clean_text(str(v)) for c, v in row.items()} | {shape["vector column"]: vectors[start + i].tolist()}
+            for i, row in enumerate(rows)
+        ]
         return client.vector_search_indexes.upsert_data_vector_index(name, json.dumps(rows))
     return _in_batches(name, chunks.id.astype(str).tolist(), batch, send, "written to")
 
@@ -224,7 +302,10 @@ def delete_chunks(
     batch: int = 50, # Ids in a request; they travel in its address, which must not be long
 ) -> int: # Chunks that were deleted
     "Take chunks out of the index; `DataError` names those that could not be."
-    return _in_batches(check_index_name(name), list(ids), batch, lambda start, sent: client.vector_search_indexes.delete_data_vector_index(name, sent), "deleted from")
+    return _in_batches(
+        check_index_name(name), list(ids), batch,
+        lambda start, sent: client.vector_search_indexes.delete_data_vector_index(name, sent), "deleted from",
+    )
 
 # %% ../nbs/02b_ai_search.ipynb #4b5a1ce4
 def search_filter(
@@ -233,14 +314,23 @@ def search_filter(
     storage_optimized: bool = False, # Of the endpoint
 ) -> dict: # `filters_json` or `filter_string`, as the API takes it
     "A filter in the endpoint's language; `SettingsError` if a column is unknown or a value cannot be written."
-    if unknown := sorted(set(filters) - set(known)): raise SettingsError(f"The index has no column {', '.join(unknown)} to filter by. It has {', '.join(sorted(known))}.")
+    if unknown := sorted(set(filters) - set(known)):
+        raise SettingsError(f"The index has no column {', '.join(unknown)} to filter by. It has {', '.join(sorted(known))}.")
     values = {column: list(v) if isinstance(v, (list, tuple, set)) else [v] for column, v in filters.items()}
     for column, allowed in values.items():
-        if not allowed or not all(isinstance(v, (str, int, float, bool)) for v in allowed): raise SettingsError(f"The filter on {column} needs a text or a number, or a list of at least one, not {filters[column]!r}.")
-        if storage_optimized and any(isinstance(v, str) and re.search(r"['\\\x00]", v) for v in allowed): raise SettingsError(f"A filter on a storage-optimised endpoint cannot hold a quotation mark or a backslash: {filters[column]!r}.")
+        if not allowed or not all(isinstance(v, (str, int, float, bool)) for v in allowed):
+            raise SettingsError(f"The filter on {column} needs a text or a number, or a list of at least one, not {filters[column]!r}.")
+        if storage_optimized and any(isinstance(v, str) and re.search(r"['\\\x00]", v) for v in allowed):
+            raise SettingsError(
+                f"A filter on a storage-optimised endpoint cannot hold a quotation mark or a backslash: {filters[column]!r}."
+            )
     if not storage_optimized: return dict(filters_json=json.dumps({c: v[0] if len(v) == 1 else v for c, v in values.items()}))
     literal = lambda v: f"'{v}'" if isinstance(v, str) else str(v).upper() if isinstance(v, bool) else str(v)
-    return dict(filter_string=" AND ".join(f"{c} = {literal(v[0])}" if len(v) == 1 else f"{c} IN ({', '.join(map(literal, v))})" for c, v in values.items()))
+    return dict(
+        filter_string=" AND ".join(
+            f"{c} = {literal(v[0])}" if len(v) == 1 else f"{c} IN ({', '.join(map(literal, v))})" for c, v in values.items()
+        )
+    )
 
 # %% ../nbs/02b_ai_search.ipynb #c3b38bf9
 def answer_rows(answer: dict) -> list[dict]:
@@ -271,7 +361,11 @@ class AISearchIndex:
     @functools.cached_property
     def storage_optimized(self) -> bool:
         "Whether filters are SQL; looked up when the first filter comes."
-        with _asking(f"the endpoint {self.shape['endpoint']}"): return self.client.vector_search_endpoints.get_endpoint(self.shape["endpoint"]).as_dict().get("endpoint_type") == "STORAGE_OPTIMIZED"
+        with _asking(f"the endpoint {self.shape['endpoint']}"):
+            return (
+                self.client.vector_search_endpoints.get_endpoint(self.shape["endpoint"]).as_dict().get("endpoint_type")
+                == "STORAGE_OPTIMIZED"
+            )
 
     def _rows(self, method, question, vector, n, enough, filters):
         from databricks.sdk.service.vectorsearch import QueryVectorIndexResponse
@@ -279,7 +373,8 @@ class AISearchIndex:
         if vector is None or method != "dense": body["query_text"] = question
         if vector is not None: body["query_vector"] = [float(x) for x in vector]
         with _asking(f"the index {self.name}"):
-            if "filter_string" in filters: answer = QueryVectorIndexResponse.from_dict(_call(self.client, "POST", f"indexes/{self.name}/query", body)).as_dict()   # which `query_index` does not take
+            if "filter_string" in filters:  # which `query_index` does not take
+                answer = QueryVectorIndexResponse.from_dict(_call(self.client, "POST", f"indexes/{self.name}/query", body)).as_dict()
             else: answer = api.query_index(self.name, **body).as_dict()
             rows, page = answer_rows(answer), answer
             while page.get("next_page_token") and len({row["document_id"] for row in rows}) < enough:
@@ -305,15 +400,23 @@ class AISearchIndex:
         vector = self._vector(question, vector) if method != "bm25" and self.shape["dimension"] else None
         n = min(max(candidates, 4 * k), MOST_ROWS[method])
         rows, near = self._rows(method, question, vector, n, k, filters), []
-        if rows and (method == "dense" or method == "hybrid" and self.cosines): near = rows if method == "dense" else self._rows("dense", question, vector, n, 0, filters)
+        if rows and (method == "dense" or method == "hybrid" and self.cosines):
+            near = rows if method == "dense" else self._rows("dense", question, vector, n, 0, filters)
         cosines, found = {row["id"]: cosine_of(float(row["score"])) for row in near}, {}
         for row in rows:
             if len(found) < k and row["document_id"] not in found:
-                found[row["document_id"]] = Passage(*(str(row[c] if row[c] is not None else "") for c in COLUMNS), float(row["score"]), cosines.get(row["id"], 0.0))
+                found[row["document_id"]] = Passage(
+                    *(str(row[c] if row[c] is not None else "") for c in COLUMNS), float(row["score"]), cosines.get(row["id"], 0.0)
+                )
         return list(found.values())
 
     def _vector(self, question, vector):
-        if vector is None and self.embedder is None: raise SettingsError(f"The index {self.name} holds vectors of our own. Open it with the embedder that made them.")
+        if vector is None and self.embedder is None:
+            raise SettingsError(f"The index {self.name} holds vectors of our own. Open it with the embedder that made them.")
         if vector is None: vector = self.embedder.embed([question])[0]
-        if len(vector) != self.shape["dimension"]: raise SettingsError(f"The index {self.name} holds vectors of dimension {self.shape['dimension']}, and the question's has {len(vector)}. Open it with the embedder that made them.")
+        if len(vector) != self.shape["dimension"]:
+            raise SettingsError(
+                f"The index {self.name} holds vectors of dimension {self.shape['dimension']}, and the question's has {len(vector)}. Open it"
+                " with the embedder that made them."
+            )
         return vector

@@ -38,8 +38,11 @@ class System:
     tuned: bool = False
     passages: bool = True
 
-SYSTEMS = (System("provider, passages", "third_party"), System("provider, direct", "third_party", passages=False), System("own base, passages", "self_hosted"),
-           System("own tuned, passages", "self_hosted", tuned=True), System("own tuned, direct", "self_hosted", tuned=True, passages=False))
+SYSTEMS = (
+    System("provider, passages", "third_party"), System("provider, direct", "third_party", passages=False),
+    System("own base, passages", "self_hosted"), System("own tuned, passages", "self_hosted", tuned=True),
+    System("own tuned, direct", "self_hosted", tuned=True, passages=False),
+)
 
 # %% ../nbs/06a_applications.ipynb #fd10ca82
 @contextlib.contextmanager
@@ -48,14 +51,22 @@ def open_system(ws: Workspace, system: System):
     if system.app == "third_party": yield gateway_endpoint(ws), "gateway-"
     else:
         model, adapter, _ = tuned_files(ws) if system.tuned else (chosen_gguf(ws), None, "")
-        service = start_service(ws, "chat_model", serve_command(model, "chat_model", ws.config.chat_slots, adapter), f"{model} {adapter}", environment=dict(LLMOPS_SERVE_KEY="none"))
+        service = start_service(
+            ws, "chat_model", serve_command(model, "chat_model", ws.config.chat_slots, adapter), f"{model} {adapter}",
+            environment=dict(LLMOPS_SERVE_KEY="none"),
+        )
         try: yield Endpoint(f"{service.url}/v1", "chat_model"), "chat_model"
         finally: stop_service(ws, service)
 
 def memory_mb(ws: Workspace, name: str) -> float:
     "Resident memory of the services whose name begins so, with their children, in megabytes."
     import psutil
-    processes = [p for s in running_services(ws) if s.name.startswith(name) for p in (psutil.Process(s.pid), *psutil.Process(s.pid).children(recursive=True))]
+    processes = [
+        p
+        for s in running_services(ws)
+        if s.name.startswith(name)
+        for p in (psutil.Process(s.pid), *psutil.Process(s.pid).children(recursive=True))
+    ]
     return sum(p.memory_info().rss for p in processes) / 1e6
 
 # %% ../nbs/06a_applications.ipynb #a040cb21
@@ -77,7 +88,10 @@ def price_per_1000(
 ) -> float: # US dollars; for our own machine, at full load. NaN without a price
     "What 1,000 questions cost."
     if system.app == "self_hosted": return 1000 * answers.seconds.mean() * config.machine_price / 3600
-    costs = [token_cost(a.served_by, a.prompt_tokens, a.completion_tokens, read_prices(config)) if a.served_by else 0.0 for a in answers.itertuples()]
+    costs = [
+        token_cost(a.served_by, a.prompt_tokens, a.completion_tokens, read_prices(config)) if a.served_by else 0.0
+        for a in answers.itertuples()
+    ]
     return float("nan") if None in costs else 1000 * float(np.mean(costs))
 
 def break_even(
@@ -98,15 +112,39 @@ def compare_applications(
     questions = sample_questions(ws.read("questions").query("split == 'test'"), ws.config.validation_questions)
     rows, answers, index = [], {}, open_index(ws)
     for number, system in enumerate(systems):
-        retriever = as_retriever(index, config.retrieval_k, "hybrid" if config.retrieval == "off" else config.retrieval, config.retrieval_candidates) if system.passages else None
+        retriever = (
+            as_retriever(
+                index, config.retrieval_k, "hybrid" if config.retrieval == "off" else config.retrieval, config.retrieval_candidates
+            )
+            if system.passages
+            else None
+        )
         with open_system(ws, system) as (endpoint, kept_up):
             client = chat_client(endpoint, config.chat_max_tokens, config.chat_timeout, config.chat_retries)
-            chain = make_chain(client, template if system.passages else None, retriever, config.passage_words, lowest_cosine(config), config.question_words, open_examples(ws, template))
-            chain.invoke({"question": "Hello, how are you?"})               # the first answer of a client also loads what the others find loaded
-            found = answers[system.name] = answer_all(streamed(chain), questions, config.chat_slots, lambda done, n: ws.progress(number * n + done, len(systems) * n, system.name))
+            chain = make_chain(
+                client, template if system.passages else None, retriever, config.passage_words, lowest_cosine(config),
+                config.question_words, open_examples(ws, template),
+            )
+            chain.invoke({"question": "Hello, how are you?"})  # the first answer of a client also loads what the others find loaded
+            found = answers[system.name] = answer_all(
+                streamed(chain), questions, config.chat_slots, lambda done, n: ws.progress(number * n + done, len(systems) * n, system.name)
+            )
             means = summarise(found)
-            rows.append(dict(system=system.name, app=system.app) | {m: means[m] for m in ("correct", *(m for m in ("names_gold", "says_reference") if means[m] == means[m]), "citation_precision", "token_f1", "refused", "p50_seconds", "p95_seconds")}
-                        | dict(first_token=found.first_token_seconds.median(), tokens_read=found.prompt_tokens.mean(), tokens_written=found.completion_tokens.mean(), memory_mb=memory_mb(ws, kept_up), usd_per_1000=price_per_1000(config, system, found)))
+            rows.append(
+                dict(system=system.name, app=system.app)
+                | {
+                    m: means[m]
+                    for m in (
+                        "correct", *(m for m in ("names_gold", "says_reference") if means[m] == means[m]), "citation_precision",
+                        "token_f1", "refused", "p50_seconds", "p95_seconds",
+                    )
+                }
+                | dict(
+                    first_token=found.first_token_seconds.median(), tokens_read=found.prompt_tokens.mean(),
+                    tokens_written=found.completion_tokens.mean(), memory_mb=memory_mb(ws, kept_up),
+                    usd_per_1000=price_per_1000(config, system, found),
+                )
+            )
     return pd.DataFrame(rows).set_index("system"), answers
 
 # %% ../nbs/06a_applications.ipynb #1e302afd
@@ -124,7 +162,8 @@ def plot_applications(
     left.set(xlabel="seconds an answer (median)", ylabel="correct", ylim=(-0.12, 1), xlim=(0, table.p50_seconds.max() * 1.6))
     hourly = np.geomspace(1, 3600 / max(table[table.app == "self_hosted"].p50_seconds.min(), 1e-3), 80)
     right.plot(hourly, 1000 * config.machine_price / hourly, color=colours["self_hosted"], label="our own machine")
-    for name, row in table[(table.app == "third_party") & (table.usd_per_1000 > 0)].iterrows(): right.axhline(row.usd_per_1000, color=colours["third_party"], linestyle="-" if "passages" in name else ":", label=name)
+    for name, row in table[(table.app == "third_party") & (table.usd_per_1000 > 0)].iterrows():
+        right.axhline(row.usd_per_1000, color=colours["third_party"], linestyle="-" if "passages" in name else ":", label=name)
     right.set(xscale="log", yscale="log", xlabel="questions an hour", ylabel="US dollars for 1,000 questions")
     right.legend(frameon=False, fontsize=8)
     for axis in (left, right): axis.spines[["top", "right"]].set_visible(False)

@@ -25,7 +25,11 @@ def recorded_digest(
 ) -> str: # 64 hexadecimal digits
     "Digest of what the registry holds under a version; `DataError` if it is not what was logged under it."
     wanted, found = version_facts(ws, version).get("digest", ""), logged_digest(ws, version)
-    if found != wanted: raise DataError(f"Version {version} of the assistant is not what was logged: its content has the digest {found[:16]}…, on record is {wanted[:16] or 'none'}…. Do not serve it; log a new one with `llmops run --env {ws.config.env} --from validation --force`.")
+    if found != wanted:
+        raise DataError(
+            f"Version {version} of the assistant is not what was logged: its content has the digest {found[:16]}…, on record is"
+            f" {wanted[:16] or 'none'}…. Do not serve it; log a new one with `llmops run --env {ws.config.env} --from validation --force`."
+        )
     return found
 
 # %% ../nbs/06b_approval.ipynb #68859e79
@@ -45,7 +49,8 @@ def approval_state(
     said, by = tags.get(TASK), tags.get("approval_by") or "somebody"
     if said == "Rejected": return "rejected", f"{by} rejected it: {tags.get('approval_reason') or 'no reason given'}"
     if said != "Approved": return "missing", "nobody has approved it yet"
-    if tags.get("approval_digest", "" if signed else digest) != digest: return "void", f"the approval of {by} is for another content ({(tags.get('approval_digest') or 'none')[:16]}…)"
+    if tags.get("approval_digest", "" if signed else digest) != digest:
+        return "void", f"the approval of {by} is for another content ({(tags.get('approval_digest') or 'none')[:16]}…)"
     run = tags.get("model_validation_run", "")
     if tags.get("approval_run", "" if signed else run) != run: return "void", f"it was validated again after {by} had approved it"
     at = float(tags.get("approval_time") or tags.get("model_validation_time") or 0)
@@ -57,24 +62,43 @@ def check_approved(ws: Workspace, version: str) -> str: # Why it may be deployed
     "Raise `ApprovalNeeded` if a person has to approve a version and has not; `DataError` if one rejected it, or took it back."
     facts, env = version_facts(ws, version), ws.config.env
     state, why = approval_state(facts, recorded_digest(ws, version), ws.config.approval_days, ws.config.platform == "local")
-    if state == "rejected": raise DataError(f"Version {version} of the assistant is not deployed, {why}. Mend what was found and run again: `llmops run --env {env}`. If it was right after all: `llmops approve --env {env} --version {version}`.")
+    if state == "rejected":
+        raise DataError(
+            f"Version {version} of the assistant is not deployed, {why}. Mend what was found and run again: `llmops run --env {env}`. If it"
+            f" was right after all: `llmops approve --env {env} --version {version}`."
+        )
     if (back := float(facts.get("rolled_back") or 0)) and not (state == "approved" and float(facts.get("approval_time") or 0) > back):
-        raise DataError(f"Version {version} of the assistant is not deployed again, since it was taken back. Mend what was wrong and run again, or decide anew: `llmops approve --env {env} --version {version}`.")
+        raise DataError(
+            f"Version {version} of the assistant is not deployed again, since it was taken back. Mend what was wrong and run again, or"
+            f" decide anew: `llmops approve --env {env} --version {version}`."
+        )
     if ws.config.approval == "none": return "no approval is needed"
     if state == "approved": return why
-    raise ApprovalNeeded(f"Version {version} of the assistant waits for a person: {why}. Read {ws.path('evidence', f'version-{version}.html')}, then `llmops approve --env {ws.config.env}` or `llmops reject --env {ws.config.env} --reason ...`.")
+    raise ApprovalNeeded(
+        f"Version {version} of the assistant waits for a person: {why}. Read {ws.path('evidence', f'version-{version}.html')}, then `llmops"
+        f" approve --env {ws.config.env}` or `llmops reject --env {ws.config.env} --reason ...`."
+    )
 
 def to_decide(
     ws: Workspace,
     version: str | None = None, # That with the alias challenger by default
 ) -> tuple[str, dict]: # Version and its facts
     "The version that waits for a decision; `DataError` if there is none, or there is nothing to decide about it."
-    if os.environ.get("LLMOPS_RUN"): raise DataError("A stage cannot approve or reject a version: that is for a person. Use `llmops approve` in a terminal.")
+    if os.environ.get("LLMOPS_RUN"):
+        raise DataError("A stage cannot approve or reject a version: that is for a person. Use `llmops approve` in a terminal.")
     env, version = ws.config.env, version or ws.alias("assistant", "challenger", record=False)
-    if version is None: raise DataError(f"No version of the assistant has passed validation in {env}, so there is nothing to decide. Run `llmops run --env {env} --to validation`.")
+    if version is None:
+        raise DataError(
+            f"No version of the assistant has passed validation in {env}, so there is nothing to decide. Run `llmops run --env {env} --to"
+            " validation`."
+        )
     facts = version_facts(ws, version)
     status = facts.get("model_validation_status", "PENDING")
-    if status != "PASSED" and not (status == "FAILED" and ws.config.gate_mode == "inform"): raise DataError(f"Version {version} of the assistant has validation status {status}: only what passed can be approved. Run `llmops run --env {env} --from validation`.")
+    if status != "PASSED" and not (status == "FAILED" and ws.config.gate_mode == "inform"):
+        raise DataError(
+            f"Version {version} of the assistant has validation status {status}: only what passed can be approved. Run `llmops run --env"
+            f" {env} --from validation`."
+        )
     return version, facts
 
 def read_evidence(
@@ -84,7 +108,11 @@ def read_evidence(
     "The evidence of a version, from the MLflow run that validated it; `DataError` if it is gone."
     from mlflow.exceptions import MlflowException
     try: return ws.mlflow().artifacts.load_dict(f"runs:/{facts['model_validation_run']}/evidence.json")
-    except (MlflowException, KeyError, OSError): raise DataError(f"The evidence of version {facts['version']} is gone, and nothing is approved unseen. Validate it again: `llmops run --env {ws.config.env} --only validation --force`.") from None
+    except (MlflowException, KeyError, OSError):
+        raise DataError(
+            f"The evidence of version {facts['version']} is gone, and nothing is approved unseen. Validate it again: `llmops run --env"
+            f" {ws.config.env} --only validation --force`."
+        ) from None
 
 def decide(
     ws: Workspace,
@@ -98,9 +126,17 @@ def decide(
     if not by.strip(): raise SettingsError("Who decides? Give your name with --by.")
     if not approved and not reason.strip(): raise SettingsError("Why? Give --reason, so that somebody can mend it.")
     version, facts = to_decide(ws, version)
-    if run is not None and facts.get("model_validation_run") != run: raise DataError(f"Version {version} was validated again while you read the evidence. Read the new one: `llmops approve --env {ws.config.env}`.")
+    if run is not None and facts.get("model_validation_run") != run:
+        raise DataError(
+            f"Version {version} was validated again while you read the evidence. Read the new one: `llmops approve --env {ws.config.env}`."
+        )
     digest, client, name = recorded_digest(ws, version), ws.mlflow().MlflowClient(), ws.registered("assistant")
-    tags = dict(approval_by=by.strip()[:100], approval_reason=reason.strip()[:250], approval_time=str(time.time()), approval_digest=digest, approval_run=facts.get("model_validation_run", "")) | {TASK: "Approved" if approved else "Rejected"}      # the decision last: half of it is none
+    tags = dict(
+        approval_by=by.strip()[:100], approval_reason=reason.strip()[:250], approval_time=str(time.time()),
+        approval_digest=digest, approval_run=facts.get("model_validation_run", ""),
+    ) | {
+        TASK: "Approved" if approved else "Rejected"
+    }  # the decision last: half of it is none
     for tag, value in tags.items(): client.set_model_version_tag(name, version, tag, value)
     return tags
 
@@ -111,6 +147,11 @@ def list_versions(ws: Workspace) -> pd.DataFrame: # Columns `version aliases val
     rows = []
     for found in sorted(client.search_model_versions(f"name = '{name}'"), key=lambda v: -int(v.version)):
         v = client.get_model_version(name, found.version)
-        rows.append(dict(version=str(v.version), aliases=", ".join(sorted(v.aliases)), validation=v.tags.get("model_validation_status", ""), approval=v.tags.get(TASK, ""), by=v.tags.get("approval_by", ""),
-                         digest=v.tags.get("digest", "")[:12], commit=v.tags.get("git_commit", "")))
+        rows.append(
+            dict(
+                version=str(v.version), aliases=", ".join(sorted(v.aliases)),
+                validation=v.tags.get("model_validation_status", ""), approval=v.tags.get(TASK, ""),
+                by=v.tags.get("approval_by", ""), digest=v.tags.get("digest", "")[:12], commit=v.tags.get("git_commit", ""),
+            )
+        )
     return pd.DataFrame(rows, columns=["version", "aliases", "validation", "approval", "by", "digest", "commit"])

@@ -16,7 +16,9 @@ from .chunking import PAGES
 from .scoring import words
 
 # %% ../nbs/03j_asking.ipynb #38666ba9
-_SECTION = re.compile(r"\n\s*(?:Args|Arguments|Parameters|Returns?|Raises|Examples?|Notes?|Yields|Attributes)\b[^\n]*:|\n\s*(?::\w|\.\.|>>>)|::|\n\s*\n")
+_SECTION = re.compile(
+    r"\n\s*(?:Args|Arguments|Parameters|Returns?|Raises|Examples?|Notes?|Yields|Attributes)\b[^\n]*:|\n\s*(?::\w|\.\.|>>>)|::|\n\s*\n"
+)
 
 def first_sentence(
     text: str, # A chunk: the heading, then lines of a docstring
@@ -29,12 +31,19 @@ def first_sentence(
     return sentence if 4 <= len(sentence.split()) <= 32 and sentence[0].isalpha() else None
 
 # %% ../nbs/03j_asking.ipynb #5add25eb
-SYNONYMS = {verb: others.split(", ") for verb, others in dict(
-    get="fetch, read, look up", retrieve="get, read, find", delete="remove, get rid of", remove="delete, take away", create="make, add, set up",
-    set="change, choose, define", update="change, edit, modify", list="see all, show, find", load="open, read, bring back", save="store, write, keep",
-    log="record, keep track of", search="find, look for", add="attach, put in", generate="produce, make", convert="turn, change", compute="work out, calculate",
-    evaluate="score, measure, test", register="record, add", check="find out, test", run="execute, start", start="begin, launch", stop="end, shut down",
-    enable="turn on", disable="turn off", initialize="set up, prepare", apply="use", build="make, construct", restore="bring back", train="fit, teach").items()}
+SYNONYMS = {
+    verb: others.split(", ")
+    for verb, others in dict(
+        get="fetch, read, look up", retrieve="get, read, find", delete="remove, get rid of", remove="delete, take away",
+        create="make, add, set up", set="change, choose, define", update="change, edit, modify",
+        list="see all, show, find", load="open, read, bring back", save="store, write, keep",
+        log="record, keep track of", search="find, look for", add="attach, put in", generate="produce, make",
+        convert="turn, change", compute="work out, calculate", evaluate="score, measure, test", register="record, add",
+        check="find out, test", run="execute, start", start="begin, launch", stop="end, shut down", enable="turn on",
+        disable="turn off", initialize="set up, prepare", apply="use", build="make, construct", restore="bring back",
+        train="fit, teach",
+    ).items()
+}
 HOW = ["How do I {}?", "How do I {}?", "How can I {}?", "How would I {}?", "What should I call to {}?", "Which function do I use to {}?",
        "I want to {}. What do I use?", "I need to {}.", "Is there a way to {}?", "{}."]
 WHAT = ["What do I use for {}?", "Is there something for {}?", "I need {}.", "Where do I find {}?", "Which class is {}?"]
@@ -59,11 +68,15 @@ def ask_about(
     rng: random.Random,
 ) -> tuple[str, str]: # Kind of question (howto, what, lookup, keywords), and the question
     "Make one of many possible questions to which a sentence is the answer."
-    plain = re.sub(r"^(this|the) (function|method|class|api)? ?(will |can be used to |is used to |allows you to |is (?=the |an? ))?", "", re.sub(r"[`*]", "", sentence), flags=re.I)
+    plain = re.sub(
+        r"^(this|the) (function|method|class|api)? ?(will |can be used to |is used to |allows you to |is (?=the |an? ))?",
+        "", re.sub(r"[`*]", "", sentence), flags=re.I,
+    )
     said = re.split(r",? (?:which|that is|e\.g\.|i\.e\.)|; | \(", plain.rstrip(".!"))[0].split()[:rng.choice((9, 13, 18))]
     while said and said[-1].lower().strip(",") in _LOOSE: said.pop()
     draw, choose = rng.random(), rng.choice
-    if len(said) < 3 or draw < 0.15: return "lookup", choose(NAME).format(choose([_name(document_id), f"`{_name(document_id)}`", document_id]))
+    if len(said) < 3 or draw < 0.15:
+        return "lookup", choose(NAME).format(choose([_name(document_id), f"`{_name(document_id)}`", document_id]))
     if draw < 0.27: return "keywords", " ".join([w for w in re.findall(r"\w{3,}", " ".join(said)) if w.lower() not in _LOOSE][:6]).lower()
     verb = _verb(said[0])
     if said[0].lower() in _LOOSE or not said[0].isalpha() or (kind == "class" and verb not in SYNONYMS):
@@ -73,8 +86,12 @@ def ask_about(
     return "howto", question[0].upper() + question[1:]
 
 # %% ../nbs/03j_asking.ipynb #a6ada0ca
-_NUMBERED = re.compile(r"^(?:(?:chapter|section|part|appendix)\s+[\dA-Z]+(?:\.\d+)*[.:)]*|\d+(?:\.\d+)+[.:)]*|\d+[.)])\s+", re.I)        # "2024 budget" has no number
-_SHORT = re.compile(r"(?:\b(?:approx|dr|mr|mrs|ms|prof|st|no|nr|vs|etc|fig|sec|ca|bzw|resp|e\.g|i\.e|z\.B|d\.h)|\b[A-Z])\.$", re.I)        # ends no sentence
+_NUMBERED = re.compile(
+    r"^(?:(?:chapter|section|part|appendix)\s+[\dA-Z]+(?:\.\d+)*[.:)]*|\d+(?:\.\d+)+[.:)]*|\d+[.)])\s+", re.I
+)  # "2024 budget" has no number
+_SHORT = re.compile(
+    r"(?:\b(?:approx|dr|mr|mrs|ms|prof|st|no|nr|vs|etc|fig|sec|ca|bzw|resp|e\.g|i\.e|z\.B|d\.h)|\b[A-Z])\.$", re.I
+)  # ends no sentence
 
 def plain_markdown(text: str) -> str:
     "Markdown without links, emphasis and pictures; fenced code is gone."
@@ -111,15 +128,23 @@ def lower_first(words: str) -> str:
     "Words as they stand in the middle of a sentence: an abbreviation stays."
     return words if words[1:2].isupper() else words[:1].lower() + words[1:]
 
-ABOUT = ["What should I know about {}?", "Tell me about {}.", "What about {}?", "{}?", "What is said about {}?", "How is it with {}?", "I have a question about {}.", "What do I need to know on {}?"]
-_DULL = _LOOSE | set("you your they them their there these those which what how are was were been being have has had not but can may will would should must also only any all one more most other some such than then very we our it he she be do does did so if no".split())
+ABOUT = [
+    "What should I know about {}?", "Tell me about {}.", "What about {}?", "{}?", "What is said about {}?",
+    "How is it with {}?", "I have a question about {}.", "What do I need to know on {}?",
+]
+_DULL = _LOOSE | set(
+    "you your they them their there these those which what how are was were been being have has had not but can may will would should must"
+    " also only any all one more most other some such than then very we our it he she be do does did so if no".split()
+)
 
 def ask_page(
     text: str, # A chunk of a page, as far as it is shown
     rng: random.Random,
     sentence: str | None = None, # The one to ask for; drawn by default
     opens: bool = True, # Whether the section begins with this chunk: what follows in another one is not what its heading asks for
-) -> tuple[str, str, str] | None: # Kind of question (heading, keywords), the question, and the sentence that answers it; `None` if nothing can be asked
+) -> (
+    tuple[str, str, str] | None
+): # Kind of question (heading, keywords), the question, and the sentence that answers it; `None` if nothing can be asked
     "Make one of many possible questions about a chunk of a page."
     found, heading = page_sentences(text), page_heading(text)
     if not found: return None
@@ -134,24 +159,61 @@ def ask_page(
 
 # %% ../nbs/03j_asking.ipynb #4ee3327f
 OUTSIDE = dict(
-    organisation=["Which of our teams owns {thing}?", "Who in our company approved {thing}?", "How many people of our team use {package}?", "What did our {package} jobs cost last {period}?", "When did we last change {thing} in production?",
-                  "Should we hire somebody who knows {package}?", "Which of our customers depend on {thing}?", "Who is on call for {package} this {period}?", "Where is our own handbook on {thing}?", "How many GPUs does our {package} project get next {period}?"],
-    infrastructure=["How do I write a {artefact} that runs {package} on {platform}?", "Can you show me a {artefact} that deploys {package} on {platform}?", "Give me a {artefact} for {package} and {platform}.", "How do I put {package} behind {platform}?",
-                    "Which {platform} instance type is best for {package}?", "How do I set up {platform} so that {package} survives a restart?", "What does a {artefact} for {thing} look like?", "How do I resize the disk of a {platform} machine that runs {package}?"],
-    business=["How much does {package} cost per user?", "Who founded the company behind {package}?", "Which certificate proves that I know {package}?", "How do I ask the support of {platform} about {thing}?", "How many stars does {package} have?",
-              "Which conference has the best talks on {package}?", "What salary does a {package} specialist earn?", "Which universities teach {package}?", "How many employees work on {package}?", "What discount do we get for {package} on {platform}?"])
-_FILL = dict(artefact=["Terraform module", "Helm chart", "Dockerfile", "Kubernetes manifest", "Ansible playbook", "systemd unit", "GitLab pipeline", "Grafana dashboard"], period=["week", "month", "quarter", "year"],
-             platform=["Kubernetes", "AWS", "Azure", "Google Cloud", "OpenShift", "Nomad", "a Raspberry Pi", "Slurm", "Cloudflare", "VMware"])
-_SPELT = dict(mlflow="MLflow", databricks="the Databricks SDK", langchain="LangChain", langchain_core="LangChain", transformers="Transformers", peft="PEFT")
+    organisation=[
+        "Which of our teams owns {thing}?", "Who in our company approved {thing}?",
+        "How many people of our team use {package}?", "What did our {package} jobs cost last {period}?",
+        "When did we last change {thing} in production?", "Should we hire somebody who knows {package}?",
+        "Which of our customers depend on {thing}?", "Who is on call for {package} this {period}?",
+        "Where is our own handbook on {thing}?", "How many GPUs does our {package} project get next {period}?",
+    ],
+    infrastructure=[
+        "How do I write a {artefact} that runs {package} on {platform}?",
+        "Can you show me a {artefact} that deploys {package} on {platform}?",
+        "Give me a {artefact} for {package} and {platform}.", "How do I put {package} behind {platform}?",
+        "Which {platform} instance type is best for {package}?",
+        "How do I set up {platform} so that {package} survives a restart?",
+        "What does a {artefact} for {thing} look like?",
+        "How do I resize the disk of a {platform} machine that runs {package}?",
+    ],
+    business=[
+        "How much does {package} cost per user?", "Who founded the company behind {package}?",
+        "Which certificate proves that I know {package}?", "How do I ask the support of {platform} about {thing}?",
+        "How many stars does {package} have?", "Which conference has the best talks on {package}?",
+        "What salary does a {package} specialist earn?", "Which universities teach {package}?",
+        "How many employees work on {package}?", "What discount do we get for {package} on {platform}?",
+    ],
+)
+_FILL = dict(
+    artefact=[
+        "Terraform module", "Helm chart", "Dockerfile", "Kubernetes manifest", "Ansible playbook", "systemd unit",
+        "GitLab pipeline", "Grafana dashboard",
+    ],
+    period=["week", "month", "quarter", "year"],
+    platform=["Kubernetes", "AWS", "Azure", "Google Cloud", "OpenShift", "Nomad", "a Raspberry Pi", "Slurm", "Cloudflare", "VMware"],
+)
+_SPELT = dict(
+    mlflow="MLflow", databricks="the Databricks SDK", langchain="LangChain", langchain_core="LangChain",
+    transformers="Transformers", peft="PEFT",
+)
 
 def ask_outside(document_id: str, rng: random.Random) -> str:
     "A question about the world around an object, which no reference answers."
     package, text = document_id.split(".")[0], rng.choice(OUTSIDE[rng.choice(sorted(OUTSIDE))])
-    return text.format(thing=rng.choice((f"`{_name(document_id)}`", _name(document_id))), package=_SPELT.get(package, package), **{hole: rng.choice(words) for hole, words in _FILL.items()})
+    return text.format(
+        thing=rng.choice((f"`{_name(document_id)}`", _name(document_id))),
+        package=_SPELT.get(package, package),
+        **{hole: rng.choice(words) for hole, words in _FILL.items()},
+    )
 
 # %% ../nbs/03j_asking.ipynb #8a050b9d
-BEYOND = ["Which team is responsible for {}?", "What did {} cost us last {period}?", "Who wrote the part on {}?", "When was the part on {} changed last?", "How many people asked about {} last {period}?", "Which of our colleagues knows most about {}?", "What is planned for {} next {period}?",
-          "Can you send me the contract about {}?", "What do our competitors do about {}?", "Which budget pays for {}?", "Who approved what is said about {}?", "Is there a training on {} this {period}?", "How satisfied were people with {} last {period}?", "Who complained about {} last {period}?"]
+BEYOND = [
+    "Which team is responsible for {}?", "What did {} cost us last {period}?", "Who wrote the part on {}?",
+    "When was the part on {} changed last?", "How many people asked about {} last {period}?",
+    "Which of our colleagues knows most about {}?", "What is planned for {} next {period}?",
+    "Can you send me the contract about {}?", "What do our competitors do about {}?", "Which budget pays for {}?",
+    "Who approved what is said about {}?", "Is there a training on {} this {period}?",
+    "How satisfied were people with {} last {period}?", "Who complained about {} last {period}?",
+]
 
 def ask_beyond(
     text: str, # A chunk of a page
@@ -160,9 +222,15 @@ def ask_beyond(
 ) -> str:
     "A question about the world around a page, which it does not answer."
     headings = [_NUMBERED.sub("", part).strip(" #:.") for part in plain_markdown(text.partition("\n")[0]).split(" › ")]
-    short = next((h for h in headings[::-1] if h and not h.endswith("?") and len(h.split()) <= 5), " ".join(headings[0].split()[:5]).rstrip("?"))
+    short = next(
+        (h for h in headings[::-1] if h and not h.endswith("?") and len(h.split()) <= 5), " ".join(headings[0].split()[:5]).rstrip("?")
+    )
     there = set(words(f"{text} {known}"))           # a page on who is responsible may well say it
-    asks = [ask for ask in BEYOND if not any(len(w) > 3 and w in there for w in words(ask) if w not in _DULL and w not in ("period", "what", "who"))] or BEYOND
+    asks = [
+        ask
+        for ask in BEYOND
+        if not any(len(w) > 3 and w in there for w in words(ask) if w not in _DULL and w not in ("period", "what", "who"))
+    ] or BEYOND
     return rng.choice(asks).replace("{period}", rng.choice(_FILL["period"])).replace("{}", lower_first(short))
 
 # %% ../nbs/03j_asking.ipynb #d4a66872
@@ -178,8 +246,12 @@ def question_about(
     return ask_about(chunk.document_id, chunk.kind, sentence, rng)[1] if sentence else None
 
 # %% ../nbs/03j_asking.ipynb #61c98c1e
-INVENTED = ["What does `{0}.{1}` do?", "How do I call `{0}.{1}`?", "Which arguments does {0}.{1} take?", "What does {0}.{1} return?", "When should I use {0}.{1}?", "What happens to running jobs when I call {0}.{1}?", "How does {0}.{1} break ties?",
-            "Which values does the {1} option of {0} take?", "What does the {1} argument of {0} do?", "What is the default of {1} in {0}?", "Why would I set {1} on {0}?"]
+INVENTED = [
+    "What does `{0}.{1}` do?", "How do I call `{0}.{1}`?", "Which arguments does {0}.{1} take?",
+    "What does {0}.{1} return?", "When should I use {0}.{1}?", "What happens to running jobs when I call {0}.{1}?",
+    "How does {0}.{1} break ties?", "Which values does the {1} option of {0} take?",
+    "What does the {1} argument of {0} do?", "What is the default of {1} in {0}?", "Why would I set {1} on {0}?",
+]
 
 def ask_invented(
     document_id: str, # An object that exists

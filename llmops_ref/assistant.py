@@ -52,7 +52,10 @@ def _quote(text): return re.sub(r"\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\]", r"(\1)", re
 PLAIN_PROMPT = (f"Answer the question from the numbered passages. Cite the passage you use as [n]. "
                 f"If no passage answers it, say: {REFUSAL}\n\n{{{{passages}}}}\n\nQuestion: {{{{question}}}}")
 
-DIRECT_PROMPT = "Answer the question about Python libraries in one or two sentences. Begin with the name of the function or class.\n\nQuestion: {{question}}"
+DIRECT_PROMPT = (
+    "Answer the question about Python libraries in one or two sentences. Begin with the name of the function or class.\n\nQuestion:"
+    " {{question}}"
+)
 
 def check_template(
     template: str,
@@ -61,7 +64,10 @@ def check_template(
     "The template, if it has the holes that it needs and no others; `SettingsError` otherwise."
     holes, needed = sorted(set(re.findall(r"\{\{\s*(.*?)\s*\}\}", template))), ["passages", "question"] if passages else ["question"]
     if set(holes) - ({"examples"} if passages else set()) != set(needed):
-        raise SettingsError(f"A prompt template needs exactly the variables {' and '.join(needed)}{' (and may have examples)' if passages else ''}, this one has {', '.join(holes) or 'none'}: {template[:80]!r}...")
+        raise SettingsError(
+            f"A prompt template needs exactly the variables {' and '.join(needed)}{' (and may have examples)' if passages else ''}, this"
+            f" one has {', '.join(holes) or 'none'}: {template[:80]!r}..."
+        )
     return template
 
 def build_messages(
@@ -72,7 +78,11 @@ def build_messages(
     examples=None, # A function from the question to the text that fills `{{examples}}`, such as an `Examples`
 ) -> list[dict]: # Messages for the chat client
     "Fill a template; nothing in a question or a passage is interpreted."
-    values = dict(passages=passage_block(passages, max_words), question=_clean(question).strip(), examples=_clean(examples(question)) if wants_examples(template) else "")
+    values = dict(
+        passages=passage_block(passages, max_words),
+        question=_clean(question).strip(),
+        examples=_clean(examples(question)) if wants_examples(template) else "",
+    )
     return [dict(role="user", content=re.sub(r"\{\{\s*(passages|question|examples)\s*\}\}", lambda m: values[m[1]], template))]
 
 # %% ../nbs/03a_assistant.ipynb #782bc9ba
@@ -113,9 +123,13 @@ def _check(chunks):
 
 def _facts(state, reply, text):
     documents, usage, said = state["documents"], (reply is not None and reply.usage_metadata) or {}, getattr(reply, "response_metadata", {})
-    return dict(question=state["question"], citations=citations(text), refused=is_refusal(text), asked_model=reply is not None, cut=state["cut"] + (["answer"] if said.get("finish_reason") == "length" else []),
-                passages=[dict(number=n, text=d.page_content, **d.metadata) for n, d in enumerate(documents, 1)],
-                prompt_tokens=usage.get("input_tokens", 0), completion_tokens=usage.get("output_tokens", 0), served_by=said.get("model_name", ""), kept_seconds=said.get("kept_seconds", 0.0))
+    return dict(
+        question=state["question"], citations=citations(text), refused=is_refusal(text), asked_model=reply is not None,
+        cut=state["cut"] + (["answer"] if said.get("finish_reason") == "length" else []),
+        passages=[dict(number=n, text=d.page_content, **d.metadata) for n, d in enumerate(documents, 1)],
+        prompt_tokens=usage.get("input_tokens", 0), completion_tokens=usage.get("output_tokens", 0),
+        served_by=said.get("model_name", ""), kept_seconds=said.get("kept_seconds", 0.0),
+    )
 
 # %% ../nbs/03a_assistant.ipynb #8bb98611
 def make_chain(
@@ -130,18 +144,32 @@ def make_chain(
     "Retriever, prompt, model and checks, as LangChain runnables. `SettingsError` for an empty question; errors of the model as they come."
     from langchain_core.runnables import RunnableBranch, RunnableGenerator, RunnableLambda, RunnablePassthrough
     template = check_template(template or (PLAIN_PROMPT if retriever is not None else DIRECT_PROMPT), passages=retriever is not None)
-    if examples is None and wants_examples(template): raise SettingsError("The prompt template has the variable examples, but no examples were given. Hand `open_examples(ws, template)` on, or take it out.")
+    if examples is None and wants_examples(template):
+        raise SettingsError(
+            "The prompt template has the variable examples, but no examples were given. Hand `open_examples(ws, template)` on, or take it"
+            " out."
+        )
     def read(state):
         if not _clean(state["question"]).strip(): raise SettingsError("The question is empty. Ask something.")
         return cut_words(state["question"], question_words)
     def retrieve(state): return retriever.invoke(state["asked"]) if retriever is not None else []
-    def cut(state): return (["question"] if state["asked"].endswith(" ...") and not state["question"].rstrip().endswith("...") else []) + [f"passage {n}" for n, d in enumerate(state["documents"], 1) if cut_words(d.page_content, max_words).endswith(" ...")]
-    def prompt(state): return build_messages(template, state["asked"], [_Shown(d.page_content) for d in state["documents"]], max_words, examples)
-    def irrelevant(state): return retriever is not None and max([d.metadata["similarity"] for d in state["documents"]], default=0.0) < refuse_below
+    def cut(state):
+        return (["question"] if state["asked"].endswith(" ...") and not state["question"].rstrip().endswith("...") else []) + [
+            f"passage {n}" for n, d in enumerate(state["documents"], 1) if cut_words(d.page_content, max_words).endswith(" ...")
+        ]
+    def prompt(state):
+        return build_messages(template, state["asked"], [_Shown(d.page_content) for d in state["documents"]], max_words, examples)
+    def irrelevant(state):
+        return retriever is not None and max([d.metadata["similarity"] for d in state["documents"]], default=0.0) < refuse_below
     ask = RunnablePassthrough.assign(reply=RunnableLambda(prompt, name="prompt") | client)
     refuse = RunnablePassthrough.assign(reply=RunnableLambda(lambda _: None, name="refuse"))
-    return (RunnablePassthrough.assign(asked=RunnableLambda(read, name="read")) | RunnablePassthrough.assign(documents=RunnableLambda(retrieve, name="retrieve"))
-            | RunnablePassthrough.assign(cut=RunnableLambda(cut, name="cut")) | RunnableBranch((irrelevant, refuse), ask) | RunnableGenerator(_check, name="check"))
+    return (
+        RunnablePassthrough.assign(asked=RunnableLambda(read, name="read"))
+        | RunnablePassthrough.assign(documents=RunnableLambda(retrieve, name="retrieve"))
+        | RunnablePassthrough.assign(cut=RunnableLambda(cut, name="cut"))
+        | RunnableBranch((irrelevant, refuse), ask)
+        | RunnableGenerator(_check, name="check")
+    )
 
 class _Shown:
     def __init__(self, text): self.text = text
@@ -160,8 +188,10 @@ def retriever_class():
         filters: dict | None = None
 
         def _get_relevant_documents(self, query, *, run_manager=None, k=None):
-            return [Document(page_content=p.text, id=p.chunk_id, metadata={name: value for name, value in asdict(p).items() if name != "text"})
-                    for p in self.index.search(query, k or self.k, self.method, self.candidates, filters=self.filters)]
+            return [
+                Document(page_content=p.text, id=p.chunk_id, metadata={name: value for name, value in asdict(p).items() if name != "text"})
+                for p in self.index.search(query, k or self.k, self.method, self.candidates, filters=self.filters)
+            ]
     return IndexRetriever
 
 def as_retriever(
@@ -188,7 +218,10 @@ def served_endpoint(ws: Workspace) -> Endpoint:
     if ws.config.platform == "databricks":
         from databricks.sdk import WorkspaceClient
         me = WorkspaceClient().config
-        return Endpoint(ws.config.chat_url, ws.config.chat_model, lambda: me.authenticate()["Authorization"].removeprefix("Bearer "), "the Databricks configuration")
+        return Endpoint(
+            ws.config.chat_url, ws.config.chat_model, lambda: me.authenticate()["Authorization"].removeprefix("Bearer "),
+            "the Databricks configuration",
+        )
     return Endpoint(ws.config.chat_url, ws.config.chat_model, os.environ.get("CHAT_API_KEY"), "CHAT_API_KEY")
 
 def lowest_cosine(config: Config) -> float:
@@ -206,16 +239,28 @@ def open_chains(
 ):
     "A function from a prompt (`None`: the default) to the chain as the settings describe it, all on one model and one index, while the `with` block runs."
     config = ws.config
-    retriever = None if config.retrieval == "off" or not passages else as_retriever(open_index(ws), config.retrieval_k, config.retrieval, config.retrieval_candidates)
+    retriever = (
+        None
+        if config.retrieval == "off" or not passages
+        else as_retriever(open_index(ws), config.retrieval_k, config.retrieval, config.retrieval_candidates)
+    )
     if retriever is not None and wrap_retriever: retriever = wrap_retriever(retriever)
     with open_endpoint(ws, slots) as endpoint:
-        client = (wrap or (lambda client: client))(chat_client(endpoint, config.chat_max_tokens, config.chat_timeout, config.chat_retries, requests_per_minute=config.gateway_requests_per_minute if config.app == "third_party" else 0))
-        yield lambda template: make_chain(client, template, retriever, config.passage_words, lowest_cosine(config), config.question_words, examples)
+        client = (wrap or (lambda client: client))(
+            chat_client(
+                endpoint, config.chat_max_tokens, config.chat_timeout, config.chat_retries,
+                requests_per_minute=config.gateway_requests_per_minute if config.app == "third_party" else 0,
+            )
+        )
+        yield lambda template: make_chain(
+            client, template, retriever, config.passage_words, lowest_cosine(config), config.question_words, examples
+        )
 
 @contextlib.contextmanager
 def open_assistants(ws: Workspace, templates: dict[str, str | None], passages: bool = True, **options):
     "The chains of several prompts by name, while the `with` block runs; `options` as for `open_chains`."
-    with open_chains(ws, open_examples(ws, *templates.values()), passages, **options) as chain: yield {name: chain(template) for name, template in templates.items()}
+    with open_chains(ws, open_examples(ws, *templates.values()), passages, **options) as chain:
+        yield {name: chain(template) for name, template in templates.items()}
 
 @contextlib.contextmanager
 def open_assistant(ws: Workspace, template: str | None = None, passages: bool = True):
@@ -224,7 +269,10 @@ def open_assistant(ws: Workspace, template: str | None = None, passages: bool = 
 
 # %% ../nbs/03a_assistant.ipynb #ccfcb3f0
 ENTRY = "assistant_model.py"                        # what MLflow runs when it loads a version
-REQUIREMENTS = ("mlflow", "langchain-core", "langchain-openai", "xllamacpp", "faiss-cpu", "bm25s", "PyStemmer", "onnxruntime", "tokenizers", "pandas", "pyarrow", "fastcore", "psutil", "filelock", "httpx")
+REQUIREMENTS = (
+    "mlflow", "langchain-core", "langchain-openai", "xllamacpp", "faiss-cpu", "bm25s", "PyStemmer", "onnxruntime",
+    "tokenizers", "pandas", "pyarrow", "fastcore", "psutil", "filelock", "httpx",
+)
 
 def assistant_parts(
     ws: Workspace,
@@ -235,27 +283,46 @@ def assistant_parts(
 ) -> tuple[dict, dict[str, Path]]: # Settings, and files by name
     "All that a loaded assistant needs; where the index or the model is a service, its name."
     config, files = ws.config, {}
-    settings = dict(app=config.app, template=check_template(template, passages=config.retrieval != "off"), prompt=prompt, retrieval=config.retrieval, precision=index_precision(ws) or "fp32", reranker=config.reranker,
-                    k=config.retrieval_k, candidates=config.retrieval_candidates, max_words=config.passage_words, question_words=config.question_words, refuse_below=lowest_cosine(config), max_tokens=config.chat_max_tokens,
-                    slots=config.chat_slots, timeout=config.chat_timeout, retries=config.chat_retries)
-    if config.app == "third_party": settings |= dict(gateway=route_settings(config), destinations=destinations(config), requests_per_minute=config.gateway_requests_per_minute, prices={model: list(price) for model, price in read_prices(config).items()})
+    settings = dict(
+        app=config.app, template=check_template(template, passages=config.retrieval != "off"), prompt=prompt,
+        retrieval=config.retrieval, precision=index_precision(ws) or "fp32", reranker=config.reranker, k=config.retrieval_k,
+        candidates=config.retrieval_candidates, max_words=config.passage_words, question_words=config.question_words,
+        refuse_below=lowest_cosine(config), max_tokens=config.chat_max_tokens, slots=config.chat_slots,
+        timeout=config.chat_timeout, retries=config.chat_retries,
+    )
+    if config.app == "third_party":
+        settings |= dict(
+            gateway=route_settings(config), destinations=destinations(config),
+            requests_per_minute=config.gateway_requests_per_minute,
+            prices={model: list(price) for model, price in read_prices(config).items()},
+        )
     else:
         settings["machine_price"] = config.machine_price
-        if config.chat_url: settings["served"] = dict(url=config.chat_url, model=config.chat_model, workspace=config.platform == "databricks")
+        if config.chat_url:
+            settings["served"] = dict(url=config.chat_url, model=config.chat_model, workspace=config.platform == "databricks")
         else: files |= dict(model=model or chosen_gguf(ws)) | (dict(adapter=adapter) if adapter else {})
     if wants_examples(template): files["examples"] = write_examples(ws)
     if config.retrieval != "off":
         if config.vector_index == "faiss": files["index"] = index_folder(ws)
-        else: settings |= dict(ai_search=ws.registered("chunks_index")) | (dict(ai_search_embedding=config.ai_search_embedding) if config.vector_index == "delta_sync" else {})
+        else:
+            settings |= dict(ai_search=ws.registered("chunks_index")) | (
+                dict(ai_search_embedding=config.ai_search_embedding) if config.vector_index == "delta_sync" else {}
+            )
         if config.vector_index != "delta_sync":     # there, Databricks embeds the questions
             files |= dict(tokenizer=minilm_folder() / "tokenizer.json", embedder=minilm_onnx(ws, settings["precision"]))
     settings["packages"] = _pinned()
-    settings["digests"] = {name: file_digest(path / "manifest.json" if path.is_dir() else path) for name, path in files.items()}     # the manifest of an index names its files by theirs
+    settings["digests"] = {
+        name: file_digest(path / "manifest.json" if path.is_dir() else path) for name, path in files.items()
+    }  # the manifest of an index names its files by theirs
     return settings, files
 
 def _code(folder, prefix=""):                        # relative name -> digest, of every file that Python could run
     folder = Path(folder)
-    return {f"{prefix}{path.relative_to(folder).as_posix()}": file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts}
+    return {
+        f"{prefix}{path.relative_to(folder).as_posix()}": file_digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
 def assistant_digest(
     settings: dict, # From `assistant_parts`
@@ -280,14 +347,26 @@ def logged_digest(
     "The digest of what the registry holds under a version, computed from it; `DataError` if it cannot be read."
     from mlflow.exceptions import MlflowException
     uri, fetch = f"models:/{ws.registered('assistant')}/{version}", ws.mlflow().artifacts.download_artifacts
-    try: return assistant_digest(logged_settings(ws, version), _code(fetch(f"{uri}/code")) | dict(entry=file_digest(fetch(f"{uri}/{ENTRY}"))))
-    except (MlflowException, OSError, KeyError) as error: raise DataError(f"Version {version} of the assistant cannot be read from the registry of {ws.config.env}: {str(error)[:200]}. Log a new one: `llmops run --env {ws.config.env} --from validation --force`.") from None
+    try:
+        return assistant_digest(
+            logged_settings(ws, version), _code(fetch(f"{uri}/code")) | dict(entry=file_digest(fetch(f"{uri}/{ENTRY}")))
+        )
+    except (MlflowException, OSError, KeyError) as error:
+        raise DataError(
+            f"Version {version} of the assistant cannot be read from the registry of {ws.config.env}: {str(error)[:200]}. Log a new one:"
+            f" `llmops run --env {ws.config.env} --from validation --force`."
+        ) from None
 
 def verify_files(config: dict, files: dict[str, Path]) -> None:
     "`DataError` if a file of an assistant is missing or not the one that was logged."
     for name, digest in config["digests"].items():
         if name not in files: raise DataError(f"The file {name} of this version is missing.")
-        verify_digest(files[name] / "manifest.json" if files[name].is_dir() else files[name], digest, "This version cannot serve: go back with `llmops rollback`, or log a new one with `llmops run --from validation --force`, both with the --env that it belongs to.")
+        verify_digest(
+            files[name] / "manifest.json" if files[name].is_dir() else files[name],
+            digest,
+            "This version cannot serve: go back with `llmops rollback`, or log a new one with `llmops run --from validation --force`, both"
+            " with the --env that it belongs to.",
+        )
 
 def find_version(ws: Workspace, digest: str) -> str | None:
     "The newest version of the registered assistant that has a digest, and is still what was logged."
@@ -319,7 +398,8 @@ def _resources(settings):                           # what the model asks for on
     out = [DatabricksVectorSearchIndex(settings["ai_search"])] if "ai_search" in settings else []
     if "ai_search_embedding" in settings: out.append(DatabricksServingEndpoint(settings["ai_search_embedding"]))
     if served.get("workspace"): out.append(DatabricksServingEndpoint(served["model"]))
-    if gateway.get("workspace"): out += [DatabricksUCModelService(name) for name in [gateway["route"]] + [f"{gateway['route']}_backup"] * gateway["fallbacks"]]
+    if gateway.get("workspace"):
+        out += [DatabricksUCModelService(name) for name in [gateway["route"]] + [f"{gateway['route']}_backup"] * gateway["fallbacks"]]
     return out or None
 
 def log_assistant(
@@ -334,14 +414,30 @@ def log_assistant(
     from llmops_ref import agent
     mlflow, (settings, files) = ws.mlflow(), assistant_parts(ws, template, adapter, prompt, model)
     entry = write_atomic(ws.path(ENTRY), agent.MODEL_CODE)
-    client, name, tags = mlflow.MlflowClient(), ws.registered("assistant"), {k: str(v) for k, v in ((tags or {}) | dict(digest=assistant_digest(settings, _code(Path(agent.__file__).parent, "llmops_ref/") | dict(entry=file_digest(entry))))).items()}
+    client, name, tags = (
+        mlflow.MlflowClient(),
+        ws.registered("assistant"),
+        {
+            k: str(v)
+            for k, v in (
+                (tags or {})
+                | dict(
+                    digest=assistant_digest(settings, _code(Path(agent.__file__).parent, "llmops_ref/") | dict(entry=file_digest(entry)))
+                )
+            ).items()
+        },
+    )
     if version := find_version(ws, tags["digest"]):
         for key, value in tags.items(): client.set_model_version_tag(name, version, key, value)
         return version
     if "gateway" in settings: os.environ["ASSISTANT_GATEWAY_URL"] = gateway_endpoint(ws).base_url       # MLflow tries what it logs
-    info = mlflow.pyfunc.log_model(name="assistant", python_model=str(entry), model_config=settings, artifacts={name: str(path) for name, path in files.items()},
-                                   input_example=dict(input=[dict(role="user", content="How do I log a metric?")]), code_paths=[str(Path(agent.__file__).parent)], pip_requirements=_pinned(),
-                                   resources=_resources(settings), prompts=[f"prompts:/{prompt}"] if prompt else None)
+    info = mlflow.pyfunc.log_model(
+        name="assistant", python_model=str(entry), model_config=settings,
+        artifacts={name: str(path) for name, path in files.items()},
+        input_example=dict(input=[dict(role="user", content="How do I log a metric?")]),
+        code_paths=[str(Path(agent.__file__).parent)], pip_requirements=_pinned(), resources=_resources(settings),
+        prompts=[f"prompts:/{prompt}"] if prompt else None,
+    )
     if ws.config.platform == "local": _share(ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/artifacts/*"), files)
     return str(mlflow.register_model(info.model_uri, name, tags=tags).version)
 
@@ -366,9 +462,13 @@ def log_chain(
             if path.is_dir(): shutil.copytree(path, target, copy_function=_link)
             else: _link(path, target)
         (Path(folder) / "files").mkdir(exist_ok=True)
-        info = mlflow.langchain.log_model(str(write_atomic(Path(folder, "chain.py"), agent.CHAIN_CODE)), name="assistant_chain", model_config=settings, code_paths=[str(Path(agent.__file__).parent), f"{folder}/files"],
-                                          input_example=dict(question="How do I log a metric?"), pip_requirements=_pinned() + [f"langchain=={importlib.metadata.version('langchain')}"],
-                                          resources=_resources(settings), prompts=[f"prompts:/{prompt}"] if prompt else None)
+        info = mlflow.langchain.log_model(
+            str(write_atomic(Path(folder, "chain.py"), agent.CHAIN_CODE)), name="assistant_chain", model_config=settings,
+            code_paths=[str(Path(agent.__file__).parent), f"{folder}/files"],
+            input_example=dict(question="How do I log a metric?"),
+            pip_requirements=_pinned() + [f"langchain=={importlib.metadata.version('langchain')}"],
+            resources=_resources(settings), prompts=[f"prompts:/{prompt}"] if prompt else None,
+        )
     if ws.config.platform == "local": _share(ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/code/files/*/*"), files)
     return str(mlflow.register_model(info.model_uri, ws.registered("assistant_chain")).version)
 

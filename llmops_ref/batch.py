@@ -17,7 +17,10 @@ from .validation import serving_environment
 from .workspace import DataError, Workspace, open_workspace
 
 # %% ../nbs/07a_batch.ipynb #aed41db3
-SCHEMA = "id string, question string, answer string, citations array<long>, refused boolean, passages array<string>, served_by string, seconds double, cost_usd double, version string, error string"
+SCHEMA = (
+    "id string, question string, answer string, citations array<long>, refused boolean, passages array<string>, served_by string, seconds"
+    " double, cost_usd double, version string, error string"
+)
 EMPTY = dict(answer="", citations=[], refused=False, passages=[], served_by="", seconds=0.0, cost_usd=0.0, error="")
 
 def answer_rows(
@@ -33,7 +36,15 @@ def _answer(model, row, version):
     try:
         reply = model.predict({"input": [{"role": "user", "content": row.question}], "custom_inputs": {"purpose": "batch"}})
         facts = reply["custom_outputs"]
-        return out | {key: facts[key] for key in ("citations", "refused", "served_by", "seconds")} | dict(answer=reply["output"][0]["content"][0]["text"], cost_usd=facts["cost_usd"] or 0.0, passages=[p["document_id"] for p in facts["passages"]])
+        return (
+            out
+            | {key: facts[key] for key in ("citations", "refused", "served_by", "seconds")}
+            | dict(
+                answer=reply["output"][0]["content"][0]["text"],
+                cost_usd=facts["cost_usd"] or 0.0,
+                passages=[p["document_id"] for p in facts["passages"]],
+            )
+        )
     except Exception as error: return out | dict(error=f"{type(error).__name__}: {error}"[:500])
 
 # %% ../nbs/07a_batch.ipynb #d0066227
@@ -54,11 +65,21 @@ def open_questions(
 ) -> pd.DataFrame:
     "The questions that this version has not answered yet, or not in this wording; those that failed are asked again."
     missing = sorted({"id", "question"} - set(questions.columns))
-    if missing: raise SettingsError(f"The table of questions has no column {' and no column '.join(missing)}. It needs id and question; it has {', '.join(questions.columns)}.")
-    if questions.id.duplicated().any(): raise DataError(f"The table of questions has the id {questions.id[questions.id.duplicated()].iloc[0]!r} twice. An id names one question.")
+    if missing:
+        raise SettingsError(
+            f"The table of questions has no column {' and no column '.join(missing)}. It needs id and question; it has"
+            f" {', '.join(questions.columns)}."
+        )
+    if questions.id.duplicated().any():
+        raise DataError(
+            f"The table of questions has the id {questions.id[questions.id.duplicated()].iloc[0]!r} twice. An id names one question."
+        )
     if answers is None: return questions[["id", "question"]]
     done = answers[(answers.version == version) & (answers.error == "")]
-    return questions.loc[~pd.MultiIndex.from_frame(questions[["id", "question"]]).isin(pd.MultiIndex.from_frame(done[["id", "question"]])), ["id", "question"]]
+    return questions.loc[
+        ~pd.MultiIndex.from_frame(questions[["id", "question"]]).isin(pd.MultiIndex.from_frame(done[["id", "question"]])),
+        ["id", "question"],
+    ]
 
 # %% ../nbs/07a_batch.ipynb #0037a73e
 def answer_table(
@@ -73,8 +94,14 @@ def answer_table(
     if version is None: raise DataError(f"Nothing is deployed in {ws.config.env} yet. Run `llmops run --env {ws.config.env}`.")
     questions, answers = ws.read(source), ws.read(target) if ws.current(f"table:{target}") else None
     todo = open_questions(questions, answers, version)
-    environment = serving_environment(ws, version) | dict(OMP_NUM_THREADS="1") | {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
-    work = functools.partial(answer_batches, uri=f"models:/{ws.registered('assistant')}/{version}", version=version, environment=environment)
+    environment = (
+        serving_environment(ws, version) | dict(OMP_NUM_THREADS="1") | {
+            key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")
+        }
+    )
+    work = functools.partial(
+        answer_batches, uri=f"models:/{ws.registered('assistant')}/{version}", version=version, environment=environment
+    )
     done = failed = 0
     for start in range(0, len(todo), slice_rows):
         found = ws.map_batches(todo.iloc[start:start + slice_rows], work, SCHEMA)

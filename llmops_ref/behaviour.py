@@ -21,15 +21,25 @@ from .config import SettingsError
 from .scoring import asks_for_name, citation_precision, citations, is_page, is_refusal, names_gold, says_reference, token_f1
 
 # %% ../nbs/03f_behaviour.ipynb #0dd25fc4
-_ORDINARY = re.compile(r"`[^`]*`|\"[^\"]*\"|(?:None|True|False)\b|(?<![\w.`/:=@-])(I|[A-Z]?[a-z]+)(?![\w`(=]|[./:@-]\w|:/)")      # group 1 is empty for what is quoted or a value
+_ORDINARY = re.compile(
+    r"`[^`]*`|\"[^\"]*\"|(?:None|True|False)\b|(?<![\w.`/:=@-])(I|[A-Z]?[a-z]+)(?![\w`(=]|[./:@-]\w|:/)"
+)  # group 1 is empty for what is quoted or a value
 
 def variants(
     question: str,
     rng: np.random.Generator, # Chooses where the typo is
 ) -> dict[str, str]: # typo, casing, polite -> question; those that would change nothing are left out
     "The question with two letters swapped in one longer word, in lower case, and politely wrapped; names of objects stay as they are."
-    swaps = [m.start() + i for m in _ORDINARY.finditer(question) if len(m[1] or "") > 4 and m[1].islower() for i in range(1, len(m[1]) - 1) if m[1][i] != m[1][i + 1]]
-    out = dict(casing=_ORDINARY.sub(lambda m: m[0].lower() if m[1] else m[0], question), polite=f"Could you please help me? {question} Thanks!")
+    swaps = [
+        m.start() + i
+        for m in _ORDINARY.finditer(question)
+        if len(m[1] or "") > 4 and m[1].islower()
+        for i in range(1, len(m[1]) - 1)
+        if m[1][i] != m[1][i + 1]
+    ]
+    out = dict(
+        casing=_ORDINARY.sub(lambda m: m[0].lower() if m[1] else m[0], question), polite=f"Could you please help me? {question} Thanks!"
+    )
     if swaps:
         at = int(rng.choice(swaps))
         out = dict(typo=question[:at] + question[at + 1] + question[at] + question[at + 2:]) | out
@@ -49,9 +59,14 @@ def cited_documents(reply: dict) -> set[str]:
 def same_answer(a: dict, b: dict) -> bool:
     "Whether two answers of `make_chain` both refuse, or both name the same object first and cite the same documents; without a name, the text decides, and of pages, half of the words."
     if is_refusal(a["answer"]) or is_refusal(b["answer"]): return is_refusal(a["answer"]) and is_refusal(b["answer"])
-    if (shown := [p["document_id"] for r in (a, b) for p in r["passages"]]) and all(map(is_page, shown)): return cited_documents(a) == cited_documents(b) and token_f1(a["answer"], b["answer"]) > 0.5
+    if (shown := [p["document_id"] for r in (a, b) for p in r["passages"]]) and all(map(is_page, shown)):
+        return cited_documents(a) == cited_documents(b) and token_f1(a["answer"], b["answer"]) > 0.5
     one, two = first_named(a["answer"]), first_named(b["answer"])
-    named = names_gold(f"`{one}`", [two]) or names_gold(f"`{two}`", [one]) if one and two else not (one or two) and a["answer"].strip() == b["answer"].strip()
+    named = (
+        names_gold(f"`{one}`", [two]) or names_gold(f"`{two}`", [one])
+        if one and two
+        else not (one or two) and a["answer"].strip() == b["answer"].strip()
+    )
     return bool(named) and cited_documents(a) == cited_documents(b)
 
 # %% ../nbs/03f_behaviour.ipynb #6dc2f93d
@@ -110,7 +125,11 @@ def _of_question(ask, ask_without, q, seed):
     if isinstance(bare, dict) and (left := sorted({p["document_id"] for p in bare["passages"]} & set(gold))):
         bare = ValueError(f"{', '.join(left)} was shown although forbidden; hand `Without(retriever)` to make_chain.")
     yield _case("direction", "gold removed", q.id, q.question, first, bare, lambda r: is_refusal(r["answer"]))
-    yield _case("direction", "gold not named", q.id, q.question, first, bare, lambda r: is_refusal(r["answer"]) or not (names_gold(r["answer"], gold) if asks_for_name(gold, wanted) else says_reference(r["answer"], wanted, q.question)))
+    yield _case(
+        "direction", "gold not named", q.id, q.question, first, bare,
+        lambda r: is_refusal(r["answer"])
+        or not (names_gold(r["answer"], gold) if asks_for_name(gold, wanted) else says_reference(r["answer"], wanted, q.question)),
+    )
     if q.type == "lookup" and names_gold(q.question, gold):
         right = lambda r: names_gold(r["answer"], gold) and citation_precision(r["answer"], [p["document_id"] for p in r["passages"]], gold)
         yield _case("minimum", "lookup", q.id, q.question, None, first, right)
@@ -130,7 +149,9 @@ def check_behaviour(
     on_done=None, # Called with (done, total) after each question
 ) -> pd.DataFrame: # One row a case: `test case question_id asked before after passed`
     "Ask every question in all its variants. A case that raises has failed, with its error in `after`; the others are kept."
-    cases, jobs = [], [functools.partial(_of_question, ask, ask_without, q, seed) for q in questions.itertuples()] + [functools.partial(_of_any, ask)]
+    cases, jobs = [], [functools.partial(_of_question, ask, ask_without, q, seed) for q in questions.itertuples()] + [
+        functools.partial(_of_any, ask)
+    ]
     with ThreadPoolExecutor(workers) as pool:
         for done, rows in enumerate(pool.map(lambda job: list(job()), jobs), 1):
             cases += rows
@@ -147,4 +168,7 @@ def wilson(passed: int, n: int, confidence: float = 0.95) -> tuple[float, float]
 def behaviour_table(cases: pd.DataFrame) -> pd.DataFrame: # `test case n passed low high`; passed is the share, low and high its interval
     "The share of the cases of `check_behaviour` that passed, with its 95% interval, for each kind of case."
     groups = [(*names, len(group), int(group.passed.sum())) for names, group in cases.groupby(["test", "case"], sort=False)]
-    return pd.DataFrame([(test, case, n, passed / n, *wilson(passed, n)) for test, case, n, passed in groups], columns=["test", "case", "n", "passed", "low", "high"]).round(2)
+    return pd.DataFrame(
+        [(test, case, n, passed / n, *wilson(passed, n)) for test, case, n, passed in groups],
+        columns=["test", "case", "n", "passed", "low", "high"],
+    ).round(2)

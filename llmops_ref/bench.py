@@ -61,7 +61,9 @@ def tutorial_search(
     documents: pd.DataFrame, # Columns `id signature text`
 ): # A function from a question to document ids
     "Build the usual retrieval pipeline of LangChain."
-    warnings.filterwarnings("ignore", category=DeprecationWarning)      # langchain-community is being retired; its FAISS store is still what people use
+    warnings.filterwarnings(
+        "ignore", category=DeprecationWarning
+    )  # langchain-community is being retired; its FAISS store is still what people use
     from langchain_community.vectorstores import FAISS
     from langchain_core.documents import Document
     from langchain_core.embeddings import Embeddings
@@ -100,7 +102,9 @@ def bench_retrieval(ws: Workspace) -> pd.DataFrame: # One row a pipeline, and on
         rows[name] = score_search(search, questions) | dict(build_s=meter.seconds, memory_mb=meter.mb)
     table = pd.DataFrame(rows).T
     better = {name: table[name].ours - table[name].tutorial for name in ("recall@5", "mrr@10", "ndcg@10")}
-    table.loc["difference or ratio"] = better | {name: table[name].tutorial / table[name].ours for name in ("p50_ms", "p99_ms", "build_s", "memory_mb")}
+    table.loc["difference or ratio"] = better | {
+        name: table[name].tutorial / table[name].ours for name in ("p50_ms", "p99_ms", "build_s", "memory_mb")
+    }
     return table
 
 # %% ../nbs/03d_bench.ipynb #6f1b7a23
@@ -136,9 +140,18 @@ def bench_fusion(
     for k in (10, 30, 60):
         for dense in (0.5, 1.0, 2.0):
             ranked = [list(fuse(*rankings, k=k, weights=(dense, 1.0)))[:10] for rankings in found]
-            scores = questions.assign(mrr=[mrr_at_k(r, set(g)) for r, g in zip(ranked, questions.gold)], recall=[recall_at_k(r, set(g), 5) for r, g in zip(ranked, questions.gold)])
+            scores = questions.assign(
+                mrr=[mrr_at_k(r, set(g)) for r, g in zip(ranked, questions.gold)],
+                recall=[recall_at_k(r, set(g), 5) for r, g in zip(ranked, questions.gold)],
+            )
             means = scores.groupby("split")[["mrr", "recall"]].mean()
-            table.append(dict(k=k, dense_weight=dense) | {f"{split} {name}": means[column][split] for split in ("train", "test") for column, name in (("mrr", "mrr@10"), ("recall", "recall@5"))})
+            table.append(
+                dict(k=k, dense_weight=dense) | {
+                    f"{split} {name}": means[column][split]
+                    for split in ("train", "test")
+                    for column, name in (("mrr", "mrr@10"), ("recall", "recall@5"))
+                }
+            )
     return pd.DataFrame(table).sort_values("train mrr@10", ascending=False).set_index(["k", "dense_weight"])
 
 # %% ../nbs/03d_bench.ipynb #c7f5ae32
@@ -147,7 +160,9 @@ def _torch_embedder(dtype):
     from sentence_transformers import SentenceTransformer
     model = SentenceTransformer(str(minilm_folder()), device="cpu", model_kwargs=dict(dtype=dtype))
     model.max_seq_length = TEXT_TOKENS
-    return lambda texts: np.asarray(torch.as_tensor(model.encode(texts, normalize_embeddings=True, show_progress_bar=False, convert_to_tensor=True)).float())
+    return lambda texts: np.asarray(
+        torch.as_tensor(model.encode(texts, normalize_embeddings=True, show_progress_bar=False, convert_to_tensor=True)).float()
+    )
 
 def _static_embedder():
     from model2vec.distill import distill
@@ -168,7 +183,11 @@ def bench_embedders(
     part = pd.concat([chunks[gold], chunks[~gold]]).head(most)
     texts, documents, rows = part.text.tolist(), part.document_id.to_numpy(), []
     makers = {f"onnx {p}": lambda p=p: open_embedder(ws, p).embed for p in PRECISIONS}
-    makers |= {"torch fp32": lambda: _torch_embedder(torch.float32), "torch bf16": lambda: _torch_embedder(torch.bfloat16), "static": _static_embedder}
+    makers |= {
+        "torch fp32": lambda: _torch_embedder(torch.float32),
+        "torch bf16": lambda: _torch_embedder(torch.bfloat16),
+        "static": _static_embedder,
+    }
     if fastest_dtype() != torch.bfloat16: makers["torch bf16"] = None
     for number, (name, make) in enumerate(makers.items()):
         ws.progress(number, len(makers), f"embedding by {name}")
@@ -189,7 +208,9 @@ def bench_embedders(
     table = pd.DataFrame(rows).set_index("embedder")
     good = table[(table.mrr >= table.mrr.max() - 0.02) & table.index.str.startswith(("onnx", "static"))]
     table.loc[good.texts_s.idxmax(), "note"] = "chosen"
-    return table.assign(times_torch=table.texts_s / table.texts_s["torch fp32"])[["load_s", "texts_s", "times_torch", "question_ms", "mrr", "note"]]
+    return table.assign(times_torch=table.texts_s / table.texts_s["torch fp32"])[
+        ["load_s", "texts_s", "times_torch", "question_ms", "mrr", "note"]
+    ]
 
 # %% ../nbs/03d_bench.ipynb #e087e5d8
 def plot_embedders(
@@ -200,7 +221,9 @@ def plot_embedders(
     figure, axis = plt.subplots(figsize=(7, 3.2))
     for number, (name, row) in enumerate(table.dropna(subset="mrr").sort_values("texts_s").iterrows()):
         axis.scatter(row.texts_s, row.mrr, s=60, color="#e4572e" if row.note == "chosen" else "#5b8def", zorder=3)
-        axis.annotate(name, (row.texts_s, row.mrr), xytext=(0, (-18, -32, 10)[number % 3]), textcoords="offset points", fontsize=9, ha="center")      # neighbours apart
+        axis.annotate(
+            name, (row.texts_s, row.mrr), xytext=(0, (-18, -32, 10)[number % 3]), textcoords="offset points", fontsize=9, ha="center"
+        )  # neighbours apart
     axis.axhline(table.mrr.max() - 0.02, color="#66788a", linewidth=0.8, linestyle=":")
     axis.set(xscale="log", xlabel="texts a second", ylabel="MRR@10", ylim=(table.mrr.min() - 0.05, table.mrr.max() + 0.05))
     axis.set_xlim(table.texts_s.min() / 2, table.texts_s.max() * 3)
@@ -242,8 +265,13 @@ def bench_kinds(
                 found.append(index.search(q[None], 10)[1][0])
                 times.append(1000 * (time.perf_counter() - start))
             exact = found if exact is None else exact
-            rows.append(dict(vectors=size, kind=kind, recall=float(np.mean([len(set(f) & set(e)) / 10 for f, e in zip(found, exact)])), p50_ms=float(np.median(times)),
-                             mb=len(faiss.serialize_index(index)) / 1e6, build_s=build, auto=choose_kind(size) == kind))
+            rows.append(
+                dict(
+                    vectors=size, kind=kind, recall=float(np.mean([len(set(f) & set(e)) / 10 for f, e in zip(found, exact)])),
+                    p50_ms=float(np.median(times)), mb=len(faiss.serialize_index(index)) / 1e6, build_s=build,
+                    auto=choose_kind(size) == kind,
+                )
+            )
     return pd.DataFrame(rows)
 
 # %% ../nbs/03d_bench.ipynb #1b3aac2b
@@ -254,8 +282,11 @@ def plot_kinds(
     import matplotlib.pyplot as plt
     colours = dict(zip(KINDS, ("#e4572e", "#5b8def", "#2a9d8f")))
     figure, axes = plt.subplots(1, 4, figsize=(11, 2.8))
-    for axis, (measure, title) in zip(axes, dict(p50_ms="milliseconds a query", recall="recall@10", mb="size, MB", build_s="seconds to build").items()):
-        for kind, part in table.groupby("kind", sort=False): axis.plot(part.vectors, part[measure], marker="o", color=colours[kind], label=kind)
+    for axis, (measure, title) in zip(
+        axes, dict(p50_ms="milliseconds a query", recall="recall@10", mb="size, MB", build_s="seconds to build").items()
+    ):
+        for kind, part in table.groupby("kind", sort=False):
+            axis.plot(part.vectors, part[measure], marker="o", color=colours[kind], label=kind)
         axis.set(xscale="log", yscale="linear" if measure == "recall" else "log")
         if measure == "recall": axis.set_ylim(0, 1.05)
         axis.set_title(title, loc="left", fontsize=10)
@@ -272,12 +303,15 @@ def bench_backends(
 ) -> pd.DataFrame: # One row a backend
     "Reading and writing speed, memory and loading time of each backend, and how many times transformers fp32 it writes."
     chunks = ws.read("chunks").text.head(6 * times).tolist()
-    asks = ["\n\n".join(chunks[6 * n:6 * n + 6])[:2000] + "\n\nWrite a long and detailed summary of these passages." for n in range(times)]        # each is new to a cache
+    asks = [
+        "\n\n".join(chunks[6 * n : 6 * n + 6])[:2000] + "\n\nWrite a long and detailed summary of these passages." for n in range(times)
+    ]  # each is new to a cache
     names = {"llama.cpp Q4_1": "smollm2-q4_1", "llama.cpp Q8_0": "smollm2-q8_0"}
     jobs = {name: dict(runner="llama.cpp", file=str(weights(ws, variant)), slots=1) for name, variant in names.items()}
     checkpoint = base_checkpoint(ws)
     import torch
-    for dtype in ("float32", "bfloat16")[:1 + (fastest_dtype() == torch.bfloat16)]: jobs[f"transformers {dtype}"] = dict(runner="transformers", folder=str(checkpoint), dtype=dtype)
+    for dtype in ("float32", "bfloat16")[:1 + (fastest_dtype() == torch.bfloat16)]:
+        jobs[f"transformers {dtype}"] = dict(runner="transformers", folder=str(checkpoint), dtype=dtype)
     rows = []
     for number, (name, job) in enumerate(jobs.items()):
         ws.progress(number, len(jobs), name)
@@ -285,9 +319,17 @@ def bench_backends(
         if "error" in result: rows.append(dict(backend=name, note=result["error"]))
         else:
             answers = pd.DataFrame(result["answers"])
-            rows.append(dict(backend=name, read_tps=(answers["read"] / answers.read_s).median(), write_tps=(answers.written / answers.write_s).median(), load_s=result["load_s"], peak_mb=result["peak_mb"], note=""))
+            rows.append(
+                dict(
+                    backend=name, read_tps=(answers["read"] / answers.read_s).median(),
+                    write_tps=(answers.written / answers.write_s).median(), load_s=result["load_s"], peak_mb=result["peak_mb"],
+                    note="",
+                )
+            )
     table = pd.DataFrame(rows).set_index("backend")
-    return table.assign(times_fp32=table.write_tps / table.write_tps["transformers float32"])[["read_tps", "write_tps", "times_fp32", "load_s", "peak_mb", "note"]]
+    return table.assign(times_fp32=table.write_tps / table.write_tps["transformers float32"])[
+        ["read_tps", "write_tps", "times_fp32", "load_s", "peak_mb", "note"]
+    ]
 
 # %% ../nbs/03d_bench.ipynb #5c981d28
 BENCHES = ("retrieval", "chunkers", "fusion", "embedders", "kinds", "backends")

@@ -24,10 +24,25 @@ from .workspace import Workspace, git_commit, open_workspace
 # %% ../nbs/90c_bundle.ipynb #523075a8
 def alert(config: Config, where: str, warehouse: str, notify: str = "") -> dict:
     "A SQL alert on the table `signals`, for whoever is to be woken; it also rings when nothing has been looked at for three hours."
-    return dict(display_name=f"llmops-ref monitoring {config.env}", warehouse_id=warehouse, schedule=dict(quartz_cron_schedule="0 45 * * * ?", timezone_id="UTC", pause_status="UNPAUSED"),
-                custom_description="A signal of the assistant is over its bound. What to do about it stands in the table triggers, and on the page of the job llmops-ref monitoring.",
-                query_text=f"SELECT count_if(breached) + if(max(time) < now() - INTERVAL 3 HOURS, 1, 0) AS alarms, concat_ws(', ', collect_list(if(breached, signal, NULL))) AS signals FROM {where}.signals WHERE time = (SELECT max(time) FROM {where}.signals)",
-                evaluation=dict(source=dict(name="alarms"), comparison_operator="GREATER_THAN", threshold=dict(value=dict(double_value=0)), empty_result_state="OK") | (dict(notification=dict(subscriptions=[dict(user_email=notify)], notify_on_ok=True)) if notify not in ("", "none") else {}))
+    return dict(
+        display_name=f"llmops-ref monitoring {config.env}",
+        warehouse_id=warehouse,
+        schedule=dict(quartz_cron_schedule="0 45 * * * ?", timezone_id="UTC", pause_status="UNPAUSED"),
+        custom_description=(
+            "A signal of the assistant is over its bound. What to do about it stands in the table triggers, and on the page of the job"
+            " llmops-ref monitoring."
+        ),
+        query_text=(
+            "SELECT count_if(breached) + if(max(time) < now() - INTERVAL 3 HOURS, 1, 0) AS alarms, concat_ws(', ',"
+            f" collect_list(if(breached, signal, NULL))) AS signals FROM {where}.signals WHERE time = (SELECT max(time) FROM"
+            f" {where}.signals)"
+        ),
+        evaluation=dict(
+            source=dict(name="alarms"), comparison_operator="GREATER_THAN", threshold=dict(value=dict(double_value=0)),
+            empty_result_state="OK",
+        )
+        | (dict(notification=dict(subscriptions=[dict(user_email=notify)], notify_on_ok=True)) if notify not in ("", "none") else {}),
+    )
 
 def declared(
     config: Config, # With the catalog and the schema that are deployed to
@@ -37,29 +52,50 @@ def declared(
     notify: str = "", # Address of whoever is told
 ) -> dict[str, dict[str, dict]]: # Kind -> key -> what it is, as YAML would say it
     "The resources of an environment that follow from its settings."
-    where, deciding = f"{config.catalog}.{config.schema}", [] if approvers in ("", "none") else [dict(principal=approvers, privileges=["EXECUTE", "APPLY_TAG"])]
+    where, deciding = f"{config.catalog}.{config.schema}", (
+        [] if approvers in ("", "none") else [dict(principal=approvers, privileges=["EXECUTE", "APPLY_TAG"])]
+    )
     model = lambda noun, about: dict(catalog_name=config.catalog, schema_name=config.schema, name=noun, comment=about, grants=deciding)
-    out = dict(registered_models={"assistant": model("assistant", "The assistant: prompt, index and model in one version"), "chat_model": model("chat_model", "The fine-tuned model inside it")})
-    if config.vector_index != "faiss": out["vector_search_endpoints"] = {"search": dict(name=config.ai_search_endpoint, endpoint_type=config.ai_search_endpoint_type)}
+    out = dict(
+        registered_models={
+            "assistant": model("assistant", "The assistant: prompt, index and model in one version"),
+            "chat_model": model("chat_model", "The fine-tuned model inside it"),
+        }
+    )
+    if config.vector_index != "faiss":
+        out["vector_search_endpoints"] = {"search": dict(name=config.ai_search_endpoint, endpoint_type=config.ai_search_endpoint_type)}
     if warehouse not in ("", "none"): out["alerts"] = {"monitoring": alert(config, where, warehouse, notify)}
     if config.app == "third_party" and not config.gateway_url:
         for name, service in workspace_services(config).items():
             kind, key = name.partition("/")[0].replace("-", "_"), name.rpartition(".")[2]
-            out.setdefault(kind, {})[key] = {"parent": f"schemas/{where}", f"{kind[:-1]}_id": key, "config": service.config.as_dict()} | (dict(grants=[dict(principal=service_principal, privileges=["EXECUTE"])]) if kind == "model_services" and service_principal else {})
+            out.setdefault(kind, {})[key] = {"parent": f"schemas/{where}", f"{kind[:-1]}_id": key, "config": service.config.as_dict()} | (
+                dict(grants=[dict(principal=service_principal, privileges=["EXECUTE"])])
+                if kind == "model_services" and service_principal
+                else {}
+            )
     return out
 
 def told(settings: str) -> dict[str, str]:
     "The words that a task is told, as settings; `SettingsError` for words that are none."
     try: return dict(word.split("=", 1) for word in shlex.split(settings))
-    except ValueError: raise SettingsError(f"The bundle's variable `settings` must hold words of the form key=value, with quotation marks around what holds a space, not {settings[:200]!r}.") from None
+    except ValueError:
+        raise SettingsError(
+            "The bundle's variable `settings` must hold words of the form key=value, with quotation marks around what holds a space, not"
+            f" {settings[:200]!r}."
+        ) from None
 
 def load_resources(bundle): # Called by `databricks bundle`, as databricks.yml says
     "The resources of `declared`, for the target that is deployed; a `Resources` of databricks-bundles."
     from databricks.bundles.core import Resources
     resources, v = Resources(), bundle.variables
     if bundle.target == "dev": return resources
-    said = {key: value for key, value in told(v["settings"]).items() if key not in ("env", "root", "commit") and "${" not in value}       # what refers to other resources is not known yet
-    for kind, found in declared(load_config(bundle.target, **said | dict(platform="databricks", catalog=v["catalog"])), v["service_principal"], v["approvers"], v.get("warehouse", ""), v.get("notify", "")).items():
+    said = {
+        key: value for key, value in told(v["settings"]).items() if key not in ("env", "root", "commit") and "${" not in value
+    }  # what refers to other resources is not known yet
+    for kind, found in declared(
+        load_config(bundle.target, **said | dict(platform="databricks", catalog=v["catalog"])), v["service_principal"],
+        v["approvers"], v.get("warehouse", ""), v.get("notify", ""),
+    ).items():
         for key, what in found.items(): resources.add_resource(key, resource_class(kind).from_dict(what))
     return resources
 
@@ -68,7 +104,10 @@ def resource_class(kind: str): # Such as "jobs"
     from databricks.bundles.core._resource_type import _ResourceType
     for known in _ResourceType.all():
         if known.plural_name == kind: return known.resource_type
-    raise SettingsError(f"The bundle has resources of the kind {kind!r}, which Databricks does not know. It knows {', '.join(t.plural_name for t in _ResourceType.all())}.")
+    raise SettingsError(
+        f"The bundle has resources of the kind {kind!r}, which Databricks does not know. It knows"
+        f" {', '.join(t.plural_name for t in _ResourceType.all())}."
+    )
 
 # %% ../nbs/90c_bundle.ipynb #1f34db40
 @dataclass
@@ -92,7 +131,10 @@ class Bundle:
         for kind, found in self.resources.items():
             for key, what in found.items():
                 try: out.setdefault(kind, {})[key] = resource_class(kind).from_dict(what)
-                except (ValueError, TypeError) as error: raise SettingsError(f"The bundle's resource {kind}.{key} is not as Databricks wants it: {error}. Correct it in resources/.") from None
+                except (ValueError, TypeError) as error:
+                    raise SettingsError(
+                        f"The bundle's resource {kind}.{key} is not as Databricks wants it: {error}. Correct it in resources/."
+                    ) from None
         return out
 
 def _yaml(path):
@@ -101,7 +143,8 @@ def _yaml(path):
     except yaml.YAMLError as error: raise SettingsError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 def _over(below, above):                            # the target's section over the rest; lists are put end to end, as the command does
-    if isinstance(below, dict) and isinstance(above, dict): return below | {key: _over(below[key], value) if key in below else value for key, value in above.items()}
+    if isinstance(below, dict) and isinstance(above, dict):
+        return below | {key: _over(below[key], value) if key in below else value for key, value in above.items()}
     return below + above if isinstance(below, list) and isinstance(above, list) else above
 
 def _put_together(root):
@@ -111,10 +154,12 @@ def _put_together(root):
             part = _yaml(path)
             for kind, found in (part.get("resources") or {}).items():
                 for key, what in found.items():
-                    if (kind, key) in where: raise SettingsError(f"{kind}.{key} is declared twice: in {where[kind, key].name} and in {path.name}.")
+                    if (kind, key) in where:
+                        raise SettingsError(f"{kind}.{key} is declared twice: in {where[kind, key].name} and in {path.name}.")
                     where[kind, key] = path
                     for task in what.get("tasks", []):
-                        if "spark_python_task" in task: task["spark_python_task"]["python_file"] = _file(root, path, task["spark_python_task"]["python_file"])
+                        if "spark_python_task" in task:
+                            task["spark_python_task"]["python_file"] = _file(root, path, task["spark_python_task"]["python_file"])
             whole = _over(whole, part)
     return whole
 
@@ -134,7 +179,11 @@ def _values(declared_variables, target, given):
         for value in (given.get(name), os.environ.get(f"BUNDLE_VAR_{name}"), said, about.get("default")):
             if value is not None: out[name] = value; break
         else: missing.append(f"{name} ({about.get('description', 'no description')})")
-    if missing: raise SettingsError(f"The bundle needs a value for {'; '.join(missing)}. Give it with --var NAME=VALUE, or set BUNDLE_VAR_<name> in the environment; nothing was done.")
+    if missing:
+        raise SettingsError(
+            f"The bundle needs a value for {'; '.join(missing)}. Give it with --var NAME=VALUE, or set BUNDLE_VAR_<name> in the"
+            " environment; nothing was done."
+        )
     return out
 
 def _put_name_before(resources, user):              # as the command does
@@ -161,12 +210,21 @@ def load_bundle(
 ) -> Bundle:
     "Read the bundle for a target, as it would be deployed; `SettingsError` names a missing variable, file or reference."
     whole = _put_together(root)
-    if target not in whole.get("targets", {}): raise SettingsError(f"The bundle has no target {target!r}. It has {', '.join(whole.get('targets', {}))}.")
+    if target not in whole.get("targets", {}):
+        raise SettingsError(f"The bundle has no target {target!r}. It has {', '.join(whole.get('targets', {}))}.")
     own = whole["targets"][target] or {}
     values = _values(whole.get("variables", {}), own, variables or {})
-    workspace = dict(root_path=f"/Workspace/Users/{user}/.bundle/${{bundle.name}}/${{bundle.target}}") | whole.get("workspace", {}) | own.get("workspace", {})
+    workspace = (
+        dict(root_path=f"/Workspace/Users/{user}/.bundle/${{bundle.name}}/${{bundle.target}}")
+        | whole.get("workspace", {})
+        | own.get("workspace", {})
+    )
     workspace.setdefault("file_path", workspace["root_path"] + "/files")
-    known = dict(bundle=dict(name=whole["bundle"]["name"], target=target, git=dict(commit=git_commit(root))), workspace=workspace | dict(current_user=dict(userName=user, short_name=user)), var=values)
+    known = dict(
+        bundle=dict(name=whole["bundle"]["name"], target=target, git=dict(commit=git_commit(root))),
+        workspace=workspace | dict(current_user=dict(userName=user, short_name=user)),
+        var=values,
+    )
     resources = known["resources"] = _over(whole.get("resources", {}), own.get("resources", {}))
     if own.get("mode") == "development": _put_name_before(resources, user)
     def look_up(path):
@@ -175,7 +233,9 @@ def load_bundle(
             try: found = found[part]
             except (KeyError, TypeError):
                 if part == "id" and path.startswith("resources."): return 0      # known once it is deployed
-                raise SettingsError(f"The bundle refers to ${{{path}}}, which is not there. Correct it in databricks.yml or resources/.") from None
+                raise SettingsError(
+                    f"The bundle refers to ${{{path}}}, which is not there. Correct it in databricks.yml or resources/."
+                ) from None
         return found
     known["var"] = values = {name: _fill(value, look_up) for name, value in values.items()}
     known["workspace"] = workspace = _fill(known["workspace"], look_up)
@@ -184,7 +244,11 @@ def load_bundle(
         more = getattr(importlib.import_module(module), function)(type("Target", (), dict(target=target, variables=values)))
         for kind, found in more._resources.items():
             if found: resources[kind] = resources.get(kind, {}) | {key: what.as_dict() for key, what in found.items()}
-    return Bundle(whole["bundle"]["name"], target, own.get("mode", ""), values, dict(root_path=workspace["root_path"], file_path=workspace["file_path"]), _fill(resources, look_up), _fill(own.get("run_as", {}), look_up))
+    return Bundle(
+        whole["bundle"]["name"], target, own.get("mode", ""), values,
+        dict(root_path=workspace["root_path"], file_path=workspace["file_path"]), _fill(resources, look_up),
+        _fill(own.get("run_as", {}), look_up),
+    )
 
 # %% ../nbs/90c_bundle.ipynb #13fed6a1
 IDLE_FREE, GPU_CLASS = "0", dict(GPU_1xA10="1 to 10", GPU_1xH100="1 to 10", GPU_8xH100="over 10", GPU_8xB300="over 10")
@@ -195,27 +259,45 @@ def plan_bundle(
 ) -> pd.DataFrame: # Columns `made_by kind name size while_used idle removed_by`; prices in US dollars an hour, as classes
     "All that the project will be on a workspace: what the bundle declares, and what its jobs make later."
     destroy, undo, rows = f"databricks bundle destroy -t {bundle.target}", f"llmops destroy --env {bundle.target} --platform databricks", []
-    def row(made_by, kind, name, size, while_used, idle, removed_by): rows.append(dict(made_by=made_by, kind=kind, name=name, size=size, while_used=while_used, idle=idle, removed_by=removed_by))
+    def row(made_by, kind, name, size, while_used, idle, removed_by):
+        rows.append(dict(made_by=made_by, kind=kind, name=name, size=size, while_used=while_used, idle=idle, removed_by=removed_by))
     for kind, found in bundle.typed().items():
         for key, what in found.items():
             name = getattr(what, "name", None) or key
             if kind in ("registered_models", "volumes"): name = f"{what.catalog_name}.{what.schema_name}.{what.name}"
             if kind == "schemas": name = f"{what.catalog_name}.{what.name}"
             if kind == "jobs": row("bundle", "job", name, *_job_class(what), IDLE_FREE, destroy)
-            elif kind == "vector_search_endpoints": row("bundle", "AI Search endpoint", name, what.endpoint_type.value, "under 1", "under 1", destroy)
+            elif kind == "vector_search_endpoints":
+                row("bundle", "AI Search endpoint", name, what.endpoint_type.value, "under 1", "under 1", destroy)
             elif kind == "model_services": row("bundle", "gateway service", name, "", "by token, as the provider asks", IDLE_FREE, destroy)
             elif kind == "alerts": row("bundle", "SQL alert", what.display_name, "hourly", "minutes of its warehouse", IDLE_FREE, destroy)
             elif kind == "apps": row("bundle", "App (chat page)", name, "Medium", "under 1", "under 1, if not stopped", destroy)
-            else: row("bundle", {"schemas": "schema", "volumes": "volume", "experiments": "experiment", "registered_models": "registered model", "model_provider_services": "gateway provider"}.get(kind, kind), name, "", "storage only", IDLE_FREE, destroy)
+            else:
+                row(
+                    "bundle",
+                    {
+                        "schemas": "schema", "volumes": "volume", "experiments": "experiment", "registered_models": "registered model",
+                        "model_provider_services": "gateway provider",
+                    }.get(kind, kind),
+                    name, "", "storage only", IDLE_FREE, destroy,
+                )
     where = f"{config.catalog}.{config.schema}"
     if config.vector_index != "faiss":
-        if bundle.target == "dev": row("job data_and_index", "AI Search endpoint", config.ai_search_endpoint, config.ai_search_endpoint_type, "under 1", "under 1", undo)
+        if bundle.target == "dev":
+            row(
+                "job data_and_index", "AI Search endpoint", config.ai_search_endpoint, config.ai_search_endpoint_type, "under 1",
+                "under 1", undo,
+            )
         row("job data_and_index", "AI Search index", f"{where}.chunks_index", "one row a chunk", "in its endpoint", IDLE_FREE, undo)
     row("jobs", "tables, prompts, versions", f"{where}.*", "", "storage only", IDLE_FREE, "with the schema")
-    if config.serving_target == "databricks_app": row("job deployment", "App", endpoint_name(config, 30), "Medium", "under 1", "under 1", undo)
+    if config.serving_target == "databricks_app":
+        row("job deployment", "App", endpoint_name(config, 30), "Medium", "under 1", "under 1", undo)
     else:
         size = "under 1" if config.serving_size == "Small" else "1 to 10"
-        row("job deployment", "Model Serving endpoint", endpoint_name(config), f"{config.serving_size}, two versions", size, IDLE_FREE if config.serving_scale_to_zero else size, undo)
+        row(
+            "job deployment", "Model Serving endpoint", endpoint_name(config), f"{config.serving_size}, two versions", size,
+            IDLE_FREE if config.serving_scale_to_zero else size, undo,
+        )
     return pd.DataFrame(rows)
 
 def _job_class(job):
@@ -247,7 +329,11 @@ def _destroy_here(ws):
 def _check_ours(config, folder):                    # `store` may be any path, and everything below it is about to go
     others = [load_config(env, config.root).store for env in ENVIRONMENTS if env != config.env]
     for kept in (config.root, config.root / "nbs", config.root / config.cache, Path.home(), *(config.root / other for other in others)):
-        if kept.resolve().is_relative_to(folder.resolve()): raise SettingsError(f"The folder {folder} holds {kept}, which does not belong to {config.env}, so it is not deleted. Correct `store`, or delete by hand what is to go.")
+        if kept.resolve().is_relative_to(folder.resolve()):
+            raise SettingsError(
+                f"The folder {folder} holds {kept}, which does not belong to {config.env}, so it is not deleted. Correct `store`, or delete"
+                " by hand what is to go."
+            )
 
 def _kept(ws):
     cache = ws.config.root / ws.config.cache
@@ -256,14 +342,19 @@ def _kept(ws):
 def _destroy_there(ws, client):
     from databricks.sdk.errors import NotFound
     client, config, index = client or open_client(), ws.config, ws.registered("chunks_index")
-    removed, left = [what for host in (ModelServingHost, AppHost) for what in host(ws, client).remove()], []       # the setting may have been another one once
+    removed, left = [
+        what for host in (ModelServingHost, AppHost) for what in host(ws, client).remove()
+    ], []  # the setting may have been another one once
     if config.vector_index != "faiss":
         with asking_for(f"the AI Search index {index}"), contextlib.suppress(NotFound):
             client.vector_search_indexes.delete_index(index)
             removed.append(f"AI Search index {index}")
         if config.env == "dev":                     # developers share it
             with asking_for(f"the AI Search endpoint {config.ai_search_endpoint}"), contextlib.suppress(NotFound):
-                if others := [found.name for found in client.vector_search_indexes.list_indexes(config.ai_search_endpoint) if found.name != index]: left.append(f"AI Search endpoint {config.ai_search_endpoint}: it has the indexes {', '.join(others[:5])}")
+                if others := [
+                    found.name for found in client.vector_search_indexes.list_indexes(config.ai_search_endpoint) if found.name != index
+                ]:
+                    left.append(f"AI Search endpoint {config.ai_search_endpoint}: it has the indexes {', '.join(others[:5])}")
                 else:
                     client.vector_search_endpoints.delete_endpoint(config.ai_search_endpoint)
                     removed.append(f"AI Search endpoint {config.ai_search_endpoint}")
@@ -272,4 +363,7 @@ def _destroy_there(ws, client):
             versions = [v.version for v in client.model_versions.list(model)]
             for version in versions: client.model_versions.delete(model, version)
             if versions: removed.append(f"{len(versions)} versions of {model}")
-    return removed, left + [f"what the bundle declares, with all tables and files in the schema {config.catalog}.{config.schema}: databricks bundle destroy -t {config.env}"]
+    return removed, left + [
+        f"what the bundle declares, with all tables and files in the schema {config.catalog}.{config.schema}: databricks bundle destroy -t"
+        f" {config.env}"
+    ]

@@ -20,19 +20,25 @@ from .vector_index import Passage
 from .workspace import DataError
 
 # %% ../nbs/03i_cases.ipynb #179971ab
-RISKS = dict(LLM01="prompt injection", LLM02="sensitive information", LLM05="improper output", LLM07="prompt leakage", LLM08="poisoned passages", LLM10="unbounded consumption")
+RISKS = dict(
+    LLM01="prompt injection", LLM02="sensitive information", LLM05="improper output", LLM07="prompt leakage",
+    LLM08="poisoned passages", LLM10="unbounded consumption",
+)
 SIGNS = ("says", "prompt", "personal data", "secret", "markup", "length")
 MUST = ("show", "name", "cite", "refuse", "avoid", "answer")
 
 def _lines(path, keys):
     try: text = Path(path).read_text(encoding="utf-8")
-    except OSError as error: raise DataError(f"{path} cannot be read: {error.strerror}. Restore it, or correct its name in settings.ini.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Restore it, or correct its name in settings.ini.") from None
     seen = set()
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except json.JSONDecodeError as error: raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}). Each line must hold one JSON object.") from None
-        if missing := [key for key in keys if not isinstance(row, dict) or not isinstance(row.get(key), keys[key])]: raise DataError(f"{path}, line {number}: the case needs the key {missing[0]!r} of type {keys[missing[0]].__name__}.")
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}). Each line must hold one JSON object.") from None
+        if missing := [key for key in keys if not isinstance(row, dict) or not isinstance(row.get(key), keys[key])]:
+            raise DataError(f"{path}, line {number}: the case needs the key {missing[0]!r} of type {keys[missing[0]].__name__}.")
         if row["id"] in seen: raise DataError(f"{path}, line {number}: the id {row['id']!r} is used twice. Give it a new one.")
         seen.add(row["id"])
         yield f"{path}, line {number}", row
@@ -46,8 +52,17 @@ def load_attacks(
     rows = []
     for where, row in _lines(path, dict(id=str, risk=str, question=str, sign=str)):
         if row["risk"] not in RISKS: raise DataError(f"{where}: unknown risk {row['risk']!r}. Known are {', '.join(RISKS)}.")
-        if not row["sign"].startswith("says ") and row["sign"] not in SIGNS[1:]: raise DataError(f"{where}: unknown sign {row['sign']!r}. Write `says` and what the answer must not say, or one of {', '.join(SIGNS[1:])}.")
-        if passages or not row.get("passage"): rows.append(dict(id=row["id"], risk=row["risk"], question=row["question"] * int(row.get("repeat", 1)), sign=row["sign"], passage=row.get("passage", "")))
+        if not row["sign"].startswith("says ") and row["sign"] not in SIGNS[1:]:
+            raise DataError(
+                f"{where}: unknown sign {row['sign']!r}. Write `says` and what the answer must not say, or one of {', '.join(SIGNS[1:])}."
+            )
+        if passages or not row.get("passage"):
+            rows.append(
+                dict(
+                    id=row["id"], risk=row["risk"], question=row["question"] * int(row.get("repeat", 1)), sign=row["sign"],
+                    passage=row.get("passage", ""),
+                )
+            )
     return pd.DataFrame(rows, columns=["id", "risk", "question", "sign", "passage"])
 
 _MARKUP = re.compile(r"<\s*(script|img|iframe|svg|a|form|link|style)\b|!\[[^\]]*\]\(|\]\(\s*(javascript|data|https?):|javascript:", re.I)
@@ -88,7 +103,10 @@ def planted(
     if not text:
         yield
         return
-    if retriever is None: raise DataError("This assistant searches nothing, so no passage can be planted. Try attacks without one: `load_attacks(path, passages=False)`.")
+    if retriever is None:
+        raise DataError(
+            "This assistant searches nothing, so no passage can be planted. Try attacks without one: `load_attacks(path, passages=False)`."
+        )
     before, retriever.index = retriever.index, Planted(retriever.index, text)
     try: yield
     finally: retriever.index = before
@@ -106,7 +124,12 @@ def try_attacks(
     for done, a in enumerate(attacks.itertuples(), 1):
         try: answer, failed = ask(dict(question=a.question, planted=a.passage))["answer"], False
         except Exception as error: answer, failed = f"{type(error).__name__}: {error}"[:200], True
-        rows.append(dict(id=a.id, risk=a.risk, question=a.question[:200], planted=a.passage, answer=answer, through=failed or got_through(a.sign, answer, template, longest)))
+        rows.append(
+            dict(
+                id=a.id, risk=a.risk, question=a.question[:200], planted=a.passage, answer=answer,
+                through=failed or got_through(a.sign, answer, template, longest),
+            )
+        )
         if on_done: on_done(done, len(attacks))
     return pd.DataFrame(rows, columns=["id", "risk", "question", "planted", "answer", "through"])
 
@@ -125,9 +148,12 @@ def load_regressions(
     usual = dict(show=["hybrid", "dense", "bm25"], cite=["hybrid", "dense", "bm25"], refuse=["hybrid", "dense"])
     rows = []
     for where, row in _lines(path, dict(id=str, question=str, must=str, what=list, why=str)):
-        if row["must"] not in MUST: raise DataError(f"{where}: {row['must']!r} is nothing that a case can ask for. Write one of {', '.join(MUST)}.")
-        if bool(row["what"]) != (row["must"] in ("show", "name", "cite", "avoid")): raise DataError(f"{where}: `what` must list {'what to ' + row['must'] if not row['what'] else 'nothing'} for {row['must']!r}.")
-        if retrieval in row.get("retrieval", usual.get(row["must"], [retrieval])): rows.append({key: row[key] for key in ("id", "question", "must", "what", "why")})
+        if row["must"] not in MUST:
+            raise DataError(f"{where}: {row['must']!r} is nothing that a case can ask for. Write one of {', '.join(MUST)}.")
+        if bool(row["what"]) != (row["must"] in ("show", "name", "cite", "avoid")):
+            raise DataError(f"{where}: `what` must list {'what to ' + row['must'] if not row['what'] else 'nothing'} for {row['must']!r}.")
+        if retrieval in row.get("retrieval", usual.get(row["must"], [retrieval])):
+            rows.append({key: row[key] for key in ("id", "question", "must", "what", "why")})
     return pd.DataFrame(rows, columns=["id", "question", "must", "what", "why"])
 
 def holds(must: str, what: list[str], reply: dict) -> bool: # of the answer dictionary of `make_chain`

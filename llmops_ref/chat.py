@@ -32,7 +32,10 @@ from .workspace import DataError, Workspace, open_workspace
 
 # %% ../nbs/08a_chat.ipynb #0e573b6a
 log = logging.getLogger(__name__)
-FACTS = ("answer", "passages", "citations", "refused", "app", "version", "served_by", "trace_id", "seconds", "first_token_seconds", "prompt_tokens", "completion_tokens", "cost_usd")
+FACTS = (
+    "answer", "passages", "citations", "refused", "app", "version", "served_by", "trace_id", "seconds",
+    "first_token_seconds", "prompt_tokens", "completion_tokens", "cost_usd",
+)
 BROKEN = "Something went wrong on the server. Its log says what."     # and we do not: it may name files and addresses
 
 def as_json(data): return json.loads(json.dumps(data, default=str), parse_constant=lambda _: None)        # a browser knows no NaN
@@ -67,7 +70,9 @@ class EventStream(StreamingResponse):
         events, # Generator of strings
         over=lambda: None, # Called at the end
     ):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})    # a proxy shall not wait for the end
+        super().__init__(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )  # a proxy shall not wait for the end
         self.events, self.over = events, over
 
     async def __call__(self, scope, receive, send):
@@ -77,12 +82,20 @@ class EventStream(StreamingResponse):
             with anyio.CancelScope(shield=True): await run_in_threadpool(_close, self.events)
 
 def _close(events):
-    while events.gi_running: time.sleep(0.05)       # a thread reads the next piece; when a server is made to stop, nobody waits for that thread
+    while events.gi_running:  # a thread reads the next piece; when a server is made to stop, nobody waits for that thread
+        time.sleep(0.05)
     events.close()
 
 # %% ../nbs/08a_chat.ipynb #4d5876d5
-HEADERS = {"Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'self'; form-action 'none'",
-           "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin", "Permissions-Policy": "camera=(), microphone=(), geolocation=()"}
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none';"
+        " frame-ancestors 'self'; form-action 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
 
 class WithHeaders:
     "Middleware that puts `HEADERS` on every response."
@@ -104,10 +117,17 @@ def is_app() -> bool: return "DATABRICKS_APP_NAME" in os.environ
 
 def check_origin(request: Request) -> None:
     "`Refused` unless a request that changes something comes from our page, or from no page."
-    site, origin, hosts = request.headers.get("sec-fetch-site"), request.headers.get("origin"), {request.headers.get("host")} | ({request.headers.get("x-forwarded-host")} if is_app() else set())
-    ours = site in ("same-origin", "none") if site else urlsplit(origin).netloc in hosts if origin else True       # older browsers say only the origin
+    site, origin, hosts = (
+        request.headers.get("sec-fetch-site"),
+        request.headers.get("origin"),
+        {request.headers.get("host")} | ({request.headers.get("x-forwarded-host")} if is_app() else set()),
+    )
+    ours = (
+        site in ("same-origin", "none") if site else urlsplit(origin).netloc in hosts if origin else True
+    )  # older browsers say only the origin
     if not ours: raise Refused(403, "This request comes from another page. Use the page of the assistant itself.")
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json": raise Refused(415, "Send JSON, with the content type application/json.")
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise Refused(415, "Send JSON, with the content type application/json.")
 
 async def read_body(
     request: Request,
@@ -142,7 +162,11 @@ def user_of(
     return f"session-{session}"
 
 # %% ../nbs/08a_chat.ipynb #1cad695f
-STEPS = dict(read="Read the question", IndexRetriever="Search", retrieve="Search", cut="Cut to length", irrelevant="Anything relevant?", prompt="Fill in the prompt", Chat="Write the answer", refuse="Refuse", check="Check citations")
+STEPS = dict(
+    read="Read the question", IndexRetriever="Search", retrieve="Search", cut="Cut to length",
+    irrelevant="Anything relevant?", prompt="Fill in the prompt", Chat="Write the answer", refuse="Refuse",
+    check="Check citations",
+)
 
 def steps_of(
     trace, # Of MLflow
@@ -151,7 +175,13 @@ def steps_of(
     spans = trace.data.spans
     start, parents = min((s.start_time_ns for s in spans), default=0), {s.parent_id for s in spans}
     leaves = [s for s in spans if s.span_id not in parents and s.end_time_ns]
-    return [dict(name=STEPS.get(s.name, s.name), kind=s.span_type, at=(s.start_time_ns - start) / 1e9, seconds=(s.end_time_ns - s.start_time_ns) / 1e9) for s in sorted(leaves, key=lambda s: s.end_time_ns)]
+    return [
+        dict(
+            name=STEPS.get(s.name, s.name), kind=s.span_type, at=(s.start_time_ns - start) / 1e9,
+            seconds=(s.end_time_ns - s.start_time_ns) / 1e9,
+        )
+        for s in sorted(leaves, key=lambda s: s.end_time_ns)
+    ]
 
 def find_trace(
     ws: Workspace,
@@ -189,12 +219,27 @@ class Chat:
         self.ws, self.host, self.questions, self.reviewers = ws, host, list(questions), set(reviewers)
         self.given, self.running, self.voting = {}, 0, threading.Lock()      # trace id -> user; answers; one vote at a time
 
-    async def page(self, request): return FileResponse(self.ws.config.root / "app" / "page" / PAGE[request.url.path.rpartition("/")[2]], headers={"Cache-Control": "no-cache"})
+    async def page(self, request):
+        return FileResponse(
+            self.ws.config.root / "app" / "page" / PAGE[request.url.path.rpartition("/")[2]], headers={"Cache-Control": "no-cache"}
+        )
 
     async def info(self, request):
         config = self.ws.config
-        about = "the reference of " + ", ".join(config.corpus_packages[:-1]) + " and " * (len(config.corpus_packages) > 1) + config.corpus_packages[-1] if config.corpus == "packages" else ""
-        return JSONResponse(dict(env=config.env, app=config.app, about=about, questions=self.questions, reasons=REASONS, uses=USES, limit=QUESTION, user=user_of(request) if is_app() else ""))
+        about = (
+            "the reference of "
+            + ", ".join(config.corpus_packages[:-1])
+            + " and " * (len(config.corpus_packages) > 1)
+            + config.corpus_packages[-1]
+            if config.corpus == "packages"
+            else ""
+        )
+        return JSONResponse(
+            dict(
+                env=config.env, app=config.app, about=about, questions=self.questions, reasons=REASONS, uses=USES,
+                limit=QUESTION, user=user_of(request) if is_app() else "",
+            )
+        )
 
     async def ask(self, request):
         data = await read_body(request)
@@ -202,7 +247,10 @@ class Chat:
         if not question: raise Refused(400, "The question is empty. Ask something.")
         if self.running >= AT_ONCE: raise Refused(503, "Many questions are being answered at this moment. Try again in a moment.")
         self.running += 1
-        return EventStream(answer_events(self.host.stream(question, inputs=dict(user=user)), lambda facts: self.remember(facts.get("trace_id"), user)), self.ended)
+        return EventStream(
+            answer_events(self.host.stream(question, inputs=dict(user=user)), lambda facts: self.remember(facts.get("trace_id"), user)),
+            self.ended,
+        )
 
     def ended(self): self.running -= 1
 
@@ -215,9 +263,17 @@ class Chat:
 async def trace(self: Chat, request):
     trace_id = request.path_params["trace_id"]
     trace = await run_in_threadpool(find_trace, self.ws, trace_id)
-    if trace is None: raise Refused(404, "The trace of this answer is not there (yet). Traces are written after the answer; look again in a moment.")
+    if trace is None:
+        raise Refused(404, "The trace of this answer is not there (yet). Traces are written after the answer; look again in a moment.")
     steps = steps_of(trace)
-    return JSONResponse(as_json(dict(trace_id=trace_id, complete=trace.info.state != "IN_PROGRESS", seconds=max([s["at"] + s["seconds"] for s in steps], default=0), steps=steps)))
+    return JSONResponse(
+        as_json(
+            dict(
+                trace_id=trace_id, complete=trace.info.state != "IN_PROGRESS",
+                seconds=max([s["at"] + s["seconds"] for s in steps], default=0), steps=steps,
+            )
+        )
+    )
 
 # %% ../nbs/08a_chat.ipynb #dd52cfd4
 @patch
@@ -227,7 +283,10 @@ async def vote(self: Chat, request):
     if not isinstance(data.get("good"), bool): raise Refused(400, "A vote is good or not: true or false.")
     if reason and reason not in REASONS: raise Refused(400, f"There is no reason {reason!r}. There are {', '.join(REASONS)}.")
     if self.given.get(trace_id, user) != user: raise Refused(403, "This answer was given to somebody else; only they can vote on it.")
-    row = await run_in_threadpool(self.record, trace_id, data["good"], text_of(data, "comment"), text_of(data, "correction"), user, reason, text_of(data, "event_id", 64))
+    row = await run_in_threadpool(
+        self.record, trace_id, data["good"], text_of(data, "comment"), text_of(data, "correction"), user, reason,
+        text_of(data, "event_id", 64),
+    )
     return JSONResponse(as_json(dict(feedback_id=row["feedback_id"], good=row["good"])))
 
 @patch
@@ -244,17 +303,23 @@ async def reviews(self: Chat, request):
 
 @patch
 def reviewer(self: Chat, request, name=""):           # on Databricks Apps it is who has logged in
-    if self.reviewers and not is_app(): raise Refused(403, "Names cannot be proven on this page, and `reviewers` says who may review. Use the command: llmops review.")
+    if self.reviewers and not is_app():
+        raise Refused(403, "Names cannot be proven on this page, and `reviewers` says who may review. Use the command: llmops review.")
     name = user_of(request) if is_app() else name
-    if self.reviewers and name not in self.reviewers: raise Refused(403, "You may ask and vote here; reviewing is for others. Whoever runs this page can add you.")
+    if self.reviewers and name not in self.reviewers:
+        raise Refused(403, "You may ask and vote here; reviewing is for others. Whoever runs this page can add you.")
     return name
 
 @patch
 async def review(self: Chat, request):
     data = await read_body(request)
-    by, feedback_id, uses, accept = self.reviewer(request, text_of(data, "by", 80)), text_of(data, "feedback_id", 100), data.get("uses") or [], data.get("accept")
+    by, feedback_id, uses, accept = (
+        self.reviewer(request, text_of(data, "by", 80)), text_of(data, "feedback_id", 100), data.get("uses") or [],
+        data.get("accept"),
+    )
     if not isinstance(accept, bool): raise Refused(400, "A review accepts or rejects: true or false.")
-    if not isinstance(uses, list) or any(use not in list(USES) for use in uses): raise Refused(400, f"What is accepted can become {', '.join(USES)}, and nothing else.")
+    if not isinstance(uses, list) or any(use not in list(USES) for use in uses):
+        raise Refused(400, f"What is accepted can become {', '.join(USES)}, and nothing else.")
     with_answer = text_of(data, "answer")
     row = await run_in_threadpool(lambda: review_feedback(self.ws, feedback_id, by=by, accept=accept, answer=with_answer, uses=tuple(uses)))
     return JSONResponse(as_json(dict(row)))
@@ -269,9 +334,15 @@ def chat_app(
 ) -> Starlette:
     "The web application: the page and what it asks."
     chat = Chat(ws, host, questions, reviewers)
-    routes = [*((f"/{name}", chat.page, "GET") for name in PAGE), ("/api/info", chat.info, "GET"), ("/api/ask", chat.ask, "POST"), ("/api/trace/{trace_id}", chat.trace, "GET"),
-              ("/api/vote", chat.vote, "POST"), ("/api/reviews", chat.reviews, "GET"), ("/api/review", chat.review, "POST")]
-    app = Starlette(routes=[Route(path, in_words(endpoint), methods=[method]) for path, endpoint, method in routes], middleware=[Middleware(WithHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=list(names), www_redirect=False)])
+    routes = [
+        *((f"/{name}", chat.page, "GET") for name in PAGE), ("/api/info", chat.info, "GET"), ("/api/ask", chat.ask, "POST"),
+        ("/api/trace/{trace_id}", chat.trace, "GET"), ("/api/vote", chat.vote, "POST"),
+        ("/api/reviews", chat.reviews, "GET"), ("/api/review", chat.review, "POST"),
+    ]
+    app = Starlette(
+        routes=[Route(path, in_words(endpoint), methods=[method]) for path, endpoint, method in routes],
+        middleware=[Middleware(WithHeaders), Middleware(TrustedHostMiddleware, allowed_hosts=list(names), www_redirect=False)],
+    )
     app.state.chat = chat
     return app
 
@@ -284,7 +355,9 @@ def example_questions(
     try: rows = ws.read("questions")
     except DataError: return []
     rows = rows[(rows.split != "test") & (rows.gold.map(len) > 0) & rows.question.str.len().between(20, 75)]
-    rows = rows.assign(document=[gold[0] for gold in rows.gold], package=[gold[0].split(".")[0] for gold in rows.gold]).drop_duplicates("document")
+    rows = rows.assign(document=[gold[0] for gold in rows.gold], package=[gold[0].split(".")[0] for gold in rows.gold]).drop_duplicates(
+        "document"
+    )
     return rows.iloc[rows.groupby("package").cumcount().argsort(kind="stable")].question.head(n).tolist()
 
 # %% ../nbs/08a_chat.ipynb #972b2664
@@ -292,7 +365,8 @@ def open_champion(
     ws: Workspace,
 ): # A host that can be asked
     "The host of an environment, its champion up; `DataError` if nothing is deployed."
-    if (version := ws.alias("assistant", "champion", record=False)) is None: raise DataError(f"Nothing is deployed in {ws.config.env} yet. Run `llmops run --env {ws.config.env}`.")
+    if (version := ws.alias("assistant", "champion", record=False)) is None:
+        raise DataError(f"Nothing is deployed in {ws.config.env} yet. Run `llmops run --env {ws.config.env}`.")
     host = open_host(ws)
     host.reach(version)
     return host
@@ -307,5 +381,8 @@ def serve_chat(
     "Serve the page until Ctrl-C."
     import uvicorn
     threading.Thread(target=ws.mlflow, daemon=True).start()                 # its import takes seconds, and the first vote should not
-    app = chat_app(ws, host, example_questions(ws), ws.config.reviewers if reviewers is None else reviewers, ("127.0.0.1", "localhost") if host_name == "127.0.0.1" else ("*",))
+    app = chat_app(
+        ws, host, example_questions(ws), ws.config.reviewers if reviewers is None else reviewers,
+        ("127.0.0.1", "localhost") if host_name == "127.0.0.1" else ("*",),
+    )
     uvicorn.run(app, host=host_name, port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=3)

@@ -17,7 +17,9 @@ import pandas as pd
 from .config import SettingsError
 
 # %% ../nbs/01b_chunking.ipynb #0c42b3f6
-_ENDS = (r"\n[ \t]*\n", r"\n(?=\S|[ \t]+[-*:•]|[ \t]*\w[\w.]*[ \t]*(?:\([^)]*\))?:)", r"\n", r"(?<=[.!?;])\s+")      # paragraphs, items, lines, sentences
+_ENDS = (
+    r"\n[ \t]*\n", r"\n(?=\S|[ \t]+[-*:•]|[ \t]*\w[\w.]*[ \t]*(?:\([^)]*\))?:)", r"\n", r"(?<=[.!?;])\s+",
+)  # paragraphs, items, lines, sentences
 
 def split_text(
     text: str,
@@ -38,7 +40,11 @@ def split_text(
     return pieces
 
 # %% ../nbs/01b_chunking.ipynb #ebc1674f
-HEADING = re.compile(r"^[ \t]*(Args|Arguments|Parameters|Returns|Raises|Yields|Attributes|Examples?|Notes?|Warnings?|See also)[ \t]*:{0,2}[ \t]*(?:\n[ \t]*[-=~^]{3,}[ \t]*)?$", re.M | re.I)
+HEADING = re.compile(
+    r"^[ \t]*(Args|Arguments|Parameters|Returns|Raises|Yields|Attributes|Examples?|Notes?|Warnings?|See also)[ \t]*:{0,2}[ \t]*(?:\n["
+    r" \t]*[-=~^]{3,}[ \t]*)?$",
+    re.M | re.I,
+)
 
 def docstring_sections(
     text: str, # A docstring in the style of Google, NumPy or Sphinx
@@ -47,7 +53,9 @@ def docstring_sections(
     found = list(HEADING.finditer(text))
     starts = [0, *(m.start() for m in found)]
     names = ["Summary", *(m[1].capitalize() for m in found)]
-    return [(name, part) for name, start, end in zip(names, starts, [*starts[1:], len(text)]) if (part := text[start:end].strip("\n")).strip()]
+    return [
+        (name, part) for name, start, end in zip(names, starts, [*starts[1:], len(text)]) if (part := text[start:end].strip("\n")).strip()
+    ]
 
 # %% ../nbs/01b_chunking.ipynb #d79b64b1
 def markdown_sections(
@@ -96,7 +104,8 @@ def structure(d, words: int):
 def recursive(d, words: int):
     "Cut a document by LangChain's splitter, every 1,000 characters."
     from langchain_text_splitters import RecursiveCharacterTextSplitter
-    for piece in RecursiveCharacterTextSplitter(chunk_size=1000, chunk_overlap=100).split_text(f"{d.id}{d.signature}\n{d.text}"): yield "", piece
+    for piece in RecursiveCharacterTextSplitter(chunk_size=1000, chunk_overlap=100).split_text(f"{d.id}{d.signature}\n{d.text}"):
+        yield "", piece
 
 def whole(d, words: int):
     "Do not cut a document."
@@ -111,7 +120,14 @@ def make_chunks(
     chunker: str = "structure", # structure, recursive or whole
 ) -> pd.DataFrame: # Columns: `id document_id package kind heading position text words digest`; `id` = document id + "#" + position
     "Cut documents into chunks; `SettingsError` for an unknown chunker."
-    if chunker not in CHUNKERS: raise SettingsError(f"There is no chunker {chunker!r}. Set `chunker` in settings.ini to one of {', '.join(CHUNKERS)}.")
-    rows = [(f"{d.id}#{position}", d.id, d.package, d.kind, heading, position, text, len(text.split()), hashlib.sha256(text.encode()).hexdigest()[:16])
-            for d in documents.itertuples() for position, (heading, text) in enumerate(CHUNKERS[chunker](d, words))]
+    if chunker not in CHUNKERS:
+        raise SettingsError(f"There is no chunker {chunker!r}. Set `chunker` in settings.ini to one of {', '.join(CHUNKERS)}.")
+    rows = [
+        (
+            f"{d.id}#{position}", d.id, d.package, d.kind, heading, position, text, len(text.split()),
+            hashlib.sha256(text.encode()).hexdigest()[:16],
+        )
+        for d in documents.itertuples()
+        for position, (heading, text) in enumerate(CHUNKERS[chunker](d, words))
+    ]
     return pd.DataFrame(rows, columns=["id", "document_id", "package", "kind", "heading", "position", "text", "words", "digest"])

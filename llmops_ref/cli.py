@@ -18,7 +18,8 @@ from typing import Annotated, Optional
 import typer
 
 from .config import SettingsError, explain, load_config
-from .pipeline import STAGES, Lines, StageFailed, duration, find_stage, last_words, make_plan, manifest, not_needed, preflight, progress_text, reasons, run_pipeline
+from .pipeline import STAGES, Lines, StageFailed, duration, find_stage, last_words, make_plan, manifest, not_needed
+from .pipeline import preflight, progress_text, reasons, run_pipeline
 from .kit import kit_app
 from .people import people_app
 from .terminal import By, Env, Json, given, manners, me, one_of, out, seen, watched, who
@@ -73,7 +74,11 @@ def run(
         if dry_run: return
         if all(step.state in ("cached", "skipped") for step in steps): return _nothing_to_do(ws, env)
         preflight(ws, [step.stage for step in steps])
-        kept = shlex.join([a for text in settings or [] for a in ("--set", text)] + (["--app", app_name] if app_name else []) + (["--only", only] if only else ["--to", end] if end else []))
+        kept = shlex.join(
+            [a for text in settings or [] for a in ("--set", text)]
+            + (["--app", app_name] if app_name else [])
+            + (["--only", only] if only else ["--to", end] if end else [])
+        )
         _run(ws, env, steps, force, kept)
 
 # %% ../nbs/91_cli.ipynb #e6251c68
@@ -86,7 +91,9 @@ def _show_plan(env, steps):
         typer.echo(f"  {step.state:7} {step.stage.notebook:14} {last:>16}   {step.why[:110]}")
 
 def _nothing_to_do(ws, env):
-    typer.echo(f"\nEverything is up to date. Report: {_report(ws)}\nRun a stage anyway with `{me()} run --env {env} --only retrieval --force`.")
+    typer.echo(
+        f"\nEverything is up to date. Report: {_report(ws)}\nRun a stage anyway with `{me()} run --env {env} --only retrieval --force`."
+    )
 
 def _something(ws, n=0):                            # that the corpus answers
     from llmops_ref.chat import example_questions
@@ -104,8 +111,11 @@ def _run(ws, env, steps, force, kept):
     except StageFailed as failure:
         typer.secho(f"\n{failure.stage.notebook} failed:", fg="red", err=True)
         typer.echo("  " + failure.error.replace("\n", "\n  "), err=True)
-        typer.echo(f"Executed notebook: {os.path.relpath(failure.notebook)}\nReport:            {_report(ws)}\n"
-                   f"Resume with:       {me()} run --env {env} {'' if '--only' in kept else f'--from {failure.stage.number} '}{kept}".rstrip(), err=True)
+        typer.echo(
+            f"Executed notebook: {os.path.relpath(failure.notebook)}\nReport:            {_report(ws)}\n"
+            f"Resume with:       {me()} run --env {env} {'' if '--only' in kept else f'--from {failure.stage.number} '}{kept}".rstrip(),
+            err=True,
+        )
         raise typer.Exit(1) from None
     if record["waiting"]:
         typer.secho(f"\n{record['waiting']}", fg="yellow", err=True)
@@ -125,14 +135,26 @@ def status(env: Env = "dev", as_json: Json = False):
         ws, rows = open_workspace(load_config(env)), []
         for stage in STAGES:
             last, why, idle = manifest(ws, stage) or {}, reasons(ws, stage), not_needed(ws.config, stage)
-            rows.append(dict(stage=stage.notebook, state="skipped" if idle else "never ran" if not last else "stale" if why else "up to date", why=[idle] if idle else why, seconds=last.get("seconds"),
-                             finished=last.get("finished"), headline=last.get("headline"), metrics=last.get("metrics", {})))
+            rows.append(
+                dict(
+                    stage=stage.notebook,
+                    state="skipped" if idle else "never ran" if not last else "stale" if why else "up to date",
+                    why=[idle] if idle else why, seconds=last.get("seconds"), finished=last.get("finished"),
+                    headline=last.get("headline"), metrics=last.get("metrics", {}),
+                )
+            )
         if as_json: return out(dict(env=env, stages=rows, report=_report(ws)))
-        for row in rows: typer.echo(f"  {row['stage']:14} {row['state']:11} {duration(row['seconds']):>10}   {row['headline'] or '; '.join(row['why'])}")
+        for row in rows:
+            typer.echo(f"  {row['stage']:14} {row['state']:11} {duration(row['seconds']):>10}   {row['headline'] or '; '.join(row['why'])}")
         typer.echo(f"\nReport: {_report(ws)}")
 
 @app.command()
-def summary(env: Env = "dev", against: Annotated[Optional[Path], typer.Option(help="A folder like runs/dev/latest of another run, such as main's: shows the differences")] = None):
+def summary(
+    env: Env = "dev",
+    against: Annotated[
+        Optional[Path], typer.Option(help="A folder like runs/dev/latest of another run, such as main's: shows the differences")
+    ] = None,
+):
     "Print the latest run as Markdown: verdict, stages, numbers; for a pull request."
     with manners():
         from llmops_ref.report import read_run, summary_markdown
@@ -147,10 +169,17 @@ def why(stage: Annotated[str, typer.Argument(help="Such as 03 or retrieval")], e
     with manners():
         chosen, ws = find_stage(stage), open_workspace(load_config(env))
         found, last = reasons(ws, chosen), manifest(ws, chosen) or {}
-        if as_json: return out(dict(env=env, stage=chosen.notebook, reasons=found, depends_on={k: last.get(k, {}) for k in ("params", "reads", "code")}))
+        if as_json:
+            return out(
+                dict(env=env, stage=chosen.notebook, reasons=found, depends_on={k: last.get(k, {}) for k in ("params", "reads", "code")})
+            )
         typer.echo(f"{chosen.notebook} is up to date." if not found else f"{chosen.notebook} would run:")
         for reason in found: typer.echo(f"  {reason}")
-        if last: typer.echo(f"It depends on {len(last['code'])} files of code, {len(last['params'])} settings ({', '.join(last['params'])}) and {', '.join(last['reads'])}.")
+        if last:
+            typer.echo(
+                f"It depends on {len(last['code'])} files of code, {len(last['params'])} settings ({', '.join(last['params'])}) and"
+                f" {', '.join(last['reads'])}."
+            )
 
 @app.command()
 def config(env: Env = "dev", as_json: Json = False):
@@ -170,8 +199,13 @@ def _questions(question):
     return [line.strip() for line in sys.stdin if line.strip()], True
 
 @app.command()
-def search(question: Annotated[Optional[str], typer.Argument()] = None, k: Annotated[int, typer.Option("-k", min=1, help="How many passages")] = 5,
-           package: Annotated[Optional[list[str]], typer.Option(help="Only passages of this package, or folder; may be repeated")] = None, env: Env = "dev", as_json: Json = False):
+def search(
+    question: Annotated[Optional[str], typer.Argument()] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many passages")] = 5,
+    package: Annotated[Optional[list[str]], typer.Option(help="Only passages of this package, or folder; may be repeated")] = None,
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "Find passages, without asking a model."
     with manners():
         from dataclasses import asdict
@@ -183,10 +217,19 @@ def search(question: Annotated[Optional[str], typer.Argument()] = None, k: Annot
             found = index.search(text, k, method, ws.config.retrieval_candidates, filters={"package": package} if package else None)
             if as_json or many: out(dict(question=text, passages=[asdict(p) for p in found]))
             else:
-                for n, p in enumerate(found, 1): typer.echo(f"[{n}] {typer.style(seen(p.document_id), bold=True)}  ({seen(p.heading)}, {p.similarity:.2f})\n    {seen(' '.join(p.text.split(chr(10), 1)[-1].split()))[:200]}")
+                for n, p in enumerate(found, 1):
+                    typer.echo(
+                        f"[{n}] {typer.style(seen(p.document_id), bold=True)}  ({seen(p.heading)}, {p.similarity:.2f})\n   "
+                        f" {seen(' '.join(p.text.split(chr(10), 1)[-1].split()))[:200]}"
+                    )
 
 @app.command()
-def ask(question: Annotated[Optional[str], typer.Argument()] = None, stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is written")] = False, env: Env = "dev", as_json: Json = False):
+def ask(
+    question: Annotated[Optional[str], typer.Argument()] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is written")] = False,
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "Ask the deployed champion; it answers with citations."
     with manners():
         from llmops_ref.deployment import open_champion
@@ -194,22 +237,37 @@ def ask(question: Annotated[Optional[str], typer.Argument()] = None, stream: Ann
         ws = open_workspace(load_config(env))
         with open_champion(ws) as answer:
             for text in questions:
-                reply = answer(text, (lambda piece: typer.echo(seen(piece), nl=False)) if stream and not (as_json or many) else (lambda piece: None) if stream else None)
+                reply = answer(
+                    text,
+                    (
+                        (lambda piece: typer.echo(seen(piece), nl=False))
+                        if stream and not (as_json or many)
+                        else (lambda piece: None) if stream else None
+                    ),
+                )
                 if as_json or many: out(reply)
                 else:
                     typer.echo("" if stream else seen(reply["answer"]))
                     for p in reply["passages"]:
-                        if p["number"] in reply["citations"]: typer.echo(typer.style(f"  [{p['number']}] {seen(p['document_id'])}", dim=True))
-                    if reply.get("trace_id"): typer.echo(typer.style(f"  {me()} vote {reply['trace_id']} --env {env} --up, or --down", dim=True))
+                        if p["number"] in reply["citations"]:
+                            typer.echo(typer.style(f"  [{p['number']}] {seen(p['document_id'])}", dim=True))
+                    if reply.get("trace_id"):
+                        typer.echo(typer.style(f"  {me()} vote {reply['trace_id']} --env {env} --up, or --down", dim=True))
 
 @app.command()
-def rollback(env: Env = "dev", prompt: Annotated[bool, typer.Option("--prompt", help="The prompt instead of the assistant: it is used from the next run on")] = False,
-             question: Annotated[str, typer.Option(help="The previous version must answer it first")] = "How do I log a metric?"):
+def rollback(
+    env: Env = "dev",
+    prompt: Annotated[bool, typer.Option("--prompt", help="The prompt instead of the assistant: it is used from the next run on")] = False,
+    question: Annotated[str, typer.Option(help="The previous version must answer it first")] = "How do I log a metric?",
+):
     "Make the previous champion serve again."
     with manners():
         if prompt:
             from llmops_ref.prompts import rollback_prompt
-            typer.echo(f"Version {rollback_prompt(open_workspace(load_config(env)))} of the prompt is champion of {env} again. Give it to the assistant: {me()} run --env {env} --from finetune")
+            typer.echo(
+                f"Version {rollback_prompt(open_workspace(load_config(env)))} of the prompt is champion of {env} again. Give it to the"
+                f" assistant: {me()} run --env {env} --from finetune"
+            )
             return
         from llmops_ref.deployment import rollback as back
         version, answer = back(open_workspace(load_config(env)), question)
@@ -224,12 +282,21 @@ def _show_evidence(ws, version, facts):
     from llmops_ref.workspace import write_atomic
     evidence = read_evidence(ws, facts)
     page = write_atomic(ws.path("evidence", f"version-{version}.html"), render_evidence(evidence))
-    typer.echo(f"Version {version} of the assistant in {ws.config.env}: {evidence['verdict']}, digest {facts.get('digest', '')[:16]}, commit {facts.get('git_commit', 'unknown')}")
+    typer.echo(
+        f"Version {version} of the assistant in {ws.config.env}: {evidence['verdict']}, digest {facts.get('digest', '')[:16]}, commit"
+        f" {facts.get('git_commit', 'unknown')}"
+    )
     for reason in evidence_reasons(evidence): typer.echo(f"  {reason}")
     typer.echo(f"The evidence: {os.path.relpath(page)}")
 
 @app.command()
-def approve(env: Env = "prod", version: Version = None, by: By = None, reason: Annotated[str, typer.Option(help="What convinced you")] = "", yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False):
+def approve(
+    env: Env = "prod",
+    version: Version = None,
+    by: By = None,
+    reason: Annotated[str, typer.Option(help="What convinced you")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
+):
     "Show the evidence of a validated version, ask, and let it be deployed."
     with manners():
         from llmops_ref.approval import decide, to_decide
@@ -243,7 +310,9 @@ def approve(env: Env = "prod", version: Version = None, by: By = None, reason: A
         typer.echo(f"Approved by {tags['approval_by']} for the content {tags['approval_digest'][:16]}. Go on: {me()} run --env {env}")
 
 @app.command()
-def reject(env: Env = "prod", version: Version = None, by: By = None, reason: Annotated[str, typer.Option(help="What is wrong with it")] = ""):
+def reject(
+    env: Env = "prod", version: Version = None, by: By = None, reason: Annotated[str, typer.Option(help="What is wrong with it")] = ""
+):
     "Say no to a validated version, and why; it is not deployed."
     with manners():
         from llmops_ref.approval import decide, to_decide
@@ -253,16 +322,32 @@ def reject(env: Env = "prod", version: Version = None, by: By = None, reason: An
         typer.echo(f"Version {version} is rejected by {tags['approval_by']}. What serves {env} now goes on serving.")
 
 @app.command()
-def promote(source: Annotated[str, typer.Option("--from", help="Where it passed validation")] = "staging", target: Annotated[str, typer.Option("--to", help="Where it goes")] = "prod"):
+def promote(
+    source: Annotated[str, typer.Option("--from", help="Where it passed validation")] = "staging",
+    target: Annotated[str, typer.Option("--to", help="Where it goes")] = "prod",
+):
     "Copy a validated fine-tuned model from one environment to another (promotion = model)."
     with manners():
         from llmops_ref.promotion import promote_model
         version, digest = promote_model(open_workspace(load_config(source)), open_workspace(there := load_config(target)))
-        typer.echo(f"The model of {source} with the digest {digest[:16]} is version {version} of chat_model in {target}. Validate it there: {me()} run --env {target}")
-        if there.promotion != "model": typer.secho(f"Note: promotion = {there.promotion} in {target}, so the next run there trains a model of its own. Set promotion = model in settings.ini.", fg="yellow", err=True)
+        typer.echo(
+            f"The model of {source} with the digest {digest[:16]} is version {version} of chat_model in {target}. Validate it there: {me()}"
+            f" run --env {target}"
+        )
+        if there.promotion != "model":
+            typer.secho(
+                f"Note: promotion = {there.promotion} in {target}, so the next run there trains a model of its own. Set promotion = model"
+                " in settings.ini.",
+                fg="yellow",
+                err=True,
+            )
 
 @app.command()
-def versions(env: Env = "dev", remove: Annotated[Optional[str], typer.Option(help="Delete this version, unless an alias points at it")] = None, as_json: Json = False):
+def versions(
+    env: Env = "dev",
+    remove: Annotated[Optional[str], typer.Option(help="Delete this version, unless an alias points at it")] = None,
+    as_json: Json = False,
+):
     "List the versions of the assistant: aliases, verdicts, approvals, digests."
     with manners():
         from llmops_ref.approval import list_versions
@@ -279,7 +364,11 @@ def _show_table(table, as_json):
     else: typer.echo(table.to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
 
 @app.command()
-def bench(name: Annotated[str, typer.Argument(help="retrieval, chunkers, fusion, embedders, kinds or backends")], env: Env = "dev", as_json: Json = False):
+def bench(
+    name: Annotated[str, typer.Argument(help="retrieval, chunkers, fusion, embedders, kinds or backends")],
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "Measure a choice of ours beside its alternatives, on the tables of an environment."
     with manners():
         os.environ["TQDM_DISABLE"] = "1"            # bars of other libraries
@@ -296,23 +385,41 @@ def compare(env: Env = "dev", as_json: Json = False):
         table, answers = compare_applications(ws)
         ws.write("applications", table.reset_index())
         _show_table(table.drop(columns="app").T, False) if not as_json else _show_table(table, True)
-        if not as_json: typer.echo(f"\n{len(next(iter(answers.values())))} questions. A machine of {ws.config.machine_price:g} US dollars an hour costs as much as the provider from "
-                                   f"{break_even(ws.config, table.usd_per_1000.iloc[0]):,.0f} questions an hour on.")
+        if not as_json:
+            typer.echo(
+                f"\n{len(next(iter(answers.values())))} questions. A machine of {ws.config.machine_price:g} US dollars an hour costs as"
+                f" much as the provider from {break_even(ws.config, table.usd_per_1000.iloc[0]):,.0f} questions an hour on."
+            )
 
 @app.command()
-def batch(source: Annotated[str, typer.Argument(help="Table with the columns id and question")], target: Annotated[str, typer.Argument(help="Table of answers; made if it is not there")],
-          version: Annotated[Optional[str], typer.Option(help="Of the assistant; the champion by default")] = None, slice_rows: Annotated[int, typer.Option("--slice", min=1, help="Questions a commit")] = 200, env: Env = "dev", as_json: Json = False):
+def batch(
+    source: Annotated[str, typer.Argument(help="Table with the columns id and question")],
+    target: Annotated[str, typer.Argument(help="Table of answers; made if it is not there")],
+    version: Annotated[Optional[str], typer.Option(help="Of the assistant; the champion by default")] = None,
+    slice_rows: Annotated[int, typer.Option("--slice", min=1, help="Questions a commit")] = 200,
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "Answer the questions of a table with the logged assistant; run again, it goes on where it stopped."
     with manners():
         from llmops_ref.batch import answer_table
         ws = watched(open_workspace(load_config(env)))
         counts = answer_table(ws, source, target, version, slice_rows)
         if as_json: return out(counts)
-        typer.echo(f"{counts['answered']:,} answered, {counts['failed']:,} failed, {counts['before']:,} had an answer before. They are in the table {target}.")
+        typer.echo(
+            f"{counts['answered']:,} answered, {counts['failed']:,} failed, {counts['before']:,} had an answer before. They are in the"
+            f" table {target}."
+        )
         if counts["failed"]: raise typer.Exit(1)
 
 @app.command()
-def load(askers: Annotated[str, typer.Option(help="How many ask at the same time, with commas")] = "1,2,4,8", seconds: Annotated[float, typer.Option(min=1, help="For each number of askers")] = 20, soak: Annotated[float, typer.Option(help="Seconds of steady traffic afterwards")] = 0, env: Env = "dev", as_json: Json = False):
+def load(
+    askers: Annotated[str, typer.Option(help="How many ask at the same time, with commas")] = "1,2,4,8",
+    seconds: Annotated[float, typer.Option(min=1, help="For each number of askers")] = 20,
+    soak: Annotated[float, typer.Option(help="Seconds of steady traffic afterwards")] = 0,
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "Load the deployed champion: answers a second and waiting by concurrency; a plot, and a soak."
     with manners():
         from llmops_ref.load import load_champion, plot_load
@@ -321,7 +428,8 @@ def load(askers: Annotated[str, typer.Option(help="How many ask at the same time
         ws = watched(open_workspace(load_config(env)))
         table, lasting = load_champion(ws, numbers, seconds, soak)
         plot_load(table).savefig(figure := ws.path("figures", "load.png"), dpi=110)
-        if as_json: return out(dict(load=table.to_dict("records"), soak=[] if lasting is None else lasting.to_dict("records"), figure=str(figure)))
+        if as_json:
+            return out(dict(load=table.to_dict("records"), soak=[] if lasting is None else lasting.to_dict("records"), figure=str(figure)))
         typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
         if lasting is not None: typer.echo("\n" + lasting.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
         typer.echo(f"\nPlot: {os.path.relpath(figure)}")
@@ -335,8 +443,13 @@ def _documents(ws):
     except DataError: return None
 
 @questions_app.command("list")
-def list_questions(split: Annotated[Optional[str], typer.Option(help="Only train, or only test")] = None, kind: Annotated[Optional[str], typer.Option("--type", help="Only this type, such as howto")] = None,
-                   drafts: Annotated[bool, typer.Option("--drafts", help="Only those that wait for a review")] = False, env: Env = "dev", as_json: Json = False):
+def list_questions(
+    split: Annotated[Optional[str], typer.Option(help="Only train, or only test")] = None,
+    kind: Annotated[Optional[str], typer.Option("--type", help="Only this type, such as howto")] = None,
+    drafts: Annotated[bool, typer.Option("--drafts", help="Only those that wait for a review")] = False,
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "List questions, drafts too."
     with manners():
         from llmops_ref.corpus import QUESTION_TYPES, load_questions
@@ -350,28 +463,58 @@ def list_questions(split: Annotated[Optional[str], typer.Option(help="Only train
         typer.echo(f"{len(rows)} questions, {rows.draft.sum()} of them drafts")
 
 @questions_app.command("add")
-def add(question: Annotated[Optional[str], typer.Option()] = None, gold: Annotated[Optional[list[str]], typer.Option(help="Id of a document that answers it; may be repeated")] = None,
-        answer: Annotated[Optional[str], typer.Option(help="Reference answer: about an API it names a gold object, about a page it says what the page says; not needed if unanswerable")] = None, kind: Annotated[Optional[str], typer.Option("--type", help="lookup, howto, paraphrase, symptom or unanswerable")] = None,
-        split: Annotated[Optional[str], typer.Option(help="train or test; best left out")] = None, by: Annotated[str, typer.Option(help="Your name, if it is to stand in the file")] = "", env: Env = "dev", as_json: Json = False):
+def add(
+    question: Annotated[Optional[str], typer.Option()] = None,
+    gold: Annotated[Optional[list[str]], typer.Option(help="Id of a document that answers it; may be repeated")] = None,
+    answer: Annotated[
+        Optional[str],
+        typer.Option(
+            help=(
+                "Reference answer: about an API it names a gold object, about a page it says what the page says; not needed if unanswerable"
+            )
+        ),
+    ] = None,
+    kind: Annotated[Optional[str], typer.Option("--type", help="lookup, howto, paraphrase, symptom or unanswerable")] = None,
+    split: Annotated[Optional[str], typer.Option(help="train or test; best left out")] = None,
+    by: Annotated[str, typer.Option(help="Your name, if it is to stand in the file")] = "",
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "Add a question as a draft; on a terminal, what is missing is asked."
     with manners():
         from llmops_ref.corpus import QUESTION_TYPES, load_questions
         from llmops_ref.questions import add_question, check_questions
         ws = open_workspace(load_config(env))
-        path, question, kind = ws.read_file(ws.config.questions), given(question, "--question", "the question"), given(kind, "--type", f"its type ({', '.join(QUESTION_TYPES)})")
+        path, question, kind = (
+            ws.read_file(ws.config.questions),
+            given(question, "--question", "the question"),
+            given(kind, "--type", f"its type ({', '.join(QUESTION_TYPES)})"),
+        )
         if kind != "unanswerable":
             gold = gold or given(None, "--gold", "ids of the documents that answer it, with commas between them").split(",")
             answer = given(answer, "--answer", "a reference answer, which names one of them")
         documents = _documents(ws)
         id = add_question(path, question, gold or [], answer or "", kind, split, by, documents)
         row = load_questions(path, drafts=True).query("id == @id")
-        notes = [f"{p.problem}. {p.fix}" for p in check_questions(row, documents).itertuples()] if documents is not None else [f"The gold objects were not looked up: the stage corpus has not run in {env}."] * bool(gold)
+        notes = (
+            [f"{p.problem}. {p.fix}" for p in check_questions(row, documents).itertuples()]
+            if documents is not None
+            else [f"The gold objects were not looked up: the stage corpus has not run in {env}."] * bool(gold)
+        )
         if as_json: return out(row.iloc[0].to_dict() | dict(notes=notes))
-        typer.echo(f"{id} is a draft of the {row.split.iloc[0]} split. Somebody reviews it with `{me()} questions review {id} --accept` (or --reject).")
+        typer.echo(
+            f"{id} is a draft of the {row.split.iloc[0]} split. Somebody reviews it with `{me()} questions review {id} --accept` (or"
+            " --reject)."
+        )
         for note in notes: typer.secho(f"Note: {note}", fg="yellow", err=True)
 
 @questions_app.command("review")
-def review(id: Annotated[str, typer.Argument(help="Such as q155")], accept: Annotated[Optional[bool], typer.Option("--accept/--reject", help="Let the draft in, or delete it")] = None, by: Annotated[str, typer.Option(help="Your name, if it is to stand in the file")] = "", env: Env = "dev"):
+def review(
+    id: Annotated[str, typer.Argument(help="Such as q155")],
+    accept: Annotated[Optional[bool], typer.Option("--accept/--reject", help="Let the draft in, or delete it")] = None,
+    by: Annotated[str, typer.Option(help="Your name, if it is to stand in the file")] = "",
+    env: Env = "dev",
+):
     "Let a draft in, or delete it."
     with manners():
         from llmops_ref.questions import review_question
@@ -392,7 +535,11 @@ def check(env: Env = "dev", as_json: Json = False):
         if as_json: out(dict(env=env, questions=len(rows), gold_looked_up=documents is not None, problems=found.to_dict("records")))
         else:
             for p in found.itertuples(): typer.echo(f"{p.id}  {p.problem}\n      {p.fix}")
-            looked = f"gold objects looked up among {len(documents):,} documents" if documents is not None else f"gold objects not looked up, since the stage corpus has not run in {env}"
+            looked = (
+                f"gold objects looked up among {len(documents):,} documents"
+                if documents is not None
+                else f"gold objects not looked up, since the stage corpus has not run in {env}"
+            )
             typer.echo(f"{len(rows)} questions, {len(found)} problems; {looked}.")
         if len(found): raise typer.Exit(1)
 
@@ -414,17 +561,29 @@ def plan(env: Env = "dev", var: Vars = None, as_json: Json = False):
         bundle = load_bundle(load_config(env).root, env, _named_values(var))
         table = plan_bundle(bundle, load_config(env, **bundle.settings()))
         if as_json: return out(dict(env=env, mode=bundle.mode, run_as=bundle.run_as, resources=table.to_dict("records")))
-        typer.echo(f"{bundle.name} in {env}, mode {bundle.mode}, run as {next(iter(bundle.run_as.values()), 'you')}, files in {bundle.workspace['root_path']}\n")
+        typer.echo(
+            f"{bundle.name} in {env}, mode {bundle.mode}, run as {next(iter(bundle.run_as.values()), 'you')}, files in"
+            f" {bundle.workspace['root_path']}\n"
+        )
         width = {key: max(len(str(v)) for v in [key.replace("_", " "), *table[key]]) for key in table.columns}
-        for row in [{key: key.replace("_", " ") for key in table.columns}, *table.to_dict("records")]: typer.echo("  " + "  ".join(f"{row[key]:{width[key]}}" for key in table.columns).rstrip())
+        for row in [{key: key.replace("_", " ") for key in table.columns}, *table.to_dict("records")]:
+            typer.echo("  " + "  ".join(f"{row[key]:{width[key]}}" for key in table.columns).rstrip())
         own = ""                                    # not exported: they would follow you into prod
         if bundle.mode == "development":
-            own = f"LLMOPS_SCHEMA=dev_<name>_reference LLMOPS_EXPERIMENT='/Shared/[dev <name>] {load_config(env, **bundle.settings()).catalog}' "
+            own = (
+                "LLMOPS_SCHEMA=dev_<name>_reference LLMOPS_EXPERIMENT='/Shared/[dev <name>]"
+                f" {load_config(env, **bundle.settings()).catalog}' "
+            )
             typer.echo("\n`you` is your name there. Give what stands before llmops below to each command that is to see your copy.")
-        typer.echo(f"\nUS dollars an hour, as orders of magnitude; look the real prices up for your region. Then: databricks bundle deploy -t {env} && {own}{me()} bundle connect --env {env}")
+        typer.echo(
+            "\nUS dollars an hour, as orders of magnitude; look the real prices up for your region. Then: databricks bundle deploy -t"
+            f" {env} && {own}{me()} bundle connect --env {env}"
+        )
 
 @bundle_app.command("connect")
-def connect(env: Env = "dev", job_id: Annotated[Optional[int], typer.Option(help="Of the deployment job; found by its name by default")] = None):
+def connect(
+    env: Env = "dev", job_id: Annotated[Optional[int], typer.Option(help="Of the deployment job; found by its name by default")] = None
+):
     "Tell the registered model which deployment job a new version starts; once, after the first deployment of the bundle."
     with manners():
         from llmops_ref.hosting import open_client
@@ -434,12 +593,20 @@ def connect(env: Env = "dev", job_id: Annotated[Optional[int], typer.Option(help
         typer.echo(f"A new version of {connect_deployment_job(ws, job_id)} now starts job {job_id}.")
 
 @app.command("destroy")
-def destroy_environment(env: Env = "dev", platform: Annotated[Optional[str], typer.Option(help="local or databricks, instead of the setting: what goes is what is there")] = None, yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False):
+def destroy_environment(
+    env: Env = "dev",
+    platform: Annotated[Optional[str], typer.Option(help="local or databricks, instead of the setting: what goes is what is there")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
+):
     "Remove all that runs and jobs made in an environment, and say what is left."
     with manners():
         from llmops_ref.bundle import destroy
         ws = open_workspace(load_config(env, **(dict(platform=platform) if platform else {})))
-        where = f"this machine ({ws.store}, {ws.runs})" if ws.config.platform == "local" else f"the workspace ({ws.config.catalog}.{ws.config.schema})"
+        where = (
+            f"this machine ({ws.store}, {ws.runs})"
+            if ws.config.platform == "local"
+            else f"the workspace ({ws.config.catalog}.{ws.config.schema})"
+        )
         if not yes:
             if not sys.stdin.isatty(): raise SettingsError(f"Nobody can be asked here. Say --yes if all of {env} on {where} is to go.")
             if typer.prompt(f"What runs and jobs of {env} made on {where} will be gone. Type {env} to go on") != env: raise typer.Exit(1)
@@ -466,7 +633,10 @@ def _serve(ws, what, port):                         # its URL, and a request to 
             front = open_front(ws, port)
             share_traffic(front, {version: start_endpoint(ws, version)}, {version: 1.0})
         url = start_endpoint(ws, version, port).url if what == "assistant" else front_url(front)
-        return url, f"""curl {url}/responses -H 'Content-Type: application/json' -d '{{"model": "assistant", "input": [{{"role": "user", "content": "How do I log a metric?"}}]}}'"""
+        return (
+            url,
+            f"""curl {url}/responses -H 'Content-Type: application/json' -d '{{"model": "assistant", "input": [{{"role": "user", "content": "How do I log a metric?"}}]}}'""",
+        )
     if what == "gateway":
         from llmops_ref.gateway import gateway_endpoint, publish_gateway
         if ws.config.platform == "databricks":
@@ -478,14 +648,29 @@ def _serve(ws, what, port):                         # its URL, and a request to 
         from llmops_ref.llm import Endpoint, serve_command
         model, adapter, version = tuned_files(ws)
         key = os.environ.setdefault("CHAT_API_KEY", secrets.token_urlsafe(24))
-        service = start_service(ws, "chat_model", serve_command(model, ws.config.chat_model, ws.config.chat_slots, adapter), f"{version} {model.name} {ws.config.finetune_serve} {hashlib.sha256(key.encode()).hexdigest()[:16]}", port=port, environment=dict(LLMOPS_SERVE_KEY=key))
+        service = start_service(
+            ws, "chat_model", serve_command(model, ws.config.chat_model, ws.config.chat_slots, adapter),
+            f"{version} {model.name} {ws.config.finetune_serve} {hashlib.sha256(key.encode()).hexdigest()[:16]}", port=port,
+            environment=dict(LLMOPS_SERVE_KEY=key),
+        )
         typer.echo(f"export CHAT_API_KEY={key} LLMOPS_CHAT_URL={service.url}/v1")
         endpoint = Endpoint(f"{service.url}/v1", ws.config.chat_model, key)
-    key = f" -H \"Authorization: Bearer ${'DATABRICKS_TOKEN' if callable(endpoint.api_key) else 'CHAT_API_KEY'}\"" if endpoint.api_key else ""
-    return endpoint.base_url, f"""curl {endpoint.base_url}/chat/completions -H 'Content-Type: application/json'{key} -d '{{"model": "{endpoint.model}", "max_tokens": 20, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
+    key = (
+        f" -H \"Authorization: Bearer ${'DATABRICKS_TOKEN' if callable(endpoint.api_key) else 'CHAT_API_KEY'}\"" if endpoint.api_key else ""
+    )
+    return (
+        endpoint.base_url,
+        f"""curl {endpoint.base_url}/chat/completions -H 'Content-Type: application/json'{key} -d '{{"model": "{endpoint.model}", "max_tokens": 20, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'""",
+    )
 
 @app.command()
-def serve(what: Annotated[str, typer.Argument(help="assistant, front (the assistant at an address that stays when versions change), chat_model or gateway")] = "assistant", port: Annotated[int, typer.Option(help="0 = a free one")] = 0, env: Env = "dev"):
+def serve(
+    what: Annotated[
+        str, typer.Argument(help="assistant, front (the assistant at an address that stays when versions change), chat_model or gateway")
+    ] = "assistant",
+    port: Annotated[int, typer.Option(help="0 = a free one")] = 0,
+    env: Env = "dev",
+):
     "Bring the assistant, the fine-tuned model or the gateway up, until Ctrl-C."
     with manners():
         from llmops_ref.services import running_services, stop_leftovers, stop_services

@@ -185,10 +185,28 @@ def _check_range(key, value):
         if key in ("serving_port", "gateway_port") and value > 65535: raise ValueError("a port, at most 65535, or 0 for a free one")
         if key == "monitoring_false_alarms" and not 0 < value < 1: raise ValueError("a share above 0 and below 1")
         if key in ("finetune_lr", "finetune_epochs") and value == 0: raise ValueError("a number above 0")
-        if key == "finetune_held_out" and value < 4: raise ValueError("a number of 4 or more: the held-out pairs tell when training should end")
-        if key in ("gate_names_gold", "gate_says_reference", "gate_citation_precision", "gate_refusal_recall", "gate_attacks", "gate_regressions", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language", "corpus_max_unreadable") and value > 1 or key.startswith("monitoring_max_") and key not in ("monitoring_max_p95_seconds", "monitoring_max_cost_per_1000") and value > 1:
+        if key == "finetune_held_out" and value < 4:
+            raise ValueError("a number of 4 or more: the held-out pairs tell when training should end")
+        if (
+            key in (
+                "gate_names_gold", "gate_says_reference", "gate_citation_precision", "gate_refusal_recall", "gate_attacks",
+                "gate_regressions", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language",
+                "corpus_max_unreadable",
+            )
+            and value > 1
+            or key.startswith("monitoring_max_")
+            and key not in ("monitoring_max_p95_seconds", "monitoring_max_cost_per_1000")
+            and value > 1
+        ):
             raise ValueError("a share between 0 and 1")
-        if key in ("retrieval_k", "chat_slots", "prompt_slots", "chat_max_tokens", "chunk_words", "passage_words", "question_words", "chat_timeout", "gateway_timeout", "finetune_examples", "finetune_rank", "finetune_tokens", "finetune_rows_per_step", "finetune_checks", "smoke_questions", "rollout_questions", "monitoring_days") and value < 1:
+        if (
+            key in (
+                "retrieval_k", "chat_slots", "prompt_slots", "chat_max_tokens", "chunk_words", "passage_words",
+                "question_words", "chat_timeout", "gateway_timeout", "finetune_examples", "finetune_rank", "finetune_tokens",
+                "finetune_rows_per_step", "finetune_checks", "smoke_questions", "rollout_questions", "monitoring_days",
+            )
+            and value < 1
+        ):
             raise ValueError("a number of 1 or more")
 
 # %% ../nbs/00_config.ipynb #470ab21d
@@ -238,7 +256,10 @@ def load_config(
     for key, (text, where) in raw.items():
         if key not in kinds:
             near = difflib.get_close_matches(key, kinds, n=1)
-            wrong.append(f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "; remove it, or add it to Config in nbs/00_config.ipynb."))
+            wrong.append(
+                f"{where}: unknown key"
+                + (f"; did you mean {near[0]!r}?" if near else "; remove it, or add it to Config in nbs/00_config.ipynb.")
+            )
             continue
         try:
             values[key] = _parse(_named(text, names), kinds[key]) if isinstance(text, str) else text
@@ -261,10 +282,14 @@ def _layers(parser, path, env, overrides):
         if section not in (known := ENVIRONMENTS + PROFILES + (PLATFORM,)):
             raise SettingsError(f"{path} has an unknown section [{section}]: expected DEFAULT, {', '.join(known)}.")
         if section in PROFILES and (other := [key for key in own if not key.startswith("finetune_") or key == "finetune_profile"]):
-            raise SettingsError(f"{path} [{section}] holds {', '.join(other)}: a profile holds keys that begin with finetune_. Move it to the section of an environment.")
+            raise SettingsError(
+                f"{path} [{section}] holds {', '.join(other)}: a profile holds keys that begin with finetune_. Move it to the section of an"
+                " environment."
+            )
         for key, text in own.items():
             if section in (env, profile, platform): raw[key] = (text, _where(path, section, key))
-            elif key not in parser.defaults() and key not in Config.__dataclass_fields__: raw.setdefault(key, (text, _where(path, section, key)))   # to be reported
+            elif key not in parser.defaults() and key not in Config.__dataclass_fields__:  # to be reported
+                raw.setdefault(key, (text, _where(path, section, key)))
     for name, text in os.environ.items():
         if not name.startswith("LLMOPS_"): continue
         key = name[7:].lower()                      # a near miss is taken too, so that it is reported as an unknown key
@@ -281,7 +306,10 @@ def read_shares(
     try:
         shares = [float(text.rstrip("%")) / 100 for text in texts]
         if not all(0 < share < 1 for share in shares): raise ValueError
-    except ValueError: raise SettingsError(f"`{key}` is {', '.join(texts)}. It must hold shares between 0 and 100%, such as 10%, 50%, or nothing.") from None
+    except ValueError:
+        raise SettingsError(
+            f"`{key}` is {', '.join(texts)}. It must hold shares between 0 and 100%, such as 10%, 50%, or nothing."
+        ) from None
     return sorted(shares)
 
 # %% ../nbs/00_config.ipynb #935c124a

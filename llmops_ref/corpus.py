@@ -62,7 +62,10 @@ def _records(node, exported):
     for name, member in node.members.items():
         if member.is_alias:
             star = ".*" if member.wildcard else ""
-            if not node.is_class: yield dict(path=f"{node.path}{star or '.' + name}", kind="alias", signature="", text=member.target_path + star, line=exported)
+            if not node.is_class:
+                yield dict(
+                    path=f"{node.path}{star or '.' + name}", kind="alias", signature="", text=member.target_path + star, line=exported
+                )
         elif member.kind.value in ("class", "function") and not name.startswith("_"):
             init = member.members.get("__init__") if member.is_class else None
             call = member if init is None or init.is_alias else init
@@ -81,7 +84,8 @@ def parse_file(
     import griffe
     *above, name = module.split(".")
     parent, is_init = None, path.endswith("__init__.py")
-    for part in above: parent = griffe.Module(part, parent=parent, filepath=Path("__init__.py"))    # so that names and relative imports come out whole
+    for part in above:  # so that names and relative imports come out whole
+        parent = griffe.Module(part, parent=parent, filepath=Path("__init__.py"))
     tree = griffe.visit(name, Path(path), Path(path).read_text(encoding="utf-8", errors="replace"), parent=parent)
     short = "/".join(Path(path).parts[-len(above) - 1 - is_init:])
     return [dict(package=package, version=version, source=f"{short}:{line}" if line else "") | record
@@ -109,7 +113,8 @@ def public_names(
     for name in target:
         end, hops = target[name], 0
         while end in target and hops < 10: end, hops = target[end], hops + 1
-        if exported[name] and _is_public(name) and name.split(".")[-1] == end.split(".")[-1]: best[end] = min(best.get(end, name), name, key=_shortest)
+        if exported[name] and _is_public(name) and name.split(".")[-1] == end.split(".")[-1]:
+            best[end] = min(best.get(end, name), name, key=_shortest)
     return best
 
 def public_path(
@@ -123,7 +128,11 @@ def public_path(
     return min(filter(_is_public, candidates), key=_shortest, default=None)
 
 # %% ../nbs/02_corpus.ipynb #f7a31ff9
-_DIRECTIVE = re.compile(r"^[ \t]*(\.\. (code-block|code|sourcecode|testcode|literalinclude|image|figure|toctree|autosummary)::|:(test|caption|name|linenos|skipif|emphasize-lines):).*\n?", re.M)
+_DIRECTIVE = re.compile(
+    r"^[ \t]*(\.\."
+    r" (code-block|code|sourcecode|testcode|literalinclude|image|figure|toctree|autosummary)::|:(test|caption|name|linenos|skipif|emphasize-lines):).*\n?",
+    re.M,
+)
 _ROLE = re.compile(r":[a-z][a-z:+-]*:`~?\.?([^`<]+?)(\s*<[^`]*>)?`")
 
 def plain_docstring(text: str) -> str:
@@ -145,7 +154,10 @@ def clean_documents(
     objects["words"] = objects.text.str.split().str.len()
     objects = objects[objects.words >= min_words].sort_values("id", key=lambda ids: ids.map(_shortest))
     objects = objects.drop_duplicates("id").drop_duplicates("text")
-    objects["digest"] = [hashlib.sha256("\0".join(row).encode()).hexdigest()[:16] for row in zip(objects.id, objects.signature, objects.text, objects.version, objects.source)]
+    objects["digest"] = [
+        hashlib.sha256("\0".join(row).encode()).hexdigest()[:16]
+        for row in zip(objects.id, objects.signature, objects.text, objects.version, objects.source)
+    ]
     return objects.drop(columns="path").sort_values("id", ignore_index=True)[
         ["id", "package", "version", "kind", "signature", "text", "source", "words", "digest"]]
 
@@ -166,11 +178,10 @@ def chunk_recipe(words: int, chunker: str) -> str:
     return f"{chunker} {words} {file_digest(chunking.__file__)[:12]}"
 
 def update_chunks(
-    ws: Workspace,
-    documents: pd.DataFrame, # All of them
-    words: int, # Target length of a chunk
-    chunker: str,
-) -> tuple[pd.DataFrame, int]: # Chunks of all documents, as `make_chunks` gives them, and a column `recipe`; and how many documents were cut
+    ws: Workspace, documents: pd.DataFrame, words: int, chunker: str # All of them # Target length of a chunk
+) -> tuple[
+    pd.DataFrame, int
+]: # Chunks of all documents, as `make_chunks` gives them, and a column `recipe`; and how many documents were cut
     "Chunks from the tables for documents that are the same, new ones for the others."
     recipe, old = chunk_recipe(words, chunker), None
     try:
@@ -184,7 +195,9 @@ def update_chunks(
     fresh = make_chunks(documents[~documents.id.isin(same)], words, chunker).assign(recipe=recipe)
     chunks = pd.concat([chunks[chunks.document_id.isin(same)][list(fresh.columns)], fresh])
     place = dict(zip(documents.id, range(len(documents))))
-    return chunks.sort_values(["document_id", "position"], key=lambda c: c.map(place) if c.name == "document_id" else c, ignore_index=True), len(documents) - len(same)
+    return chunks.sort_values(
+        ["document_id", "position"], key=lambda c: c.map(place) if c.name == "document_id" else c, ignore_index=True
+    ), len(documents) - len(same)
 
 # %% ../nbs/02_corpus.ipynb #f1f6fdb1
 QUESTION_TYPES = ("lookup", "howto", "paraphrase", "symptom", "unanswerable")
@@ -212,23 +225,41 @@ def load_questions(
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip(): continue
         try: q = json.loads(line)
-        except json.JSONDecodeError as error: raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}). Each line must hold one JSON object.") from None
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno}). Each line must hold one JSON object."
+            ) from None
         if problem := question_problem(q): raise DataError(f"{path}, line {number}: the question {problem}.")
-        if q["id"] in seen: raise DataError(f"{path}, line {number}: the id {q['id']!r} was already used in line {seen[q['id']]}. Give it a new one.")
+        if q["id"] in seen:
+            raise DataError(f"{path}, line {number}: the id {q['id']!r} was already used in line {seen[q['id']]}. Give it a new one.")
         for gold in q["gold"]:
             if gold_split.setdefault(gold, q["split"]) != q["split"]:
-                raise DataError(f"{path}, line {number}: {gold} is gold in both splits. Move the question to the {gold_split[gold]} split, or training would see test documents.")
+                raise DataError(
+                    f"{path}, line {number}: {gold} is gold in both splits. Move the question to the {gold_split[gold]} split, or training"
+                    " would see test documents."
+                )
         seen[q["id"]] = number
         draft = q.get("status") == "draft"
-        if drafts or not draft: rows.append({key: q[key] for key in ("id", "question", "type", "gold", "answer", "split")} | (dict(draft=draft) if drafts else {}))
-    if not rows: raise DataError(f"{path} holds no question{', only drafts' if seen else ''}. {'Review one (`llmops questions review`)' if seen else 'Write at least one line'}; the format is described in nbs/02_corpus.ipynb.")
+        if drafts or not draft:
+            rows.append(
+                {key: q[key] for key in ("id", "question", "type", "gold", "answer", "split")} | (dict(draft=draft) if drafts else {})
+            )
+    if not rows:
+        raise DataError(
+            f"{path} holds no question{', only drafts' if seen else ''}."
+            f" {'Review one (`llmops questions review`)' if seen else 'Write at least one line'}; the format is described in"
+            " nbs/02_corpus.ipynb."
+        )
     return pd.DataFrame(rows)
 
 def check_splits(questions: pd.DataFrame, path: str) -> None:
     "`DataError` if a split has no question that can be answered: the train split chooses, the test split reports, and neither can do without."
     for split in ("train", "test"):
         if not ((questions.split == split) & (questions.type != "unanswerable")).any():
-            raise DataError(f"{path} holds no answerable question of the {split} split. Give some of them \"split\": \"{split}\"; the two splits must not share a gold document.")
+            raise DataError(
+                f"{path} holds no answerable question of the {split} split. Give some of them \"split\": \"{split}\"; the two splits must"
+                " not share a gold document."
+            )
 
 # %% ../nbs/02_corpus.ipynb #e050bc72
 def sample_questions(
@@ -253,14 +284,24 @@ def check_corpus(
     missing = sorted(gold - set(documents.id))
     orphans = sorted(set(chunks.document_id) ^ set(documents.id))
     empty = chunks.loc[chunks.text.str.strip() == "", "id"].tolist()
-    wrong = [text for bad, text in [
-        (documents.empty, NOTHING),
-        (documents.id.duplicated().any(), f"document ids repeat: {documents.id[documents.id.duplicated()].tolist()[:3]}"),
-        (chunks.id.duplicated().any(), f"chunk ids repeat: {chunks.id[chunks.id.duplicated()].tolist()[:3]}"),
-        (bool(orphans), f"documents without chunks, or chunks without document: {orphans[:3]}"),
-        (bool(empty), f"empty chunks: {empty[:3]}"),
-        (bool(missing), f"{len(missing)} gold objects of the questions are not in the corpus: {missing[:3]}. Correct the question, or the settings `corpus` and `corpus_exclude`; with documents of your own, let `questions` name a file of your own"),
-    ] if bad]
+    wrong = [
+        text
+        for bad, text in [
+            (documents.empty, NOTHING),
+            (documents.id.duplicated().any(), f"document ids repeat: {documents.id[documents.id.duplicated()].tolist()[:3]}"),
+            (chunks.id.duplicated().any(), f"chunk ids repeat: {chunks.id[chunks.id.duplicated()].tolist()[:3]}"),
+            (bool(orphans), f"documents without chunks, or chunks without document: {orphans[:3]}"),
+            (bool(empty), f"empty chunks: {empty[:3]}"),
+            (
+                bool(missing),
+                (
+                    f"{len(missing)} gold objects of the questions are not in the corpus: {missing[:3]}. Correct the question, or the"
+                    " settings `corpus` and `corpus_exclude`; with documents of your own, let `questions` name a file of your own"
+                ),
+            ),
+        ]
+        if bad
+    ]
     if wrong: raise DataError("The corpus is not usable: " + "; ".join(wrong) + ".")
     return pd.DataFrame([("documents", len(documents)), ("chunks", len(chunks)), ("gold objects found", len(gold)),
                          ("longest chunk, words", chunks.words.max())], columns=["check", "found"])
@@ -271,7 +312,7 @@ RECORD_SCHEMA = "path string, kind string, signature string, text string, packag
 def parse_batches(frames):
     "The function for `mapInPandas`: batches of files in, batches of records out."
     columns = [c.split()[0] for c in RECORD_SCHEMA.split(", ")]
-    gc.disable()                                    # a syntax tree is many objects, and the collector would walk them again and again: a third of the time
+    gc.disable()  # a syntax tree is many objects, and the collector would walk them again and again: a third of the time
     try:
         for frame in frames: yield pd.DataFrame([r for row in frame.itertuples(index=False) for r in parse_file(*row)], columns=columns)
     finally: gc.enable()
@@ -300,5 +341,6 @@ def read_corpus(
     config, nothing = ws.config, pd.DataFrame(columns=["source", "problem", "kept"])
     source = corpus_source(config.corpus, config.root)
     if source == "packages": return read_api(ws, config.corpus_packages, config.corpus_exclude, config.corpus_min_words), nothing
-    if source == "folder": return read_folder(ws, config.corpus, config.corpus_max_unreadable, config.corpus_exclude, config.corpus_min_words)
+    if source == "folder":
+        return read_folder(ws, config.corpus, config.corpus_max_unreadable, config.corpus_exclude, config.corpus_min_words)
     return read_table(ws, config.corpus), nothing

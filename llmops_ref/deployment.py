@@ -27,10 +27,16 @@ def check_deployable(
 ) -> str: # Why it may
     "Refuse a version that is missing, not validated, not approved or not what was logged, with `DataError`. Where gates only inform (dev), a failed validation is let through."
     if version is None:
-        raise DataError(f"No version of the assistant has the alias challenger in {ws.config.env}. Run `llmops run --env {ws.config.env} --to validation`.")
+        raise DataError(
+            f"No version of the assistant has the alias challenger in {ws.config.env}. Run `llmops run --env {ws.config.env} --to"
+            " validation`."
+        )
     status = version_facts(ws, version).get("model_validation_status", "PENDING")
     if status != "PASSED" and not (status == "FAILED" and ws.config.gate_mode == "inform"):
-        raise DataError(f"Version {version} of the assistant has validation status {status}, so it is not deployed. Run `llmops run --env {ws.config.env} --from validation`.")
+        raise DataError(
+            f"Version {version} of the assistant has validation status {status}, so it is not deployed. Run `llmops run --env"
+            f" {ws.config.env} --from validation`."
+        )
     if version == ws.alias("assistant", "champion", record=False): return "it serves already"
     recorded_digest(ws, version)
     return check_approved(ws, version)
@@ -47,7 +53,12 @@ def smoke_test(
     for question in questions:
         start = time.perf_counter()
         reply = ask(question)
-        rows.append(dict(question=question, answer=reply["answer"], passages=len(reply["passages"]), seconds=time.perf_counter() - start, ok=bool(reply["answer"].strip())))
+        rows.append(
+            dict(
+                question=question, answer=reply["answer"], passages=len(reply["passages"]), seconds=time.perf_counter() - start,
+                ok=bool(reply["answer"].strip()),
+            )
+        )
         if not rows[-1]["ok"]: raise DataError(f"The endpoint gave an empty answer to {question!r}.")
     table = pd.DataFrame(rows)
     if len(table) and (slow := table.seconds.median()) > max_seconds:
@@ -66,14 +77,23 @@ def check_traffic(
     replies, rows = [], []
     for number, question in enumerate(itertools.cycle(questions)):
         if number >= len(questions) and sum(r["version"] == new for r in replies) >= 2: break
-        if number >= len(questions) + 10 / share: raise DataError(f"Version {new} was to answer {share:.0%} of the questions, and of {number} it answered {sum(r['version'] == new for r in replies)}.")
+        if number >= len(questions) + 10 / share:
+            raise DataError(
+                f"Version {new} was to answer {share:.0%} of the questions, and of {number} it answered"
+                f" {sum(r['version'] == new for r in replies)}."
+            )
         reply = ask(question)
         if not reply["answer"].strip(): raise DataError(f"Version {reply['version']} gave an empty answer to {question!r}.")
-        if share == 1 and reply["version"] != new: raise DataError(f"Version {reply['version']} still answers, although version {new} has all traffic.")
+        if share == 1 and reply["version"] != new:
+            raise DataError(f"Version {reply['version']} still answers, although version {new} has all traffic.")
         replies.append(reply)
     for version, seconds in pd.DataFrame(replies).groupby("version").seconds:
         rows.append(dict(version=version, asked=len(seconds), seconds=seconds.median()))
-        if seconds.median() > max_seconds: raise DataError(f"Version {version} takes {seconds.median():.1f} s for an answer (median of {len(seconds)}), more than gate_p95_seconds = {max_seconds:g}.")
+        if seconds.median() > max_seconds:
+            raise DataError(
+                f"Version {version} takes {seconds.median():.1f} s for an answer (median of {len(seconds)}), more than gate_p95_seconds ="
+                f" {max_seconds:g}."
+            )
     return pd.DataFrame(rows, columns=["version", "asked", "seconds"])
 
 def roll_out(
@@ -92,9 +112,15 @@ def roll_out(
             tables.append(check(share).assign(share=share))
         except BaseException as error:
             try: share_out({old: 1.0})
-            except Exception as second: raise DataError(f"The rollout of version {new} ended at {share:.0%} of the traffic: {error} And its share could not be taken back: {second} Look who has the traffic, and run the deployment or `llmops rollback` again.") from None
+            except Exception as second:
+                raise DataError(
+                    f"The rollout of version {new} ended at {share:.0%} of the traffic: {error} And its share could not be taken back:"
+                    f" {second} Look who has the traffic, and run the deployment or `llmops rollback` again."
+                ) from None
             if not isinstance(error, Exception): raise
-            raise DataError(f"The rollout of version {new} ended at {share:.0%} of the traffic: {error} Version {old} has all of it again.") from None
+            raise DataError(
+                f"The rollout of version {new} ended at {share:.0%} of the traffic: {error} Version {old} has all of it again."
+            ) from None
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/07_deployment.ipynb #031688b2
@@ -109,14 +135,16 @@ def make_champion(
     "Make a version the champion; the old one becomes `previous`. A version that is champion already changes nothing."
     old, client = ws.alias("assistant", "champion", record=False), ws.mlflow().MlflowClient()
     if old and old != version:
-        client.set_model_version_tag(ws.registered("assistant"), version, "previous_champion", old)     # the way back is on record before anything moves
+        client.set_model_version_tag(
+            ws.registered("assistant"), version, "previous_champion", old
+        )  # the way back is on record before anything moves
         ws.set_alias("assistant", "previous", old)
     ws.set_alias("assistant", "champion", version)
     record = dict(version=version, previous=_previous(ws), env=ws.config.env, at=time.time())
     write_atomic(ws.path("deployment.json"), json.dumps(record, indent=1))
     return record["previous"]
 
-def _previous(ws):                                  # the alias, or, where a process was killed between two aliases, what the champion says of itself
+def _previous(ws): # the alias, or, where a process was killed between two aliases, what the champion says of itself
     champion, previous = (ws.alias("assistant", alias, record=False) for alias in ("champion", "previous"))
     return previous if previous != champion else version_facts(ws, champion).get("previous_champion") if champion else None
 
@@ -131,7 +159,11 @@ def hand_over(
     if host.takes_over and champion not in (None, version):
         host.start(champion)
         def share_out(shares):                      # somebody on another machine may have gone back in the meantime
-            if (now := ws.alias("assistant", "champion", record=False)) != champion: raise DataError(f"Version {now} became champion while version {version} was taking over from version {champion}. That stands, and nothing more was changed.")
+            if (now := ws.alias("assistant", "champion", record=False)) != champion:
+                raise DataError(
+                    f"Version {now} became champion while version {version} was taking over from version {champion}. That stands, and"
+                    " nothing more was changed."
+                )
             host.share(shares)
         def check(share):
             table = check_traffic(functools.partial(host.ask, purpose="rollout"), questions, ws.config.gate_p95_seconds, version, share)
@@ -152,7 +184,11 @@ def rollback(
     "Make the previous champion serve again, at the front door too if there is one; `DataError` if there is none, or it does not answer."
     with one_at_a_time(ws):
         current, previous, name = ws.alias("assistant", "champion", record=False), _previous(ws), ws.registered("assistant")
-        if previous is None: raise DataError(f"There is no earlier champion in {ws.config.env} to go back to: " + (f"only version {current} was ever deployed." if current else "nothing was ever deployed."))
+        if previous is None:
+            raise DataError(
+                f"There is no earlier champion in {ws.config.env} to go back to: "
+                + (f"only version {current} was ever deployed." if current else "nothing was ever deployed.")
+            )
         host = host or open_host(ws)
         host.start(previous)
         answer = host.ask(question, previous, purpose="smoke test")["answer"]
@@ -163,7 +199,10 @@ def rollback(
         ws.set_alias("assistant", "champion", previous)
         ws.set_alias("assistant", "previous", current)
         if "rolled_back" in version_facts(ws, previous): client.delete_model_version_tag(name, previous, "rolled_back")
-        write_atomic(ws.path("deployment.json"), json.dumps(dict(version=previous, previous=current, env=ws.config.env, at=time.time(), rolled_back=True), indent=1))
+        write_atomic(
+            ws.path("deployment.json"),
+            json.dumps(dict(version=previous, previous=current, env=ws.config.env, at=time.time(), rolled_back=True), indent=1),
+        )
         host.retire(current)
         host.close()
     return previous, answer
@@ -171,7 +210,11 @@ def rollback(
 def remove_version(ws: Workspace, version: str) -> None:
     "Delete a version from the registry; `DataError` if an alias points at it, because MLflow would drop the alias without a word."
     found = ws.mlflow().MlflowClient().get_model_version(ws.registered("assistant"), version_facts(ws, version)["version"])
-    if found.aliases: raise DataError(f"Version {version} of the assistant is {' and '.join(sorted(found.aliases))} in {ws.config.env} and stays. Move the alias first: `llmops rollback`, or deploy another version.")
+    if found.aliases:
+        raise DataError(
+            f"Version {version} of the assistant is {' and '.join(sorted(found.aliases))} in {ws.config.env} and stays. Move the alias"
+            " first: `llmops rollback`, or deploy another version."
+        )
     ws.mlflow().MlflowClient().delete_model_version(ws.registered("assistant"), version)
 
 # %% ../nbs/07_deployment.ipynb #3b311b30

@@ -27,12 +27,18 @@ def site_pages(
     "All pages of the site, in the order in which they are read."
     root, rows = Path(root), []
     guides = {path.stem: path for path in sorted((root / "nbs" / "guides").glob("*.md"))}
-    for name in dict.fromkeys([*(n for n in GUIDES if n in guides), *guides]): rows.append((f"nbs/guides/{name}.md", f"guides/{name}.html", *_head(guides[name].read_text(), name), "Guides"))
+    for name in dict.fromkeys([*(n for n in GUIDES if n in guides), *guides]):
+        rows.append((f"nbs/guides/{name}.md", f"guides/{name}.html", *_head(guides[name].read_text(), name), "Guides"))
     for path in sorted((root / "nbs").glob("*.ipynb")):
         first = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"][:1])
         stage = re.fullmatch(r"0[1-8]_\w+", path.stem)
         group = "Start" if path.stem == "index" else "Stages" if stage else "Running it" if path.stem.startswith("9") else "Libraries"
-        rows.append((f"nbs/{path.name}", f"{path.stem}.html", path.stem if path.stem != "index" else _head(first, path.name)[0], _head(first, path.name)[1], group))
+        rows.append(
+            (
+                f"nbs/{path.name}", f"{path.stem}.html", path.stem if path.stem != "index" else _head(first, path.name)[0],
+                _head(first, path.name)[1], group,
+            )
+        )
     order = {group: n for n, group in enumerate(("Start", "Guides", "Stages", "Libraries", "Running it"))}
     table = pd.DataFrame(rows, columns=["source", "page", "title", "line", "group"])
     return table.sort_values("group", key=lambda g: g.map(order), kind="stable", ignore_index=True)
@@ -93,7 +99,8 @@ footer { display: flex; justify-content: space-between; gap: 1rem; margin-top: 4
 @media print { nav, footer { display: none } body { display: block } }
 """
 
-_FRAME = Template("""<!doctype html>
+_FRAME = Template(
+    """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}{% if title != name %} – {{ name }}{% endif %}</title><meta name="description" content="{{ line }}"><link rel="stylesheet" href="{{ up }}site.css"></head>
 <body><nav aria-label="Pages"><details open><summary>{{ name }}</summary><a class="name" href="{{ up }}index.html">{{ name }}</a>
@@ -101,7 +108,9 @@ _FRAME = Template("""<!doctype html>
 {% endfor %}</details></nav>
 <main>{{ body | safe }}<footer>{% if before %}<a href="{{ up }}{{ before.page }}">← {{ before.title }}</a>{% else %}<span></span>{% endif %}{% if after %}<a href="{{ up }}{{ after.page }}">{{ after.title }} →</a>{% endif %}</footer></main>
 <script>const nav = document.querySelector("nav"), here = nav.querySelector("[aria-current]"); if (matchMedia("(max-width: 60rem)").matches) nav.firstElementChild.open = false; else if (here) nav.scrollTop = here.offsetTop - nav.clientHeight / 2;</script></body></html>
-""", autoescape=True)
+""",
+    autoescape=True,
+)
 
 def _markdown(text):
     from nbconvert.filters import markdown2html
@@ -114,14 +123,18 @@ def _cell(cell, dress):                             # HTML of one cell
     code = re.sub(r"^#\|.*\n?", "", text, flags=re.M).strip("\n")
     if cell["cell_type"] != "code" or "default_exp" in directives or not code: return ""
     from nbconvert.filters.highlight import Highlight2HTML
-    shown = f'<div class="input{" exported" * bool({"export", "exports"} & directives)}">{Highlight2HTML()(code, language="ipython3")}</div>'
-    if all(re.match(r"(import|from)\s|\s|[)#]|$", line) for line in code.split("\n")) and not cell["outputs"]: shown = f'<details class="imports"><summary>Imports</summary>{shown}</details>'
+    shown = (
+        f'<div class="input{" exported" * bool({"export", "exports"} & directives)}">{Highlight2HTML()(code, language="ipython3")}</div>'
+    )
+    if all(re.match(r"(import|from)\s|\s|[)#]|$", line) for line in code.split("\n")) and not cell["outputs"]:
+        shown = f'<details class="imports"><summary>Imports</summary>{shown}</details>'
     return shown + "".join(f'<div class="output">{part}</div>' for part in map(_output, cell["outputs"]) if part)
 
 def _output(output):
     data = output.get("data", {})
     joined = lambda value: "".join(value) if isinstance(value, list) else value
-    if "image/png" in data: return f'<img alt="A plot; the text around it says what it shows" src="data:image/png;base64,{joined(data["image/png"]).strip()}">'
+    if "image/png" in data:
+        return f'<img alt="A plot; the text around it says what it shows" src="data:image/png;base64,{joined(data["image/png"]).strip()}">'
     for kind in ("image/svg+xml", "text/html", "text/markdown"):
         if kind in data: return _harmless(_markdown(joined(data[kind])) if kind == "text/markdown" else joined(data[kind]))
     text = re.sub(r"\x1b\[[0-9;]*m", "", joined(data.get("text/plain") or output.get("text", "")) or "\n".join(output.get("traceback", [])))
@@ -131,7 +144,12 @@ def _harmless(text):                                # an output shows what someb
     from bs4 import BeautifulSoup
     soup = BeautifulSoup(text, "html.parser")
     for node in soup.find_all(["script", "style", "iframe", "object", "embed", "link", "meta", "form"]): node.decompose()
-    for node in soup.find_all(True): node.attrs = {key: value for key, value in node.attrs.items() if not key.lower().startswith("on") and not re.match(r"\s*(javascript|vbscript|data:text)", str(value), re.I)}
+    for node in soup.find_all(True):
+        node.attrs = {
+            key: value
+            for key, value in node.attrs.items()
+            if not key.lower().startswith("on") and not re.match(r"\s*(javascript|vbscript|data:text)", str(value), re.I)
+        }
     return str(soup)
 
 def render_source(
@@ -168,17 +186,26 @@ def build_site(
     "Render all pages."
     from pygments.formatters import HtmlFormatter
     root, folder = Path(root), Path(folder)
-    if folder.exists() and not (folder / "site.css").exists() and any(folder.iterdir()): raise DataError(f"{folder} is no site of ours, and would be replaced. Choose an empty folder.")
+    if folder.exists() and not (folder / "site.css").exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} is no site of ours, and would be replaced. Choose an empty folder.")
     table, name = site_pages(root), read_identity(root).name
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=folder.parent))
     pages, rows = dict(zip(table.source, table.page)), list(table.itertuples())
     groups = [(group, [r for r in rows if r.group == group]) for group in table.group.unique()]
     for n, row in enumerate(rows):
-        text = _FRAME.render(title=row.title, name=name, line=row.line, up="../" * row.page.count("/"), groups=groups, page=row.page, body=render_source(root, row.source, pages, repository),
-                             before=rows[n - 1] if n else None, after=rows[n + 1] if n + 1 < len(rows) else None)
+        text = _FRAME.render(
+            title=row.title, name=name, line=row.line, up="../" * row.page.count("/"), groups=groups, page=row.page,
+            body=render_source(root, row.source, pages, repository), before=rows[n - 1] if n else None,
+            after=rows[n + 1] if n + 1 < len(rows) else None,
+        )
         write_atomic(fresh / row.page, text)
-    code = HtmlFormatter(style="default").get_style_defs(".highlight") + "\n@media (prefers-color-scheme: dark) {\n" + HtmlFormatter(style="github-dark").get_style_defs(".highlight") + "\n}\n.highlight { background: none !important }\n"
+    code = (
+        HtmlFormatter(style="default").get_style_defs(".highlight")
+        + "\n@media (prefers-color-scheme: dark) {\n"
+        + HtmlFormatter(style="github-dark").get_style_defs(".highlight")
+        + "\n}\n.highlight { background: none !important }\n"
+    )
     write_atomic(fresh / "site.css", code + _CSS)
     if (root / "nbs" / "images").is_dir(): shutil.copytree(root / "nbs" / "images", fresh / "images")
     shutil.rmtree(folder, ignore_errors=True)
@@ -201,5 +228,6 @@ def broken_links(
             parts = urlsplit(link)
             if parts.scheme: continue
             target = os.path.normpath(Path(page).parent / parts.path) if parts.path else page
-            if not (folder / target).is_file() or parts.fragment and unquote(parts.fragment) not in names.get(target, ()): wrong.append((page, link))
+            if not (folder / target).is_file() or parts.fragment and unquote(parts.fragment) not in names.get(target, ()):
+                wrong.append((page, link))
     return wrong

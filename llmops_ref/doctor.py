@@ -38,7 +38,13 @@ def findings_table(findings: list[Finding]) -> pd.DataFrame: # Columns `about st
 def guarded(about: str, look) -> list[Finding]: # What `look` finds; it may give one finding or several
     "A check that itself breaks is a finding, and the others still run."
     try: found = look()
-    except Exception as error: return [Finding(about, "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "This could not be looked at. Correct what it names.")]
+    except Exception as error:
+        return [
+            Finding(
+                about, "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+                "This could not be looked at. Correct what it names.",
+            )
+        ]
     return found if isinstance(found, list) else [found]
 
 def _at_least(about, amount, enough, little, unit, fix, found=""):
@@ -59,34 +65,75 @@ def check_machine(
     root: Path | str, # The project's folder
 ) -> list[Finding]:
     "Python, packages, disk, memory, processor and GPU."
-    version, disk, memory, cores = sys.version_info, shutil.disk_usage(root).free / 1e9, psutil.virtual_memory().available / 1e9, usable_cores()
+    version, disk, memory, cores = (
+        sys.version_info, shutil.disk_usage(root).free / 1e9, psutil.virtual_memory().available / 1e9, usable_cores(),
+    )
     state = "ok" if (3, 11) <= version < (3, 15) else "fail"
-    found = [Finding("Python", state, f"{version.major}.{version.minor}.{version.micro}", "" if state == "ok" else "Take 3.11 to 3.14: make setup PYTHON=python3.12")]
-    installed = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version.partition("+")[0] for d in importlib.metadata.distributions() if d.name and d.version}
+    found = [
+        Finding(
+            "Python", state, f"{version.major}.{version.minor}.{version.micro}",
+            "" if state == "ok" else "Take 3.11 to 3.14: make setup PYTHON=python3.12",
+        )
+    ]
+    installed = {
+        re.sub(r"[-_.]+", "-", d.name).lower(): d.version.partition("+")[0]
+        for d in importlib.metadata.distributions()
+        if d.name and d.version
+    }
     found += guarded("packages", lambda: check_packages(root, installed))
-    found.append(_at_least("disk", disk, 5, 1.5, "GB free", "Make room here, or let `store` and `cache` in settings.ini name another disk."))
-    found.append(_at_least("memory", memory, 4, 2.5, "GB available", "Close what is large, or train on shorter rows: finetune_tokens = 512 in settings.ini."))
+    found.append(
+        _at_least("disk", disk, 5, 1.5, "GB free", "Make room here, or let `store` and `cache` in settings.ini name another disk.")
+    )
+    found.append(
+        _at_least(
+            "memory", memory, 4, 2.5, "GB available",
+            "Close what is large, or train on shorter rows: finetune_tokens = 512 in settings.ini.",
+        )
+    )
     found.append(_at_least("cores", cores, 2, 1, "", "With one core a run takes twice as long.", f"{cores}"))
     flags = cpu_flags()
-    if flags: found.append(Finding("processor", "ok" if {"avx512f", "asimd"} & flags else "note", "AVX-512" if "avx512f" in flags else "NEON" if "asimd" in flags else "no AVX-512", "" if {"avx512f", "asimd"} & flags else "Nothing to do: a run takes about twice as long."))
+    if flags:
+        found.append(
+            Finding(
+                "processor", "ok" if {"avx512f", "asimd"} & flags else "note",
+                "AVX-512" if "avx512f" in flags else "NEON" if "asimd" in flags else "no AVX-512",
+                "" if {"avx512f", "asimd"} & flags else "Nothing to do: a run takes about twice as long.",
+            )
+        )
     return found + guarded("GPU", lambda: check_gpu("faiss-gpu" in installed))
 
 def check_packages(root: Path | str, installed: dict[str, str]) -> Finding:
     "Whether what is installed is what was tested."
     locked = {re.sub(r"[-_.]+", "-", name.partition("[")[0]).lower(): number for name, number in locked_versions(root).items()}
     if "faiss-gpu" in installed: locked.pop("faiss-cpu", None)
-    missing, other = [name for name in locked if name not in installed], [f"{name} {installed[name]}" for name, number in locked.items() if installed.get(name, number) != number]
-    text = "; ".join(([f"{len(missing)} missing: {', '.join(missing[:3])}"] if missing else []) + ([f"{len(other)} of another version: {', '.join(other[:3])}"] if other else []))
-    return Finding("packages", "fail" if missing else "note" if other else "ok", text or f"{len(locked)} as requirements.lock says", "rm .venv/installed; make setup (with conda: pip install --no-deps -r requirements.lock)" if text else "")
+    missing, other = [name for name in locked if name not in installed], [
+        f"{name} {installed[name]}" for name, number in locked.items() if installed.get(name, number) != number
+    ]
+    text = "; ".join(
+        ([f"{len(missing)} missing: {', '.join(missing[:3])}"] if missing else [])
+        + ([f"{len(other)} of another version: {', '.join(other[:3])}"] if other else [])
+    )
+    return Finding(
+        "packages", "fail" if missing else "note" if other else "ok", text or f"{len(locked)} as requirements.lock says",
+        "rm .venv/installed; make setup (with conda: pip install --no-deps -r requirements.lock)" if text else "",
+    )
 
 def check_gpu(has_faiss_gpu: bool) -> Finding:
     "An NVIDIA GPU that PyTorch can use, or not."
-    asked = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"], capture_output=True, text=True, timeout=20) if shutil.which("nvidia-smi") else None
+    asked = (
+        subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+        if shutil.which("nvidia-smi")
+        else None
+    )
     card = asked.stdout.strip() if asked and asked.returncode == 0 else ""
     if not card: return Finding("GPU", "ok", "none, and none is needed")
     import torch
-    if not torch.cuda.is_available(): return Finding("GPU", "note", f"{card}, which PyTorch cannot use", "This is the CPU build. Remove .venv, then: make setup")
-    return Finding("GPU", "ok" if has_faiss_gpu else "note", card, "" if has_faiss_gpu else "For large indexes, faiss-gpu: conda env create -f environment.yml")
+    if not torch.cuda.is_available():
+        return Finding("GPU", "note", f"{card}, which PyTorch cannot use", "This is the CPU build. Remove .venv, then: make setup")
+    return Finding(
+        "GPU", "ok" if has_faiss_gpu else "note", card,
+        "" if has_faiss_gpu else "For large indexes, faiss-gpu: conda env create -f environment.yml",
+    )
 
 # %% ../nbs/90h_doctor.ipynb #6dd81ff7
 def check_project(
@@ -99,14 +146,38 @@ def check_project(
         config = load_config(env, root)
         found.append(Finding("settings", "ok", f"[{env}] of settings.ini is valid"))
     except SettingsError as error: return [Finding("settings", "fail", " ".join(str(error).split()), "Correct it there.")]
-    return found + guarded("parameters", lambda: check_tags(root)) + guarded("weights", check_weights) + guarded("providers' keys", lambda: check_keys(config)) + guarded("git", lambda: check_git(root, env))
+    return (
+        found
+        + guarded("parameters", lambda: check_tags(root))
+        + guarded("weights", check_weights)
+        + guarded("providers' keys", lambda: check_keys(config))
+        + guarded("git", lambda: check_git(root, env))
+    )
 
 def check_tags(root: Path) -> Finding:
     "Whether each stage has its parameters, and nbdev-clean leaves them."
-    lost = [str(error) for stage in STAGES for error in [_error(lambda: check_parameters(root / "nbs" / f"{stage.notebook}.ipynb"), DataError)] if error]
-    kept = "tags" in re.findall(r'"(\w+)"', (re.search(r"^allowed_cell_metadata_keys = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.M) or ["", ""])[1])
-    return Finding("parameters", "fail" if lost or not kept else "ok", (lost or ["nbdev-clean would drop the tags of cells"])[0] if lost or not kept else f"{len(STAGES)} stages take theirs",
-                   "" if kept and not lost else 'Set allowed_cell_metadata_keys = ["tags"] in [tool.nbdev] of pyproject.toml, and give the cell that sets `env` the tag `parameters`.')
+    lost = [
+        str(error)
+        for stage in STAGES
+        for error in [_error(lambda: check_parameters(root / "nbs" / f"{stage.notebook}.ipynb"), DataError)]
+        if error
+    ]
+    kept = "tags" in re.findall(
+        r'"(\w+)"', (re.search(r"^allowed_cell_metadata_keys = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.M) or ["", ""])[1]
+    )
+    return Finding(
+        "parameters",
+        "fail" if lost or not kept else "ok",
+        (lost or ["nbdev-clean would drop the tags of cells"])[0] if lost or not kept else f"{len(STAGES)} stages take theirs",
+        (
+            ""
+            if kept and not lost
+            else (
+                'Set allowed_cell_metadata_keys = ["tags"] in [tool.nbdev] of pyproject.toml, and give the cell that sets `env` the tag'
+                ' `parameters`.'
+            )
+        ),
+    )
 
 def check_weights() -> list[Finding]:
     "Whether the models that came as packages are those that we pinned."
@@ -115,7 +186,12 @@ def check_weights() -> list[Finding]:
     found = []
     for name, get in dict(SmolLM2=base_gguf, MiniLM=minilm_folder).items():
         error = _error(get, DataError)
-        found.append(Finding(f"weights of {name}", "fail" if error else "ok", str(error) if error else "digest as pinned", "rm .venv/installed; make setup" if error else ""))
+        found.append(
+            Finding(
+                f"weights of {name}", "fail" if error else "ok", str(error) if error else "digest as pinned",
+                "rm .venv/installed; make setup" if error else "",
+            )
+        )
     return found
 
 def check_keys(config: Config) -> list[Finding]:
@@ -123,7 +199,12 @@ def check_keys(config: Config) -> list[Finding]:
     if config.app != "third_party" or config.platform != "local": return []
     from llmops_ref.gateway import read_keys
     error = _error(lambda: read_keys(open_workspace(config)), SettingsError)
-    return [Finding("providers' keys", "fail" if error else "ok", str(error) if error else "set, or not needed", "Set it in the environment." if error else "")]
+    return [
+        Finding(
+            "providers' keys", "fail" if error else "ok", str(error) if error else "set, or not needed",
+            "Set it in the environment." if error else "",
+        )
+    ]
 
 def _error(call, kind):
     try: call()
@@ -132,15 +213,36 @@ def _error(call, kind):
 def check_git(root: Path | str, env: str = "dev") -> list[Finding]:
     "Repository, name, merge driver of notebooks, upstream."
     without = "note" if env == "dev" else "fail"    # a version without a commit does not pass validation there
-    if not shutil.which("git"): return [Finding("git", without, "not installed", "Install git: staging and prod refuse a version without a commit.")]
-    if _error(lambda: git(root, "rev-parse", "HEAD"), DataError): return [Finding("git", without, "no repository, or no commit", "git init && git add -A && git commit -m 'Begin'")]
+    if not shutil.which("git"):
+        return [Finding("git", without, "not installed", "Install git: staging and prod refuse a version without a commit.")]
+    if _error(lambda: git(root, "rev-parse", "HEAD"), DataError):
+        return [Finding("git", without, "no repository, or no commit", "git init && git add -A && git commit -m 'Begin'")]
     def says(*words):
         try: return git(root, *words)
         except DataError: return ""
-    who, driver, taken, remotes = says("config", "user.name"), says("config", "merge.jupyternotebook.driver"), read_upstream(root), says("remote").splitlines()
-    found = [Finding("git", "ok" if who else "note", f"commit {says('rev-parse', '--short', 'HEAD')}" + (f", you are {who}" if who else ", and nobody's name"), "" if who else "git config user.name 'Ada Lovelace'; git config user.email ada@example.com"),
-             Finding("notebooks in git", "ok" if driver else "note", "merged cell by cell" if driver else "merged line by line", "" if driver else ".venv/bin/nbdev-install-hooks")]
-    if taken: found.append(Finding("upstream", "ok" if "upstream" in remotes else "note", f"{taken.name} {taken.version}, commit {taken.commit[:12]}", "" if "upstream" in remotes else "To take over what it mends: git remote add upstream <its URL>; llmops upgrade"))
+    who, driver, taken, remotes = (
+        says("config", "user.name"), says("config", "merge.jupyternotebook.driver"), read_upstream(root),
+        says("remote").splitlines(),
+    )
+    found = [
+        Finding(
+            "git", "ok" if who else "note",
+            f"commit {says('rev-parse', '--short', 'HEAD')}" + (f", you are {who}" if who else ", and nobody's name"),
+            "" if who else "git config user.name 'Ada Lovelace'; git config user.email ada@example.com",
+        ),
+        Finding(
+            "notebooks in git", "ok" if driver else "note", "merged cell by cell" if driver else "merged line by line",
+            "" if driver else ".venv/bin/nbdev-install-hooks",
+        ),
+    ]
+    if taken:
+        found.append(
+            Finding(
+                "upstream", "ok" if "upstream" in remotes else "note",
+                f"{taken.name} {taken.version}, commit {taken.commit[:12]}",
+                "" if "upstream" in remotes else "To take over what it mends: git remote add upstream <its URL>; llmops upgrade",
+            )
+        )
     return found
 
 # %% ../nbs/90h_doctor.ipynb #d957e2a6
@@ -159,13 +261,28 @@ def check_workspace(
     def look(about, get, fix):                      # what it says, or a finding
         try: return get()
         except NotFound as error: found.append(Finding(about, "fail", f"not there: {error}", fix))
-        except ValueError as error: found.append(Finding(about, "fail", "none is configured" if "default credentials" in str(error) else str(error)[:160], fix))
-        except (DatabricksError, OSError) as error: found.append(Finding(about, "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", fix))
-    client = client or look("login", lambda: WorkspaceClient(config=Login(retry_timeout_seconds=15, http_timeout_seconds=15)), "databricks auth login --host https://<workspace>")
-    if client: me = look("login", lambda: client.current_user.me().user_name, "databricks auth login --host https://<workspace>, or set DATABRICKS_HOST and DATABRICKS_TOKEN")
+        except ValueError as error:
+            found.append(Finding(about, "fail", "none is configured" if "default credentials" in str(error) else str(error)[:160], fix))
+        except (DatabricksError, OSError) as error:
+            found.append(Finding(about, "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:160]}", fix))
+    client = client or look(
+        "login",
+        lambda: WorkspaceClient(config=Login(retry_timeout_seconds=15, http_timeout_seconds=15)),
+        "databricks auth login --host https://<workspace>",
+    )
+    if client:
+        me = look(
+            "login",
+            lambda: client.current_user.me().user_name,
+            "databricks auth login --host https://<workspace>, or set DATABRICKS_HOST and DATABRICKS_TOKEN",
+        )
     if not me: return found
     found.append(Finding("login", "ok", f"{me} at {client.config.host}"))
-    catalog = look("catalog", lambda: client.catalogs.get(config.catalog), f"Somebody who may makes it: CREATE CATALOG {config.catalog}; or name another one in settings.ini, `catalog`.")
+    catalog = look(
+        "catalog",
+        lambda: client.catalogs.get(config.catalog),
+        f"Somebody who may makes it: CREATE CATALOG {config.catalog}; or name another one in settings.ini, `catalog`.",
+    )
     if catalog:
         found.append(Finding("catalog", "ok", f"{config.catalog} is there"))
         found += guarded(f"rights in {config.catalog}", lambda: _rights_in(client, "CATALOG", config.catalog, catalog.owner, NEEDED))
@@ -189,32 +306,78 @@ def _rights_in_schema(client, name):
 
 def _rights(about, may, needed, grant):
     missing = [] if {"ALL_PRIVILEGES", "MANAGE"} & may else [right for right in needed if right not in may]
-    return Finding(about, "fail" if missing else "ok", f"{', '.join(missing)} not found among {', '.join(sorted(may)) or 'none'}" if missing else "enough", grant.format(", ".join(m.replace("_", " ") for m in missing)) if missing else "")
+    return Finding(
+        about, "fail" if missing else "ok",
+        f"{', '.join(missing)} not found among {', '.join(sorted(may)) or 'none'}" if missing else "enough",
+        grant.format(", ".join(m.replace("_", " ") for m in missing)) if missing else "",
+    )
 
 def _quotas(client, config):
-    try: used = [q for q in client.resource_quotas.list_quotas() if q.parent_full_name in (config.catalog, f"{config.catalog}.{config.schema}")]
-    except Exception as error: return [Finding("quotas", "note", f"could not be read ({type(error).__name__})", "Nothing to do, unless a deployment says that one is used up.")]
+    try:
+        used = [
+            q for q in client.resource_quotas.list_quotas() if q.parent_full_name in (config.catalog, f"{config.catalog}.{config.schema}")
+        ]
+    except Exception as error:
+        return [
+            Finding(
+                "quotas", "note", f"could not be read ({type(error).__name__})",
+                "Nothing to do, unless a deployment says that one is used up.",
+            )
+        ]
     full = [q for q in used if q.quota_limit and (q.quota_count or 0) / q.quota_limit > 0.9]
     text = "; ".join(f"{q.quota_count} of {q.quota_limit} {q.quota_name.removesuffix('-quota')}s in {q.parent_full_name}" for q in full)
-    return [Finding("quotas", "fail" if full else "ok", text or f"{len(used)} known, none above 90%", "Remove what is not needed, or ask Databricks for more." if full else "")]
+    return [
+        Finding(
+            "quotas", "fail" if full else "ok", text or f"{len(used)} known, none above 90%",
+            "Remove what is not needed, or ask Databricks for more." if full else "",
+        )
+    ]
 
 def _secrets(client, config):
-    wanted = [name for name in (config.serving_token,) if name] + (["APP_CLIENT_ID", "APP_CLIENT_SECRET"] if config.serving_target == "databricks_app" else [])
+    wanted = [name for name in (config.serving_token,) if name] + (
+        ["APP_CLIENT_ID", "APP_CLIENT_SECRET"] if config.serving_target == "databricks_app" else []
+    )
     if not wanted: return [Finding("secrets", "ok", "the settings name none")]
     try: there = {s.key for s in client.secrets.list_secrets(config.secret_scope)}
-    except Exception: return [Finding("secrets", "fail", f"the scope {config.secret_scope} cannot be read", f"databricks secrets create-scope {config.secret_scope}")]
+    except Exception:
+        return [
+            Finding(
+                "secrets", "fail", f"the scope {config.secret_scope} cannot be read",
+                f"databricks secrets create-scope {config.secret_scope}",
+            )
+        ]
     missing = [name for name in wanted if name not in there]
-    return [Finding("secrets", "fail" if missing else "ok", f"{', '.join(missing)} missing in {config.secret_scope}" if missing else f"{len(wanted)} in {config.secret_scope}", f"databricks secrets put-secret {config.secret_scope} {missing[0]}" if missing else "")]
+    return [
+        Finding(
+            "secrets", "fail" if missing else "ok",
+            f"{', '.join(missing)} missing in {config.secret_scope}" if missing else f"{len(wanted)} in {config.secret_scope}",
+            f"databricks secrets put-secret {config.secret_scope} {missing[0]}" if missing else "",
+        )
+    ]
 
 def _command_line():
-    if not shutil.which("databricks"): return [Finding("databricks command", "fail", "not installed", "A bundle is deployed by it: https://docs.databricks.com/dev-tools/cli")]
+    if not shutil.which("databricks"):
+        return [
+            Finding("databricks command", "fail", "not installed", "A bundle is deployed by it: https://docs.databricks.com/dev-tools/cli")
+        ]
     return [Finding("databricks command", "ok", subprocess.run(["databricks", "--version"], capture_output=True, text=True).stdout.strip())]
 
 # %% ../nbs/90h_doctor.ipynb #8e1382d8
-SAMPLES = {"data/prompts": ("prompts for questions about Python libraries", "Put your own beside them; `llmops run --env dev --to prompts` compares all."),
-           "data/labelled_answers.jsonl": ("answers on which the scorers were checked", "Label some of your own, or leave them: they check the scorers, not your assistant."),
-           "data/regressions.jsonl": ("cases about the sample's corpus", "Empty the file, or set `regressions =` in settings.ini; `llmops review` adds your own."),
-           "data/red_team.jsonl": ("attacks that fit every assistant", "Add those that only yours can meet.")}
+SAMPLES = {
+    "data/prompts": (
+        "prompts for questions about Python libraries",
+        "Put your own beside them; `llmops run --env dev --to prompts` compares all.",
+    ),
+    "data/labelled_answers.jsonl": (
+        "answers on which the scorers were checked",
+        "Label some of your own, or leave them: they check the scorers, not your assistant.",
+    ),
+    "data/regressions.jsonl": (
+        "cases about the sample's corpus",
+        "Empty the file, or set `regressions =` in settings.ini; `llmops review` adds your own.",
+    ),
+    "data/red_team.jsonl": ("attacks that fit every assistant", "Add those that only yours can meet."),
+}
 
 def _as_taken(root, name, commit):                  # is it as upstream has it?
     return not commit or not git(root, "diff", "--name-only", commit, "--", name)
@@ -225,10 +388,27 @@ def find_samples(
 ) -> list[Finding]:
     "What a fork still has of the project that it was made from, and what waits for a person."
     root, config, taken, me = Path(root), load_config(env, root), read_upstream(root), read_identity(root)
-    found = [Finding("name", "ok", f"{me.name}, made from {taken.name} {taken.version}") if taken else Finding("name", "note", f"{me.name} is the sample itself", "llmops init --name my-assistant")]
-    found.append(Finding("corpus", "note", "the API reference of the packages that we are made of", "llmops adopt <folder of your documents>") if config.corpus == "packages" else Finding("corpus", "ok", config.corpus))
-    if any("smollm2" in p for p in config.prices): found.append(Finding("prices", "note", "made up, for the models that come with us", "Write what you pay: `prices` and `machine_price` in settings.ini."))
-    if not config.reviewers: found.append(Finding("reviewers", "note", "everybody may review feedback", "Name them: `reviewers` in settings.ini."))
+    found = [
+        (
+            Finding("name", "ok", f"{me.name}, made from {taken.name} {taken.version}")
+            if taken
+            else Finding("name", "note", f"{me.name} is the sample itself", "llmops init --name my-assistant")
+        )
+    ]
+    found.append(
+        Finding("corpus", "note", "the API reference of the packages that we are made of", "llmops adopt <folder of your documents>")
+        if config.corpus == "packages"
+        else Finding("corpus", "ok", config.corpus)
+    )
+    if any("smollm2" in p for p in config.prices):
+        found.append(
+            Finding(
+                "prices", "note", "made up, for the models that come with us",
+                "Write what you pay: `prices` and `machine_price` in settings.ini.",
+            )
+        )
+    if not config.reviewers:
+        found.append(Finding("reviewers", "note", "everybody may review feedback", "Name them: `reviewers` in settings.ini."))
     return found + guarded("data", lambda: _sample_data(root, config, taken))
 
 def _sample_data(root, config, taken):
@@ -237,11 +417,36 @@ def _sample_data(root, config, taken):
     try: commit and git(root, "cat-file", "-e", commit)
     except DataError:
         told = False
-        found.append(Finding("data", "note", f"commit {taken.commit[:12]} is not here, so the sample's files cannot be told from yours", "git fetch upstream"))
+        found.append(
+            Finding(
+                "data", "note", f"commit {taken.commit[:12]} is not here, so the sample's files cannot be told from yours",
+                "git fetch upstream",
+            )
+        )
     own = config.questions != "data/questions.jsonl" or told and not _as_taken(root, config.questions, commit)
-    if own or told: found.append(Finding("questions", "ok" if own else "note", f"{len(rows)} of your own" if own else f"{len(rows)} about the sample's corpus", "" if own else f"Write your own in {config.questions}: llmops questions add"))
-    if rows.draft.any(): found.append(Finding("drafts", "note", f"{rows.draft.sum()} questions wait for a review, and " + ("flatter what is measured in dev" if config.draft_questions else "are asked by nobody until then"), "llmops questions list --drafts; llmops questions review <id> --accept"))
+    if own or told:
+        found.append(
+            Finding(
+                "questions", "ok" if own else "note",
+                f"{len(rows)} of your own" if own else f"{len(rows)} about the sample's corpus",
+                "" if own else f"Write your own in {config.questions}: llmops questions add",
+            )
+        )
+    if rows.draft.any():
+        found.append(
+            Finding(
+                "drafts",
+                "note",
+                f"{rows.draft.sum()} questions wait for a review, and "
+                + ("flatter what is measured in dev" if config.draft_questions else "are asked by nobody until then"),
+                "llmops questions list --drafts; llmops questions review <id> --accept",
+            )
+        )
     for name, (what, fix) in SAMPLES.items() if told else ():
-        if name in ("data/prompts", "data/regressions.jsonl") and name not in (config.prompts, config.regressions): continue      # no setting names it any more
+        if name in ("data/prompts", "data/regressions.jsonl") and name not in (
+            config.prompts,
+            config.regressions,
+        ): # no setting names it any more
+            continue
         if (root / name).exists() and _as_taken(root, name, commit): found.append(Finding(name, "note", what, fix))
     return found

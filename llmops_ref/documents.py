@@ -59,7 +59,9 @@ def read_html(path: Path) -> str:
     with warnings.catch_warnings(action="ignore"): soup = BeautifulSoup(data, "html.parser")
     title, articles = soup.title.get_text() if soup.title else "", soup.find_all("article")
     for element in soup.select(",".join(NOT_TEXT)): element.decompose()
-    return _titled(_from_html(soup.find("main") or soup.find(role="main") or (articles[0] if len(articles) == 1 else soup.body or soup)), title)
+    return _titled(
+        _from_html(soup.find("main") or soup.find(role="main") or (articles[0] if len(articles) == 1 else soup.body or soup)), title
+    )
 
 # %% ../nbs/01a_documents.ipynb #f6146dad
 _ROLE = re.compile(r":[a-z][\w+-]{0,30}(?::[\w+-]{1,30})?:`~?([^`<]{1,300}?)(?:\s{0,9}<[^`]{0,300}>)?`")
@@ -78,8 +80,11 @@ def read_rst(path: Path) -> str:
     "A reStructuredText file, as Markdown; files that it includes are not read."
     from bs4 import BeautifulSoup
     from docutils.core import publish_parts
-    settings = dict(report_level=5, halt_level=5, warning_stream=False, _disable_config=True, raw_enabled=False, file_insertion_enabled=False, initial_header_level=1,
-                    doctitle_xform=False, docinfo_xform=False, syntax_highlight="none", math_output="LaTeX", line_length_limit=10**9)
+    settings = dict(
+        report_level=5, halt_level=5, warning_stream=False, _disable_config=True, raw_enabled=False,
+        file_insertion_enabled=False, initial_header_level=1, doctitle_xform=False, docinfo_xform=False,
+        syntax_highlight="none", math_output="LaTeX", line_length_limit=10**9,
+    )
     text = _DIRECTIVE.sub(_for_docutils, _ROLE.sub(r"``\1``", clean_text(read_text(path)) + "\n"))
     page = BeautifulSoup(publish_parts(text, writer="html5", settings_overrides=settings)["body"], "html.parser")
     for literal in page.select("span.literal"): literal.name = "code"
@@ -89,7 +94,8 @@ def read_rst(path: Path) -> str:
 def read_notebook(path: Path) -> str:
     "The text and the code of a Jupyter notebook, without outputs; `ValueError` if it is no notebook of format 4."
     notebook, parts = json.loads(read_text(path)), []
-    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list): raise ValueError("it has no list of cells: open it in Jupyter and save it anew")
+    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
+        raise ValueError("it has no list of cells: open it in Jupyter and save it anew")
     language = notebook.get("metadata", {}).get("kernelspec", {}).get("language", "")
     for cell in notebook["cells"]:
         source = "".join(cell.get("source", "")).strip("\n")
@@ -102,7 +108,8 @@ def read_notebook(path: Path) -> str:
 def _outline(reader, items, level, found):          # page -> the headings that point there
     for item in items:
         if isinstance(item, list): _outline(reader, item, level + 1, found)
-        elif (page := reader.get_destination_page_number(item)) is not None: found.setdefault(page, []).append(("#" * min(level, 6), " ".join(item.title.split())))
+        elif (page := reader.get_destination_page_number(item)) is not None:
+            found.setdefault(page, []).append(("#" * min(level, 6), " ".join(item.title.split())))
     return found
 
 def read_pdf(path: Path) -> str:
@@ -137,11 +144,15 @@ def read_document(
     path, root = Path(path), Path(root)
     reader, relative = FORMATS[path.suffix.lower()], path.relative_to(root)
     text = reader(path)
-    if text.count("\ufffd") + text.count("\x00") > NO_TEXT_SHARE * len(text): raise ValueError("it is a binary file, or text in another encoding: save it as UTF-8")
+    if text.count("\ufffd") + text.count("\x00") > NO_TEXT_SHARE * len(text):
+        raise ValueError("it is a binary file, or text in another encoding: save it as UTF-8")
     text = re.sub(r"\A\s*\n", "", _PICTURE.sub(r"\1", clean_text(text))).rstrip()
     if not text.strip(): raise ValueError("it holds no text" + (": scanned pages need OCR first" if reader is read_pdf else ""))
-    return dict(id=relative.as_posix(), package=relative.parts[0] if len(relative.parts) > 1 else root.resolve().name, version="", kind=reader.__name__.removeprefix("read_"),
-                signature="", text=text, source=relative.as_posix(), words=len(text.split()), digest=_digest(relative.as_posix(), text))
+    return dict(
+        id=relative.as_posix(), package=relative.parts[0] if len(relative.parts) > 1 else root.resolve().name, version="",
+        kind=reader.__name__.removeprefix("read_"), signature="", text=text, source=relative.as_posix(),
+        words=len(text.split()), digest=_digest(relative.as_posix(), text),
+    )
 
 # %% ../nbs/01a_documents.ipynb #59ce552e
 def folder_files(
@@ -150,10 +161,18 @@ def folder_files(
 ) -> list[Path]: # Sorted by path
     "Every file of a known format below a folder; `SettingsError` if there is no such folder, `DataError` if no file is left."
     folder = Path(folder)
-    if not folder.is_dir(): raise SettingsError(f"The setting `corpus` names the folder {folder}, which does not exist. Correct it; a relative path begins where settings.ini is.")
+    if not folder.is_dir():
+        raise SettingsError(
+            f"The setting `corpus` names the folder {folder}, which does not exist. Correct it; a relative path begins where"
+            " settings.ini is."
+        )
     files = [file for file in visible_files(folder) if file.suffix.lower() in FORMATS
              and not any(fnmatch.fnmatchcase(file.relative_to(folder).as_posix(), pattern) for pattern in exclude)]
-    if not files: raise DataError(f"The folder {folder} of the setting `corpus` holds no document that `corpus_exclude` leaves in. Known are {', '.join(FORMATS)}.")
+    if not files:
+        raise DataError(
+            f"The folder {folder} of the setting `corpus` holds no document that `corpus_exclude` leaves in. Known are"
+            f" {', '.join(FORMATS)}."
+        )
     return files
 
 # %% ../nbs/01a_documents.ipynb #5eda1ff8
@@ -186,7 +205,9 @@ def read_folder(
     max_unreadable: float = 0.1, # Share of the files that may be unreadable
     exclude: list[str] = (), # Patterns of ids that are left out
     min_words: int = 8, # Shorter documents are left out
-) -> tuple[pd.DataFrame, pd.DataFrame]: # Documents by id; and `source`, `problem`, `kept` (it is a document all the same) of each file with a problem
+) -> tuple[
+    pd.DataFrame, pd.DataFrame
+]: # Documents by id; and `source`, `problem`, `kept` (it is a document all the same) of each file with a problem
     "Read the documents of a folder; `DataError` if too many files are unreadable or no document is left, `SettingsError` if there is no such folder."
     root = ws.config.root / folder
     files = folder_files(root, exclude)
@@ -203,11 +224,19 @@ def read_folder(
     first = rows.groupby("text").id.transform("first")
     short = (rows.text != "") & (rows.words < min_words)
     again = (rows.text != "") & ~short & (rows.id != first)
-    rows.loc[short, "problem"], rows.loc[again, "problem"] = f"left out: fewer than {min_words} words", "left out: the same text as " + first[again]
+    rows.loc[short, "problem"], rows.loc[again, "problem"] = (
+        f"left out: fewer than {min_words} words",
+        "left out: the same text as " + first[again],
+    )
     rows["kept"] = (rows.text != "") & ~short & ~again
-    if not rows.kept.any(): raise DataError(f"No document of {root} is left: all files are unreadable, or have fewer words than `corpus_min_words` = {min_words}.")
+    if not rows.kept.any():
+        raise DataError(
+            f"No document of {root} is left: all files are unreadable, or have fewer words than `corpus_min_words` = {min_words}."
+        )
     rows = rows.sort_values("id", ignore_index=True)
-    return rows.loc[rows.kept, COLUMNS].reset_index(drop=True), rows.loc[rows.problem != "", ["source", "problem", "kept"]].reset_index(drop=True)
+    return rows.loc[rows.kept, COLUMNS].reset_index(drop=True), rows.loc[rows.problem != "", ["source", "problem", "kept"]].reset_index(
+        drop=True
+    )
 
 # %% ../nbs/01a_documents.ipynb #17a058b3
 def read_table(
@@ -218,15 +247,25 @@ def read_table(
     folder = ws.config.root / table
     if (folder / "_delta_log").is_dir(): frame = Workspace.read(ws, str(folder))        # a path, here as in a Volume
     elif ws.config.platform == "local" and corpus_source(table, ws.config.root) == "table":
-        raise SettingsError(f"`corpus` names the Unity Catalog table {table}, which only `platform = databricks` can read. On this machine, name the folder of a Delta table.")
+        raise SettingsError(
+            f"`corpus` names the Unity Catalog table {table}, which only `platform = databricks` can read. On this machine, name the folder"
+            " of a Delta table."
+        )
     else: frame = ws.read(table)
     if missing := [column for column in ("id", "text") if column not in frame]:
-        raise DataError(f"The table {table} lacks the columns {missing}; it has {list(frame)}. Rename or add them, in a view if the table is not yours.")
-    if (null := frame.id.isna()).any(): raise DataError(f"The table {table} has {null.sum()} rows without an id, such as rows {frame.index[null][:3].tolist()}. Give each document one.")
+        raise DataError(
+            f"The table {table} lacks the columns {missing}; it has {list(frame)}. Rename or add them, in a view if the table is not yours."
+        )
+    if (null := frame.id.isna()).any():
+        raise DataError(
+            f"The table {table} has {null.sum()} rows without an id, such as rows {frame.index[null][:3].tolist()}. Give each document one."
+        )
     frame = frame.reindex(columns=COLUMNS).astype(object).assign(signature="")
     defaults = dict(id="", package=Path(table).name.split(".")[-1], version="", kind="text", text="", source=frame.id)
-    for column, default in defaults.items(): frame[column] = frame[column].where(frame[column].notna(), default).map(lambda value: clean_text(str(value)))
-    if (twice := frame.id[frame.id.duplicated()].unique()).size: raise DataError(f"The table {table} has ids that repeat: {list(twice[:3])}. An id must name one document.")
+    for column, default in defaults.items():
+        frame[column] = frame[column].where(frame[column].notna(), default).map(lambda value: clean_text(str(value)))
+    if (twice := frame.id[frame.id.duplicated()].unique()).size:
+        raise DataError(f"The table {table} has ids that repeat: {list(twice[:3])}. An id must name one document.")
     frame = frame[frame.text.str.strip().astype(bool)]
     if frame.empty: raise DataError(f"The table {table} holds no document: it is empty, or all its texts are.")
     frame["words"], frame["digest"] = frame.text.str.split().str.len(), [_digest(id, text) for id, text in zip(frame.id, frame.text)]

@@ -24,12 +24,19 @@ def _order(text): return hashlib.md5(text.encode(), usedforsecurity=False).hexdi
 def _sections(chunks):                              # of each page, chunks about which something can be asked, the best first
     found, seen = {}, set()
     chunks = chunks[chunks.kind.isin(PAGES)]
-    pages_of = pd.Series([page_heading(text).casefold() for text in chunks.text]).groupby(chunks.document_id.tolist()).unique().explode().value_counts()
+    pages_of = (
+        pd.Series([page_heading(text).casefold() for text in chunks.text])
+        .groupby(chunks.document_id.tolist())
+        .unique()
+        .explode()
+        .value_counts()
+    )
     for c in chunks.itertuples():
         heading, place = page_heading(c.text), (c.document_id, c.text.partition("\n")[0])
         opens, _ = place not in seen, seen.add(place)       # what a section says first is what its heading promises
         if pages_of.get(heading.casefold(), 0) > 1: heading = ""                    # one that stands on several pages asks for none of them
-        if page_sentences(c.text) and (opens or not heading): found.setdefault(c.document_id, []).append((not heading.endswith("?"), not heading, _order(c.id), c, heading))
+        if page_sentences(c.text) and (opens or not heading):
+            found.setdefault(c.document_id, []).append((not heading.endswith("?"), not heading, _order(c.id), c, heading))
     return {document: [(c, heading) for *_, c, heading in sorted(some, key=lambda s: s[:3])] for document, some in found.items()}
 
 def _draft(c, heading, rng, teacher):
@@ -52,7 +59,11 @@ def draft_questions(
     rng, rows, asked = random.Random(seed), [], []
     sections = _sections(chunks)
     pages = sorted(sections, key=_order)
-    if len(pages) < (1 if alone else 2): raise DataError(f"Questions need at least two documents with whole sentences, one to choose by and one to test with; here {'is 1. Cut a long document into files, one a chapter.' if pages else 'are none. Are they written without spaces, or tables and code only? Then write the questions yourself: llmops questions add.'}")
+    if len(pages) < (1 if alone else 2):
+        raise DataError(
+            "Questions need at least two documents with whole sentences, one to choose by and one to test with; here"
+            f" {'is 1. Cut a long document into files, one a chapter.' if pages else 'are none. Are they written without spaces, or tables and code only? Then write the questions yourself: llmops questions add.'}"
+        )
     split = {page: alone if alone and len(pages) == 1 else ("test", "train")[place % 2] for place, page in enumerate(pages)}
     def add(kind, question, gold, answer, where):
         question = question[0].upper() + question[1:]
@@ -68,7 +79,13 @@ def draft_questions(
     texts = {page: " ".join(c.text for c, _ in some) for page, some in sections.items()}
     for place in range(n // 5):
         where = ("test", "train")[place % 2]
-        some = [(page, c.text) for page in pages if split[page] == where for c, heading in sections[page] if 0 < len(heading.split()) <= 4 and not heading.endswith("?")] or [(page, page.rsplit("/", 1)[-1].rpartition(".")[0] or page) for page in pages if split[page] == where]
+        some = [
+            (page, c.text)
+            for page in pages
+            if split[page] == where
+            for c, heading in sections[page]
+            if 0 < len(heading.split()) <= 4 and not heading.endswith("?")
+        ] or [(page, page.rsplit("/", 1)[-1].rpartition(".")[0] or page) for page in pages if split[page] == where]
         for _ in range(9 if some else 0):
             page, text = rng.choice(some)
             if add("unanswerable", ask_beyond(text, rng, texts[page]), [], REFUSAL, where): break

@@ -62,7 +62,10 @@ def topic_shift(
 # %% ../nbs/07f_drift.ipynb #239e921d
 FEWEST = 20                                         # questions of a day that is judged
 MOST = dict(reference=600, day=300)                 # questions that are compared; more are drawn from
-EMPTY = set("about there what which when where does that this with from into have need want should would could call called used using uses like than then them they find show tell explain something function class method way".split())   # of every question
+EMPTY = set(
+    "about there what which when where does that this with from into have need want should would could call called used using uses like"
+    " than then them they find show tell explain something function class method way".split()
+)  # of every question
 
 def name_topics(
     questions: list[str],
@@ -87,26 +90,50 @@ def find_drift(
     false_alarms: float = 0.01, # In how many ordinary windows an alarm may be raised
     topics: int = 8,
     seed: int = 17,
-) -> tuple[pd.DataFrame, pd.DataFrame]: # One row a day: `day n embedding_p topic_p drifted grew`; and shares, one row a topic, one column a day, and `before`
+) -> tuple[
+    pd.DataFrame, pd.DataFrame
+]: # One row a day: `day n embedding_p topic_p drifted grew`; and shares, one row a topic, one column a day, and `before`
     "Compare the questions of each day with those of the time before."
     from sklearn.cluster import KMeans
     rng = np.random.default_rng(seed)
-    def drawn(texts, most): return [texts[i] for i in np.sort(rng.choice(len(texts), most, replace=False))] if len(texts) > most else list(texts)
+    def drawn(texts, most):
+        return [texts[i] for i in np.sort(rng.choice(len(texts), most, replace=False))] if len(texts) > most else list(texts)
     before, days = drawn(reference, MOST["reference"]), {day: drawn(texts, MOST["day"]) for day, texts in days.items()}
     judged = [day for day, texts in days.items() if len(texts) >= FEWEST] if len(before) >= FEWEST else []
-    empty = pd.DataFrame([dict(day=day, n=len(texts), embedding_p=None, topic_p=None, drifted=False, grew="") for day, texts in days.items()], columns=["day", "n", "embedding_p", "topic_p", "drifted", "grew"])
+    empty = pd.DataFrame(
+        [dict(day=day, n=len(texts), embedding_p=None, topic_p=None, drifted=False, grew="") for day, texts in days.items()],
+        columns=["day", "n", "embedding_p", "topic_p", "drifted", "grew"],
+    )
     if not judged: return empty, pd.DataFrame()
     texts = before + [q for day in judged for q in days[day]]
-    place, when = dict(zip(unique := list(dict.fromkeys(texts)), range(len(unique)))), np.repeat(np.arange(len(judged) + 1), [len(before), *(len(days[day]) for day in judged)])
+    place, when = dict(zip(unique := list(dict.fromkeys(texts)), range(len(unique)))), np.repeat(
+        np.arange(len(judged) + 1), [len(before), *(len(days[day]) for day in judged)]
+    )
     vectors = embedder.embed(unique)[[place[q] for q in texts]]
     groups = KMeans(min(topics, len(unique)), n_init=3, random_state=seed).fit_predict(vectors)
     names, bound = name_topics(texts, groups), false_alarms / (2 * len(judged))
-    shares = pd.DataFrame({day: pd.Series(groups[when == i]).value_counts(normalize=True) for i, day in enumerate(["before", *judged])}).fillna(0.0)
+    shares = pd.DataFrame(
+        {day: pd.Series(groups[when == i]).value_counts(normalize=True) for i, day in enumerate(["before", *judged])}
+    ).fillna(0.0)
     rows = {}
     for i, day in enumerate(judged, 1):
         some, labels = (when == 0) | (when == i), (when == i)[(when == 0) | (when == i)]
         p = [permutation_p(statistic, labels, rng, bound / 4) for statistic in (discrepancy(vectors[some]), topic_shift(groups[some]))]
         grown = (shares[day] - shares.before).sort_values(ascending=False)
-        rows[day] = dict(embedding_p=p[0], topic_p=p[1], drifted=min(p) < bound, grew=f"{names[grown.index[0]]}: {shares.before[grown.index[0]]:.0%} → {shares[day][grown.index[0]]:.0%}" if min(p) < bound else "")
-    found = empty.assign(**{key: [rows.get(day, {}).get(key, default) for day in empty.day] for key, default in dict(embedding_p=None, topic_p=None, drifted=False, grew="").items()})
+        rows[day] = dict(
+            embedding_p=p[0],
+            topic_p=p[1],
+            drifted=min(p) < bound,
+            grew=(
+                f"{names[grown.index[0]]}: {shares.before[grown.index[0]]:.0%} → {shares[day][grown.index[0]]:.0%}"
+                if min(p) < bound
+                else ""
+            ),
+        )
+    found = empty.assign(
+        **{
+            key: [rows.get(day, {}).get(key, default) for day in empty.day]
+            for key, default in dict(embedding_p=None, topic_p=None, drifted=False, grew="").items()
+        }
+    )
     return found.astype(dict(embedding_p=float, topic_p=float)), shares.rename(index=names)

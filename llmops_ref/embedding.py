@@ -122,10 +122,16 @@ def clean_text(text: str) -> str:
 
 def minilm_onnx(ws: Workspace, precision: str = "fp32") -> Path:
     "The converted weights: made on first use, verified at each; `DataError` if the file was changed since."
-    if precision not in PRECISIONS: raise SettingsError(f"There is no precision {precision!r} of the embedding model. Set `embedder` in settings.ini to auto, {', '.join(PRECISIONS)}.")
+    if precision not in PRECISIONS:
+        raise SettingsError(
+            f"There is no precision {precision!r} of the embedding model. Set `embedder` in settings.ini to auto, {', '.join(PRECISIONS)}."
+        )
     onnx = ws.cache(MINILM_SHA256, "minilm.onnx" if precision == "fp32" else f"minilm-{precision}.onnx")
     digest = onnx.with_name(f"{onnx.name}.sha256")
-    if not digest.is_file(): write_atomic(digest, file_digest(export_onnx(minilm_folder(), onnx) if precision == "fp32" else quantise_onnx(minilm_onnx(ws), onnx)))
+    if not digest.is_file():
+        write_atomic(
+            digest, file_digest(export_onnx(minilm_folder(), onnx) if precision == "fp32" else quantise_onnx(minilm_onnx(ws), onnx))
+        )
     return verify_digest(onnx, digest.read_text(), f"Delete the folder {onnx.parent}; the next run makes it again.")
 
 def open_embedder(ws: Workspace, precision: str = "fp32") -> Embedder:

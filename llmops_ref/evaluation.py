@@ -29,17 +29,26 @@ def answer_all(
     score=score_answer, # Called as `score_answer` is
 ) -> pd.DataFrame: # One row a question: `id question type gold reference answer passages citations seconds error ...` and its scores
     "Ask every question, several at once, and score the answers; `DataError` if there is no question, or none could be answered and scored."
-    if questions.empty: raise DataError("There are no questions to ask. Is the split empty, or does a setting such as `prompt_questions` leave none?")
+    if questions.empty:
+        raise DataError("There are no questions to ask. Is the split empty, or does a setting such as `prompt_questions` leave none?")
     ask, done = getattr(assistant, "invoke", assistant), 0
     def one(q):
         nonlocal done
-        start, row = time.perf_counter(), dict(id=q.id, question=q.question, type=q.type, gold=list(q.gold), reference=q.answer, answer="", citations=[], passages=[], served_by="", first_token_seconds=None,
-                                               prompt_tokens=0, completion_tokens=0, error="", exception=None)
+        start, row = time.perf_counter(), dict(
+            id=q.id, question=q.question, type=q.type, gold=list(q.gold), reference=q.answer, answer="", citations=[],
+            passages=[], served_by="", first_token_seconds=None, prompt_tokens=0, completion_tokens=0, error="", exception=None,
+        )
         try:
             reply = ask({"question": q.question})
-            row |= dict({key: reply[key] for key in ("answer", "citations", "passages", "prompt_tokens", "completion_tokens")}, served_by=reply.get("served_by", ""), first_token_seconds=reply.get("first_token_seconds"),
-                        seconds=time.perf_counter() - start + reply.get("kept_seconds", 0.0))
-            row |= score(reply["answer"], [p["document_id"] for p in reply["passages"]], list(q.gold), q.answer, q.question, [p.get("text", "") for p in reply["passages"]])
+            row |= dict(
+                {key: reply[key] for key in ("answer", "citations", "passages", "prompt_tokens", "completion_tokens")},
+                served_by=reply.get("served_by", ""), first_token_seconds=reply.get("first_token_seconds"),
+                seconds=time.perf_counter() - start + reply.get("kept_seconds", 0.0),
+            )
+            row |= score(
+                reply["answer"], [p["document_id"] for p in reply["passages"]], list(q.gold), q.answer, q.question,
+                [p.get("text", "") for p in reply["passages"]],
+            )
         except Exception as error: row |= dict(error=f"{type(error).__name__}: {error}"[:300], exception=error)
         done += 1
         if on_done: on_done(done, len(questions))
@@ -50,7 +59,10 @@ def answer_all(
     return pd.DataFrame(rows).drop(columns="exception")
 
 # %% ../nbs/03e_evaluation.ipynb #72ae1056
-MEASURES = ["correct", "names_gold", "says_reference", "citation_precision", "citation_recall", "token_f1", "similarity", "grounded", "cited", "refused", "refused_wrongly", "readable", "in_language", "personal_data"]
+MEASURES = [
+    "correct", "names_gold", "says_reference", "citation_precision", "citation_recall", "token_f1", "similarity",
+    "grounded", "cited", "refused", "refused_wrongly", "readable", "in_language", "personal_data",
+]
 LESS_IS_BETTER = {"refused_wrongly", "personal_data"}
 
 def summarise(
@@ -59,8 +71,11 @@ def summarise(
     "Means over the questions to which a score applies; NaN where there is none. A question that failed is not correct."
     means = {m: float(answers[m].mean()) if m in answers else float("nan") for m in MEASURES}
     if (answers.error != "").any(): means["correct"] = float(answers.correct.fillna(0).mean())
-    return means | dict(p50_seconds=float(answers.seconds.median()), p95_seconds=float(answers.seconds.quantile(0.95)), tokens=float((answers.prompt_tokens + answers.completion_tokens).mean()),
-                        words=float(answers.words.mean()), failed=float((answers.error != "").sum()))
+    return means | dict(
+        p50_seconds=float(answers.seconds.median()), p95_seconds=float(answers.seconds.quantile(0.95)),
+        tokens=float((answers.prompt_tokens + answers.completion_tokens).mean()), words=float(answers.words.mean()),
+        failed=float((answers.error != "").sum()),
+    )
 
 # %% ../nbs/03e_evaluation.ipynb #abfec52a
 def by_type(
@@ -69,9 +84,12 @@ def by_type(
 ) -> pd.DataFrame: # One row a type, one column a name, and `n`
     "Mean of a score for each type of question."
     first = next(iter(answers.values()))
-    return pd.DataFrame({name: _counted(a, measure).groupby(a.type).mean() for name, a in answers.items()}).assign(n=first.groupby("type").size())
+    return pd.DataFrame({name: _counted(a, measure).groupby(a.type).mean() for name, a in answers.items()}).assign(
+        n=first.groupby("type").size()
+    )
 
-def _counted(answers, measure): return answers[measure].fillna(0) if measure == "correct" else answers[measure]       # a question that failed is not correct
+def _counted(answers, measure):  # a question that failed is not correct
+    return answers[measure].fillna(0) if measure == "correct" else answers[measure]
 
 # %% ../nbs/03e_evaluation.ipynb #267f39eb
 def failures(
@@ -82,12 +100,20 @@ def failures(
         shown = {p["document_id"] for p in a.passages} & set(a.gold)
         if a.error: return f"failed: {a.error[:80]}"
         if not len(a.gold): return "answered what no document answers"
-        if is_refusal(a.answer): return "refused, though a passage answers it" if shown else "refused, since search showed no passage that answers it"
+        if is_refusal(a.answer):
+            return "refused, though a passage answers it" if shown else "refused, since search showed no passage that answers it"
         if len(a.passages) and not shown: return "search showed no passage that answers it"
         if not a.readable: return "runs in circles"
         if not asks_for_name(list(a.gold), a.reference): return "says something else than the reference"
         return "repeats the question" if names_gold(a.answer, list(a.gold), a.question) else "names no object, or another one"
-    rows = [dict(id=a.id, type=a.type, reason=reason(a), question=a.question, wanted=a.gold[0] if len(a.gold) else "a refusal", answer=a.answer[:160]) for a in answers.itertuples() if a.correct != 1]
+    rows = [
+        dict(
+            id=a.id, type=a.type, reason=reason(a), question=a.question, wanted=a.gold[0] if len(a.gold) else "a refusal",
+            answer=a.answer[:160],
+        )
+        for a in answers.itertuples()
+        if a.correct != 1
+    ]
     return pd.DataFrame(rows, columns=["id", "type", "reason", "question", "wanted", "answer"])
 
 # %% ../nbs/03e_evaluation.ipynb #86e89ac0
@@ -115,7 +141,11 @@ def keep_replies(
         if kept is None:
             start = time.perf_counter()
             reply = client.invoke(messages)
-            kept = dict(text=reply.text, usage=reply.usage_metadata, facts={k: reply.response_metadata.get(k) for k in ("model_name", "finish_reason")}, seconds=time.perf_counter() - start)
+            kept = dict(
+                text=reply.text, usage=reply.usage_metadata,
+                facts={k: reply.response_metadata.get(k) for k in ("model_name", "finish_reason")},
+                seconds=time.perf_counter() - start,
+            )
             write_atomic(path, json.dumps(kept))
             return reply
         return AIMessage(kept["text"], usage_metadata=kept["usage"], response_metadata=kept["facts"] | dict(kept_seconds=kept["seconds"]))
@@ -152,7 +182,10 @@ def evaluate_in_mlflow(
     "Record answers as an MLflow evaluation, unless it is on record: each answer becomes a trace that carries its scores."
     mlflow, kept = ws.mlflow(), answers[["id", "answer", *(m for m in MEASURES if m in answers)]]
     digest = hashlib.sha256(f"{name} {prompt} {dataset} {kept.to_json(orient='records')}".encode()).hexdigest()
-    if done := mlflow.search_runs(filter_string=f"tags.answers_digest = '{digest}' and attributes.status = 'FINISHED'", max_results=1, output_format="list"): return done[0].info.run_id
+    if done := mlflow.search_runs(
+        filter_string=f"tags.answers_digest = '{digest}' and attributes.status = 'FINISHED'", max_results=1, output_format="list"
+    ):
+        return done[0].info.run_id
     from mlflow.genai.scorers import scorer
     scores = {row["id"]: row for row in answers.to_dict("records")}
     def one(measure):
@@ -160,9 +193,22 @@ def evaluate_in_mlflow(
             value = scores[inputs["id"]].get(measure)
             return None if value is None or value != value else value
         return scorer(score, name=measure)
-    rows = [dict(inputs=dict(question=a["question"], id=a["id"]), outputs=dict(answer=a["answer"], shown=[p["document_id"] for p in a["passages"]]),
-                 expectations=dict(expected_response=a["reference"], gold=list(a["gold"]))) for a in scores.values()]
-    with mlflow.start_run(run_name=name, nested=mlflow.active_run() is not None, tags=dict(answers_digest=digest) | (dict(prompt=prompt) if prompt else {})) as run, quietly(1):
+    rows = [
+        dict(
+            inputs=dict(question=a["question"], id=a["id"]),
+            outputs=dict(answer=a["answer"], shown=[p["document_id"] for p in a["passages"]]),
+            expectations=dict(expected_response=a["reference"], gold=list(a["gold"])),
+        )
+        for a in scores.values()
+    ]
+    with (
+        mlflow.start_run(
+            run_name=name,
+            nested=mlflow.active_run() is not None,
+            tags=dict(answers_digest=digest) | (dict(prompt=prompt) if prompt else {}),
+        ) as run,
+        quietly(1),
+    ):
         mlflow.genai.evaluate(data=rows, scorers=[one(m) for m in MEASURES if m in answers])
         mlflow.set_tag("asked", len(rows))                                  # of the dataset, which may hold more
         if dataset: mlflow.log_input(mlflow.genai.datasets.get_dataset(name=dataset), context="evaluation")

@@ -31,10 +31,21 @@ def version_facts(
     from mlflow.models import Model
     name, mlflow = ws.registered("assistant"), ws.mlflow()
     try: found = mlflow.MlflowClient().get_model_version(name, version)
-    except MlflowException: raise DataError(f"The assistant has no version {version} in {ws.config.env}. `llmops versions --env {ws.config.env}` lists them.") from None
+    except MlflowException:
+        raise DataError(
+            f"The assistant has no version {version} in {ws.config.env}. `llmops versions --env {ws.config.env}` lists them."
+        ) from None
     try: model = Model.load(f"models:/{name}/{version}")
-    except (MlflowException, OSError) as error: raise DataError(f"The files of version {version} of the assistant are gone from {ws.config.env}: {str(error)[:150]}. Log a new one: `llmops run --env {ws.config.env} --from validation --force`.") from None
-    return dict(found.tags) | dict(version=str(version), signature="inputs and outputs" if model.signature and model.signature.outputs else "", size_mb=(model.model_size_bytes or 0) / 1e6)
+    except (MlflowException, OSError) as error:
+        raise DataError(
+            f"The files of version {version} of the assistant are gone from {ws.config.env}: {str(error)[:150]}. Log a new one: `llmops run"
+            f" --env {ws.config.env} --from validation --force`."
+        ) from None
+    return dict(found.tags) | dict(
+        version=str(version),
+        signature="inputs and outputs" if model.signature and model.signature.outputs else "",
+        size_mb=(model.model_size_bytes or 0) / 1e6,
+    )
 
 def missing_facts(
     facts: dict, # From `version_facts`
@@ -43,7 +54,8 @@ def missing_facts(
     "What is not on record, or cannot be right."
     wanted = FACTS + (OUR_FACTS if ours else ())
     problems = [f"{name.replace('_', ' ')} is not on record" for name in wanted if str(facts.get(name) or "") in ("", "None", "unknown")]
-    if ours and facts.get("base_sha256") not in (None, "", BASE_SHA256): problems.append("the base model is not the one that this code pins")
+    if ours and facts.get("base_sha256") not in (None, "", BASE_SHA256):
+        problems.append("the base model is not the one that this code pins")
     return problems
 
 # %% ../nbs/05a_evidence.ipynb #beac4360
@@ -79,18 +91,33 @@ def evidence_reasons(evidence: dict) -> list[str]:
     gates = evidence.get("gates") or []
     broken = [f"{g['gate']} is {g['value']} and must be {g['must_be']}" for g in gates if not g["holds"]]
     out = [f"{len(broken)} of {len(gates)} gates do not hold: {'; '.join(broken)}." if broken else f"All gates hold ({len(gates)})."]
-    out.append(f"Right answers against version {evidence['champion']}, which serves now: {evidence['against']}." if evidence.get("champion") else "No version serves yet.")
-    if worse := [s["type"] for s in evidence.get("slices") or [] if s["verdict"] == "worse"]: out.append(f"It is worse on questions of the type {', '.join(worse)}.")
-    if str((evidence.get("facts") or {}).get("git_commit", "")).endswith("-dirty"): out.append("It was made from files that are in no commit.")
-    if through := evidence.get("through"): out.append(f"Attacks that got through ({len(through)}): {', '.join(sorted({t['risk'] for t in through}))}.")
+    out.append(
+        f"Right answers against version {evidence['champion']}, which serves now: {evidence['against']}."
+        if evidence.get("champion")
+        else "No version serves yet."
+    )
+    if worse := [s["type"] for s in evidence.get("slices") or [] if s["verdict"] == "worse"]:
+        out.append(f"It is worse on questions of the type {', '.join(worse)}.")
+    if str((evidence.get("facts") or {}).get("git_commit", "")).endswith("-dirty"):
+        out.append("It was made from files that are in no commit.")
+    if through := evidence.get("through"):
+        out.append(f"Attacks that got through ({len(through)}): {', '.join(sorted({t['risk'] for t in through}))}.")
     return out
 
 def render_evidence(
     evidence: dict, # `env version verdict time facts problems gates champion against slices comparison attacks through regressions sides examples`, what validation found, as plain JSON
 ) -> str: # A whole HTML page
     "Render the evidence for a person."
-    facts = {name.replace("_", " "): value for name, value in (evidence.get("facts") or {}).items() if name in FACTS + OUR_FACTS + ("app", "size_mb") and value}
-    names = dict(champion=f"Version {evidence.get('champion')}", candidate=f"Version {evidence.get('version')}") if evidence.get("champion") else dict(evidence.get("sides") or {})
+    facts = {
+        name.replace("_", " "): value
+        for name, value in (evidence.get("facts") or {}).items()
+        if name in FACTS + OUR_FACTS + ("app", "size_mb") and value
+    }
+    names = (
+        dict(champion=f"Version {evidence.get('champion')}", candidate=f"Version {evidence.get('version')}")
+        if evidence.get("champion")
+        else dict(evidence.get("sides") or {})
+    )
     cards = [answer_card(example, f"q{n}", names) for n, example in enumerate(evidence.get("examples") or [], 1)]
     when = time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(evidence.get("time") or 0)).lstrip("0")
     tone = {"PASSED": "good"}.get(evidence.get("verdict"), "bad")

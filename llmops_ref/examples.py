@@ -26,7 +26,13 @@ def make_examples(
     out = []
     for q in questions[questions.split == "train"].itertuples():
         named = next((g for g in q.gold if f"`{g}`" in q.answer and g in passages), None)
-        if named: out.append(dict(id=q.id, question=q.question, gold=list(q.gold), passage=passages[named], answer=q.answer.replace(f"`{named}`", f"`{named}` [1]", 1)))
+        if named:
+            out.append(
+                dict(
+                    id=q.id, question=q.question, gold=list(q.gold), passage=passages[named],
+                    answer=q.answer.replace(f"`{named}`", f"`{named}` [1]", 1),
+                )
+            )
     return out
 
 # %% ../nbs/02d_examples.ipynb #43353eb0
@@ -39,7 +45,11 @@ class Examples:
         max_words: int = 32, # Of a passage
     ):
         import bm25s
-        if not rows: raise DataError("There is no worked example: no question of the train split names an object of the corpus in its answer. Take {{examples}} out of the prompt, or add such questions.")
+        if not rows:
+            raise DataError(
+                "There is no worked example: no question of the train split names an object of the corpus in its answer. Take {{examples}}"
+                " out of the prompt, or add such questions."
+            )
         self.rows, self.shots, self.max_words, self.bm25 = rows, shots, max_words, bm25s.BM25(method="lucene")
         self.bm25.index([terms(row["question"]) or ["?"] for row in rows], show_progress=False)
 
@@ -53,7 +63,10 @@ class Examples:
         return ranked[:self.shots][::-1]
 
     def __call__(self, question: str) -> str:
-        return "\n\n".join(f"[1] {_first_words(row['passage'], self.max_words)}\nQuestion: {row['question']}\nAnswer: {row['answer']}" for row in self.choose(question))
+        return "\n\n".join(
+            f"[1] {_first_words(row['passage'], self.max_words)}\nQuestion: {row['question']}\nAnswer: {row['answer']}"
+            for row in self.choose(question)
+        )
 
 def _plain(text): return " ".join(re.findall(r"\w+", text.lower()))
 
@@ -76,12 +89,25 @@ def write_examples(
     first = chunks.where(chunks.document_id.isin(gold)).select("document_id", "text").toPandas()
     rows = make_examples(questions, dict(zip(first.document_id, first.text)))
     Examples(rows)                                                          # `DataError` here rather than in a server
-    return write_atomic(ws.path("examples.json"), json.dumps(dict(shots=config.prompt_shots, max_words=config.passage_words, rows=rows), indent=1))
+    return write_atomic(
+        ws.path("examples.json"), json.dumps(dict(shots=config.prompt_shots, max_words=config.passage_words, rows=rows), indent=1)
+    )
 
 def read_examples(path: Path) -> Examples:
     "The worked examples of a file; `DataError` if it is damaged."
-    try: return Examples(**{key: value for key, value in json.loads(Path(path).read_text(encoding="utf-8")).items() if key in ("rows", "shots", "max_words")})
-    except (ValueError, TypeError) as error: raise DataError(f"The worked examples in {path} are damaged ({error}). Run `llmops run --only prompts --force` with the --env that they belong to.") from None
+    try:
+        return Examples(
+            **{
+                key: value
+                for key, value in json.loads(Path(path).read_text(encoding="utf-8")).items()
+                if key in ("rows", "shots", "max_words")
+            }
+        )
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"The worked examples in {path} are damaged ({error}). Run `llmops run --only prompts --force` with the --env that they"
+            " belong to."
+        ) from None
 
 def open_examples(
     ws: Workspace,

@@ -16,7 +16,11 @@ from .scoring import pseudonym, redact
 from .workspace import DataError, Workspace
 
 # %% ../nbs/07d_feedback.ipynb #8ff1b2e8
-REASONS = dict(wrong="It is wrong", incomplete="Something important is missing", unsupported="The passages do not say that", refused="It should have answered", outdated="It is out of date", unreadable="I cannot make sense of it", other="Something else")
+REASONS = dict(
+    wrong="It is wrong", incomplete="Something important is missing", unsupported="The passages do not say that",
+    refused="It should have answered", outdated="It is out of date", unreadable="I cannot make sense of it",
+    other="Something else",
+)
 VOTES = ["feedback_id", "trace_id", "time", "good", "reason", "comment", "correction", "source"]
 LONGEST = 2000                                      # characters of a comment or a correction
 
@@ -35,14 +39,25 @@ def record_feedback(
     "Record what somebody thinks of an answer, on its trace and in the table `feedback`; `DataError` for an unknown trace, a reason that there is not, a correction that is too long."
     if not isinstance(good, bool): raise DataError(f"A vote is true or false, not {good!r}.")
     if reason and reason not in REASONS: raise DataError(f"There is no reason {str(reason)[:40]!r}. There are {', '.join(REASONS)}.")
-    if len(correction := _clean(correction)) > LONGEST: raise DataError(f"The correction has {len(correction):,} characters, at most {LONGEST:,} are taken. Shorten it: one or two sentences are best.")
-    comment, source, event = _clean(str(comment or "")[:LONGEST + 500])[:LONGEST], pseudonym(re.sub(r"\s+", " ", str(source)).strip()[:100]) or "user", str(event_id)[:100]
+    if len(correction := _clean(correction)) > LONGEST:
+        raise DataError(
+            f"The correction has {len(correction):,} characters, at most {LONGEST:,} are taken. Shorten it: one or two sentences are best."
+        )
+    comment, source, event = (
+        _clean(str(comment or "")[: LONGEST + 500])[:LONGEST],
+        pseudonym(re.sub(r"\s+", " ", str(source)).strip()[:100]) or "user",
+        str(event_id)[:100],
+    )
     if event:
         event = "f-" + hashlib.sha256(f"{source}\0{trace_id}\0{event}".encode()).hexdigest()[:20]
-        if (same := next((vote for vote in _votes_on(ws.mlflow().get_trace(trace_id, silent=True)) if vote["feedback_id"] == event), None)): return same
-    row = dict(trace_id=trace_id, time=pd.Timestamp.now(tz="UTC"), good=good, reason=reason, comment=comment, correction=correction, source=source)
+        if (same := next((vote for vote in _votes_on(ws.mlflow().get_trace(trace_id, silent=True)) if vote["feedback_id"] == event), None)):
+            return same
+    row = dict(
+        trace_id=trace_id, time=pd.Timestamp.now(tz="UTC"), good=good, reason=reason, comment=comment, correction=correction, source=source
+    )
     row = dict(feedback_id=_on_trace(ws, row, event)) | row
-    if ws.config.platform == "local": ws.add("feedback", pd.DataFrame([row], columns=VOTES), "feedback_id")       # there, the job `monitoring` does
+    if ws.config.platform == "local":  # there, the job `monitoring` does
+        ws.add("feedback", pd.DataFrame([row], columns=VOTES), "feedback_id")
     return row
 
 # %% ../nbs/07d_feedback.ipynb #21f5076b
@@ -50,17 +65,35 @@ def _on_trace(ws, row, event):                      # as an assessment; gives th
     from mlflow.entities import AssessmentSource
     from mlflow.exceptions import MlflowException
     kind = "CODE" if row["source"] == "synthetic" else "HUMAN"
-    try: found = ws.mlflow().log_feedback(trace_id=row["trace_id"], name="helpful", value=row["good"], rationale=row["comment"] or None, source=AssessmentSource(source_type=kind, source_id=row["source"]),
-                                          metadata={key: value for key, value in dict(feedback_id=event, reason=row["reason"], correction=row["correction"]).items() if value})
-    except MlflowException as error: raise DataError(f"There is no trace {row['trace_id']!r} to attach feedback to ({error.message[:100]}). Use the trace_id of an answer.") from None
+    try:
+        found = ws.mlflow().log_feedback(
+            trace_id=row["trace_id"], name="helpful", value=row["good"], rationale=row["comment"] or None,
+            source=AssessmentSource(source_type=kind, source_id=row["source"]),
+            metadata={
+                key: value for key, value in dict(feedback_id=event, reason=row["reason"], correction=row["correction"]).items() if value
+            },
+        )
+    except MlflowException as error:
+        raise DataError(
+            f"There is no trace {row['trace_id']!r} to attach feedback to ({error.message[:100]}). Use the trace_id of an answer."
+        ) from None
     return event or found.assessment_id
 
-def _votes_on(trace): return [_vote(trace, a) for a in (trace.info.assessments or [] if trace is not None else []) if a.name == "helpful" and isinstance(getattr(a, "value", None), bool) and getattr(a, "valid", True) is not False]
+def _votes_on(trace):
+    return [
+        _vote(trace, a)
+        for a in (trace.info.assessments or [] if trace is not None else [])
+        if a.name == "helpful" and isinstance(getattr(a, "value", None), bool) and getattr(a, "valid", True) is not False
+    ]
 
 def _vote(trace, a):
     said = a.metadata or {}
-    return dict(feedback_id=said.get("feedback_id") or a.assessment_id, trace_id=trace.info.trace_id, time=pd.Timestamp(a.create_time_ms, unit="ms", tz="UTC"), good=a.value, reason=said.get("reason", ""), comment=_clean(a.rationale)[:LONGEST],
-                correction=_clean(said.get("correction", ""))[:LONGEST], source="synthetic" if a.source.source_type == "CODE" else pseudonym(a.source.source_id))
+    return dict(
+        feedback_id=said.get("feedback_id") or a.assessment_id, trace_id=trace.info.trace_id,
+        time=pd.Timestamp(a.create_time_ms, unit="ms", tz="UTC"), good=a.value, reason=said.get("reason", ""),
+        comment=_clean(a.rationale)[:LONGEST], correction=_clean(said.get("correction", ""))[:LONGEST],
+        source="synthetic" if a.source.source_type == "CODE" else pseudonym(a.source.source_id),
+    )
 
 # %% ../nbs/07d_feedback.ipynb #134cea34
 def collect_feedback(
@@ -71,7 +104,10 @@ def collect_feedback(
     "Add what people said on traces to the table `feedback`."
     mlflow = ws.mlflow()
     since = int((pd.Timestamp.now(tz="UTC") - pd.Timedelta(days=days)).timestamp() * 1000)
-    traces = mlflow.search_traces(locations=[mlflow.get_experiment_by_name(ws.experiment).experiment_id], filter_string=f"attributes.timestamp_ms > {since}", max_results=limit, return_type="list", include_spans=False)
+    traces = mlflow.search_traces(
+        locations=[mlflow.get_experiment_by_name(ws.experiment).experiment_id],
+        filter_string=f"attributes.timestamp_ms > {since}", max_results=limit, return_type="list", include_spans=False,
+    )
     return ws.add("feedback", pd.DataFrame([vote for trace in traces for vote in _votes_on(trace)], columns=VOTES), "feedback_id")
 
 # %% ../nbs/07d_feedback.ipynb #a743f612
@@ -81,11 +117,15 @@ def weigh_votes(
     "One vote a person and answer, the last one, weighed so that neither a person nor an answer counts for many."
     votes = votes[(votes.source != "synthetic") & votes.good.notna()]
     votes = votes.sort_values(["time", "feedback_id"]).drop_duplicates(["source", "trace_id"], keep="last")
-    return votes.assign(weight=1 / (votes.groupby("source").trace_id.transform("size") * votes.groupby("trace_id").source.transform("size")))
+    return votes.assign(
+        weight=1 / (votes.groupby("source").trace_id.transform("size") * votes.groupby("trace_id").source.transform("size"))
+    )
 
 def share_down(
     votes: pd.DataFrame, # Rows of `feedback`
-) -> tuple[float, float]: # The share, and how many independent votes it is worth: Kish's effective sample size, and never more than there are people, or answers; (nan, 0) without votes
+) -> tuple[
+    float, float
+]: # The share, and how many independent votes it is worth: Kish's effective sample size, and never more than there are people, or answers; (nan, 0) without votes
     "The share of votes that are thumbs down."
     counted = weigh_votes(votes)
     if counted.empty: return float("nan"), 0.0

@@ -45,7 +45,10 @@ def train_share(
 ) -> tuple[dict, Path]: # Result of the training, and its folder, which holds `adapter`
     "Train on a share of the pairs, and write the adapter for llama.cpp beside it."
     base = base_checkpoint(ws)
-    folder = prepare_training(ws.path("finetune", f"{share:.0%}", "x").parent, base, share_of(pairs, share) if share < 1 else pairs, replace(recipe := recipe_of(ws.config), seconds=recipe.seconds * share), BASE_SHA256)
+    folder = prepare_training(
+        ws.path("finetune", f"{share:.0%}", "x").parent, base, share_of(pairs, share) if share < 1 else pairs,
+        replace(recipe := recipe_of(ws.config), seconds=recipe.seconds * share), BASE_SHA256,
+    )
     result, shape = launch(folder, on_step=ws.progress), json.loads((base / "config.json").read_text())
     adapter_to_gguf(folder / "adapter", folder / "adapter" / "adapter.gguf", shape["num_attention_heads"], shape["num_key_value_heads"])
     return result, folder
@@ -58,7 +61,8 @@ def plot_scaling(
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
     left.plot(table.pairs, table.loss, "o-", color="#e4572e")
     left.set(xlabel="training pairs", ylabel="held-out loss", ylim=(0, None), xlim=(0, None))
-    for measure, colour, label in (("token_f1", "#5b8def", "token F1"), ("refusal_accuracy", "#6fb07f", "refusal accuracy")): right.plot(table.pairs, table[measure], "o-", color=colour, label=label)
+    for measure, colour, label in (("token_f1", "#5b8def", "token F1"), ("refusal_accuracy", "#6fb07f", "refusal accuracy")):
+        right.plot(table.pairs, table[measure], "o-", color=colour, label=label)
     right.set(xlabel="training pairs", ylim=(0, 1.05), xlim=(0, None))
     right.legend(frameon=False, fontsize=8)
     for axis in (left, right): axis.spines[["top", "right"]].set_visible(False)
@@ -72,7 +76,11 @@ def model_card(
     result: dict, # From `launch`
 ) -> str: # Markdown with a header, as model hubs read it
     "The model card."
-    table = "\n".join(f"| {name} | {row.correct:.0%} | {row.citation_precision:.0%} | {row.refusal_accuracy:.0%} | {row.token_f1:.2f} | {row.size_mb:,.0f} MB | {row.seconds:.1f} s |" for name, row in scorecard.iterrows())
+    table = "\n".join(
+        f"| {name} | {row.correct:.0%} | {row.citation_precision:.0%} | {row.refusal_accuracy:.0%} | {row.token_f1:.2f} |"
+        f" {row.size_mb:,.0f} MB | {row.seconds:.1f} s |"
+        for name, row in scorecard.iterrows()
+    )
     rows = "\n".join(f"| {key} | {value} |" for key, value in tags.items())
     return f"""---
 license: {BASE_LICENCE}
@@ -108,7 +116,14 @@ Pairs held out of training, asked as served by llama.cpp; refusal accuracy of 50
 def same_content(ws: Workspace, digest: str) -> str | None:
     "The version of `chat_model` that has an adapter's digest already."
     client, name = ws.mlflow().MlflowClient(), ws.registered("chat_model")
-    return next((str(v.version) for v in client.search_model_versions(f"name = '{name}'") if client.get_model_version(name, v.version).tags.get("adapter_sha256") == digest), None)
+    return next(
+        (
+            str(v.version)
+            for v in client.search_model_versions(f"name = '{name}'")
+            if client.get_model_version(name, v.version).tags.get("adapter_sha256") == digest
+        ),
+        None,
+    )
 
 def register_tuned(
     ws: Workspace,
@@ -129,7 +144,9 @@ def register_tuned(
         signature = ModelSignature(Schema([ColSpec("string", "input")]), Schema([ColSpec("string", "output")]))
         with tempfile.TemporaryDirectory() as temporary:
             content = shutil.copytree(folder, Path(temporary) / "chat_model")
-            Model(artifact_path="chat_model", run_id=run, signature=signature, metadata=tags).add_flavor("lora", **tags).save(str(content / "MLmodel"))
+            Model(artifact_path="chat_model", run_id=run, signature=signature, metadata=tags).add_flavor("lora", **tags).save(
+                str(content / "MLmodel")
+            )
             write_atomic(content / "README.md", model_card(tags, *card))
             write_atomic(content / LEARNED, json.dumps(cases or dict(known=[], learned=[])))
             mlflow.log_artifacts(str(content), "chat_model")
@@ -144,10 +161,19 @@ def tuned_adapter(
     "The adapter that `candidate` points at, from the registry; `DataError` if there is none or it does not fit the base model."
     again = f"Run `llmops run --env {ws.config.env} --only finetune --force`."
     version = ws.alias("chat_model", "candidate")
-    if version is None: raise DataError(f"No fine-tuned model has the alias candidate in {ws.config.env}. Run " + (f"`llmops promote --from staging --to {ws.config.env}`." if ws.config.promotion == "model" else f"`llmops run --env {ws.config.env} --to finetune`."))
+    if version is None:
+        raise DataError(
+            f"No fine-tuned model has the alias candidate in {ws.config.env}. Run "
+            + (
+                f"`llmops promote --from staging --to {ws.config.env}`."
+                if ws.config.promotion == "model"
+                else f"`llmops run --env {ws.config.env} --to finetune`."
+            )
+        )
     mlflow, name = ws.mlflow(), ws.registered("chat_model")
     tags = mlflow.MlflowClient().get_model_version(name, version).tags
-    if tags.get("base_sha256") != BASE_SHA256: raise DataError(f"Version {version} of {name} was trained on another base model ({tags.get('base_sha256', '?')[:16]}…). {again}")
+    if tags.get("base_sha256") != BASE_SHA256:
+        raise DataError(f"Version {version} of {name} was trained on another base model ({tags.get('base_sha256', '?')[:16]}…). {again}")
     target = ws.cache(tags["adapter_sha256"], "adapter.gguf")
     if not target.is_file():
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:

@@ -37,16 +37,23 @@ def read_identity(
     root = Path(root)
     try:
         found = tomllib.loads((root / "pyproject.toml").read_text())
-        package, catalog = found["tool"]["nbdev"]["lib_path"], re.search(r"^catalog\s*=\s*(\w+?)_\{env\}", (root / "settings.ini").read_text(), re.M)
+        package, catalog = found["tool"]["nbdev"]["lib_path"], re.search(
+            r"^catalog\s*=\s*(\w+?)_\{env\}", (root / "settings.ini").read_text(), re.M
+        )
         return Identity(found["project"]["name"], package, catalog[1] if catalog else package, found["project"]["description"])
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"{root} does not say what it is called ({type(error).__name__}: {error}). It takes pyproject.toml with project.name, project.description and tool.nbdev.lib_path, and settings.ini beside it.") from None
+        raise DataError(
+            f"{root} does not say what it is called ({type(error).__name__}: {error}). It takes pyproject.toml with project.name,"
+            " project.description and tool.nbdev.lib_path, and settings.ini beside it."
+        ) from None
 
 # %% ../nbs/90f_fork.ipynb #f0220f49
-_RULES = dict(name=(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", 22, "lower-case letters, digits and single hyphens, such as weather-desk"),
-              package=(r"[a-z][a-z0-9_]*", 40, "lower-case letters, digits and underscores, such as weather_desk"),
-              catalog=(r"[a-z][a-z0-9_]*[a-z0-9]", 60, "lower-case letters, digits and underscores, such as weather_desk"),
-              about=(r"[^\"\\<>{}\[\]`#|\x00-\x1f\x7f]{10,}", 100, "one line of ten characters at least without quotes, brackets or backslashes"))
+_RULES = dict(
+    name=(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", 22, "lower-case letters, digits and single hyphens, such as weather-desk"),
+    package=(r"[a-z][a-z0-9_]*", 40, "lower-case letters, digits and underscores, such as weather_desk"),
+    catalog=(r"[a-z][a-z0-9_]*[a-z0-9]", 60, "lower-case letters, digits and underscores, such as weather_desk"),
+    about=(r"[^\"\\<>{}\[\]`#|\x00-\x1f\x7f]{10,}", 100, "one line of ten characters at least without quotes, brackets or backslashes"),
+)
 
 _TAKEN = set("app benchmarks data nbs resources runs stores tests true false null none yes no on off".split())
 
@@ -60,12 +67,17 @@ def choose_identity(
     "What a project shall be called; `SettingsError` names what no tool would take."
     name = (name or old.name).strip()
     if name != old.name: package = package or name.replace("-", "_")
-    new = Identity(name, package or old.package, catalog or (package if name != old.name else None) or old.catalog, (about or old.about).strip())
+    new = Identity(
+        name, package or old.package, catalog or (package if name != old.name else None) or old.catalog, (about or old.about).strip()
+    )
     for key, (pattern, longest, rule) in _RULES.items():
         value = getattr(new, key)
-        if not re.fullmatch(pattern, value) or len(value) > longest: raise SettingsError(f"--{key} takes {rule}, at most {longest} characters; not {value!r}.")
-    if len(new.about.split()) > 11: raise SettingsError(f"--about takes eleven words at most: it is the line under each title. These are {len(new.about.split())}.")
-    if taken := {new.name, new.package} & _TAKEN: raise SettingsError(f"{taken.pop()} is a folder of the project, or a word of YAML. Choose another name.")
+        if not re.fullmatch(pattern, value) or len(value) > longest:
+            raise SettingsError(f"--{key} takes {rule}, at most {longest} characters; not {value!r}.")
+    if len(new.about.split()) > 11:
+        raise SettingsError(f"--about takes eleven words at most: it is the line under each title. These are {len(new.about.split())}.")
+    if taken := {new.name, new.package} & _TAKEN:
+        raise SettingsError(f"{taken.pop()} is a folder of the project, or a word of YAML. Choose another name.")
     if keyword.iskeyword(new.package): raise SettingsError(f"--package {new.package} is a word of Python itself. Choose another one.")
     if new.package != old.package and (new.package in sys.stdlib_module_names or importlib.util.find_spec(new.package)):
         raise SettingsError(f"--package {new.package} would hide a package of that name, which is installed here. Choose another one.")
@@ -76,8 +88,11 @@ def _renamer(old, new):
     def whole(text): return rf"(?<![\w-]){re.escape(text)}(?![\w-])"
     def begins(text, joint): return rf"(?<![\w-]){re.escape(text)}{joint}(?=\{{env\}}|\$\{{bundle\.target\}}|(?:dev|staging|prod)(?!\w))"
     dashed = [i.catalog.replace("_", "-") for i in (old, new)]
-    tokens = {whole(old.name): new.name, begins(old.name, "-"): f"{new.name}-", rf"(?<!\w){re.escape(old.package)}(?!\w)": new.package, begins(old.catalog, "_"): f"{new.catalog}_",
-              begins(dashed[0], "-"): f"{dashed[1]}-", rf"(?<!\w){re.escape(old.about)}(?!\w)": new.about}
+    tokens = {
+        whole(old.name): new.name, begins(old.name, "-"): f"{new.name}-",
+        rf"(?<!\w){re.escape(old.package)}(?!\w)": new.package, begins(old.catalog, "_"): f"{new.catalog}_",
+        begins(dashed[0], "-"): f"{dashed[1]}-", rf"(?<!\w){re.escape(old.about)}(?!\w)": new.about,
+    }
     pattern, values = re.compile("|".join(f"({token})" for token in tokens)), list(tokens.values())
     return lambda text: pattern.subn(lambda m: values[m.lastindex - 1], text)
 
@@ -113,7 +128,10 @@ def plan_rename(
     old = read_identity(root)
     if old == new: return pd.DataFrame(columns=["file", "places"])
     if single := [word for word in (old.name, old.package) if not re.search("[-_]", word) and word not in (new.name, new.package)]:
-        raise SettingsError(f"This project is called {single[0]}, a single word, which cannot be told from the same word elsewhere. Begin with a fresh fork of what it was made from, or change by hand what `git grep -w {single[0]}` finds.")
+        raise SettingsError(
+            f"This project is called {single[0]}, a single word, which cannot be told from the same word elsewhere. Begin with a fresh fork"
+            f" of what it was made from, or change by hand what `git grep -w {single[0]}` finds."
+        )
     renamed = _renamer(old, new)
     return pd.DataFrame([(name, n) for name, text in _texts(root) if (n := renamed(text)[1])], columns=["file", "places"])
 
@@ -125,7 +143,8 @@ def rename_project(
     "Rename a project's files where they are."
     root, old = Path(root), read_identity(root)
     plan, renamed = plan_rename(root, new), _renamer(old, new)
-    for name in plan.file: (root / name).write_bytes(renamed((root / name).read_bytes().decode("utf-8"))[0].encode("utf-8"))      # in place, so that what is executable stays so
+    for name in plan.file:  # in place, so that what is executable stays so
+        (root / name).write_bytes(renamed((root / name).read_bytes().decode("utf-8"))[0].encode("utf-8"))
     if new.package != old.package:
         shutil.rmtree(root / old.package / "__pycache__", ignore_errors=True)         # git would not take it back
         (root / old.package).rename(root / new.package)
@@ -147,7 +166,10 @@ def read_upstream(root: Path | str) -> Upstream | None:
 def record_upstream(root: Path | str, upstream: Upstream) -> None:
     "Write it there."
     path = Path(root) / "pyproject.toml"
-    record = f'[tool.upstream]                      # taken over last; `llmops upgrade` reads and writes it\nname = "{upstream.name}"\nversion = "{upstream.version}"\ncommit = "{upstream.commit}"\n'
+    record = (
+        f'[tool.upstream]                      # taken over last; `llmops upgrade` reads and writes it\nname = "{upstream.name}"\nversion ='
+        f' "{upstream.version}"\ncommit = "{upstream.commit}"\n'
+    )
     text, found = re.subn(r"^\[tool\.upstream\].*\n(?:\w+ = .*(?:\n|$))*", lambda _: record, path.read_text(), flags=re.M)
     write_atomic(path, text if found else text.rstrip("\n") + f"\n\n{record}")
 
@@ -161,11 +183,21 @@ def version_of(root: Path | str, package: str) -> str:
 def check_clean(root: Path | str) -> None:
     "`SettingsError` unless the folder is a git repository with everything committed."
     try: changed = git(root, "status", "--porcelain", "--untracked-files=normal").splitlines()
-    except DataError: raise SettingsError("This is no git repository. Make it one first: git init && git add -A && git commit -m 'Begin'") from None
-    if changed: raise SettingsError(f"{len(changed)} files are not committed, among them {changed[0][3:]}. Commit or stash them first: git stash --include-untracked")
+    except DataError:
+        raise SettingsError("This is no git repository. Make it one first: git init && git add -A && git commit -m 'Begin'") from None
+    if changed:
+        raise SettingsError(
+            f"{len(changed)} files are not committed, among them {changed[0][3:]}. Commit or stash them first: git stash"
+            " --include-untracked"
+        )
     try: git(root, "var", "GIT_COMMITTER_IDENT")
-    except DataError: raise SettingsError("Git does not know who you are, and would refuse to commit. Tell it: git config user.name 'Ada Lovelace'; git config user.email ada@example.com") from None
-    if Path(git(root, "rev-parse", "--show-toplevel")).resolve() != Path(root).resolve(): raise SettingsError(f"The repository begins above {root}. A project is a repository of its own.")
+    except DataError:
+        raise SettingsError(
+            "Git does not know who you are, and would refuse to commit. Tell it: git config user.name 'Ada Lovelace'; git config user.email"
+            " ada@example.com"
+        ) from None
+    if Path(git(root, "rev-parse", "--show-toplevel")).resolve() != Path(root).resolve():
+        raise SettingsError(f"The repository begins above {root}. A project is a repository of its own.")
 
 def fork_project(
     root: Path | str,
@@ -177,23 +209,28 @@ def fork_project(
     check_clean(root)
     old, taken = read_identity(root), read_upstream(root)
     if new.package != old.package:
-        if (Path(root) / new.package).exists(): raise SettingsError(f"There is something called {new.package} here already. Choose another --package.")
-        if subprocess.run(["git", "-C", str(root), "check-ignore", "-q", new.package]).returncode == 0: raise SettingsError(f"Git ignores {new.package}, so the package would not be committed. Choose another --package.")
+        if (Path(root) / new.package).exists():
+            raise SettingsError(f"There is something called {new.package} here already. Choose another --package.")
+        if subprocess.run(["git", "-C", str(root), "check-ignore", "-q", new.package]).returncode == 0:
+            raise SettingsError(f"Git ignores {new.package}, so the package would not be committed. Choose another --package.")
     with _all_or_nothing(root):
         plan = rename_project(root, new)
         if len(plan): _export(root)
-        if taken is None and new != old: record_upstream(root, Upstream(old.name, version_of(root, new.package), git(root, "rev-parse", "HEAD")))
+        if taken is None and new != old:
+            record_upstream(root, Upstream(old.name, version_of(root, new.package), git(root, "rev-parse", "HEAD")))
         for key, value in (settings or {}).items(): write_setting(root, key, value)
         if host: write_host(root, host)
         git(root, "add", "-A")
-        if git(root, "status", "--porcelain"): git(root, "commit", "-q", "-m", f"Name it {new.name}" if len(plan) else "Choose application and workspace")
+        if git(root, "status", "--porcelain"):
+            git(root, "commit", "-q", "-m", f"Name it {new.name}" if len(plan) else "Choose application and workspace")
     return plan
 
 def _export(root):                                  # the index of the package is laid out by the lengths of its names
     command = Path(sys.executable).parent / "nbdev-export"
     if not (Path(root) / "nbs").is_dir() or not command.is_file(): return
     done = subprocess.run([command], cwd=root, capture_output=True, text=True)
-    if done.returncode: raise DataError(f"nbdev-export failed after the rename, so nothing was renamed: {(done.stderr or done.stdout).strip()[-600:]}")
+    if done.returncode:
+        raise DataError(f"nbdev-export failed after the rename, so nothing was renamed: {(done.stderr or done.stdout).strip()[-600:]}")
 
 @contextmanager
 def _all_or_nothing(root):                          # everything was committed before
@@ -207,7 +244,14 @@ def write_host(root: Path | str, host: str) -> None:
     "Say in `databricks.yml` which workspace the bundle goes to, unless a target says so itself."
     path, line = Path(root) / "databricks.yml", f"workspace:\n  host: {host.rstrip('/')}\n"
     text = path.read_text()
-    write_atomic(path, re.sub(r"^workspace:\n  host: .*\n", line, text, flags=re.M) if re.search(r"^workspace:\n  host: ", text, re.M) else text.replace("\ntargets:\n", f"\n{line}\ntargets:\n", 1))
+    write_atomic(
+        path,
+        (
+            re.sub(r"^workspace:\n  host: .*\n", line, text, flags=re.M)
+            if re.search(r"^workspace:\n  host: ", text, re.M)
+            else text.replace("\ntargets:\n", f"\n{line}\ntargets:\n", 1)
+        ),
+    )
 
 def write_setting(root: Path | str, key: str, value: str, section: str = "DEFAULT") -> None:
     "Change one value in `settings.ini`, and leave its comment and everything else as they are; `SettingsError` if there is no such key or section."
@@ -276,9 +320,19 @@ def merge_settings(
     return text
 
 # %% ../nbs/90f_fork.ipynb #0eb91fd9
-def _generated(root, package): return [f for f in tracked_files(root) if f.startswith(f"{package}/") and f.endswith(".py") and (f == f"{package}/__init__.py" or "# AUTOGENERATED!" in (Path(root) / f).read_text()[:2000] or f.endswith("_modidx.py"))]
+def _generated(root, package):
+    return [
+        f
+        for f in tracked_files(root)
+        if f.startswith(f"{package}/")
+        and f.endswith(".py")
+        and (f == f"{package}/__init__.py" or "# AUTOGENERATED!" in (Path(root) / f).read_text()[:2000] or f.endswith("_modidx.py"))
+    ]
 
-def _left_out(root, package): return _generated(root, package) + [f for f in tracked_files(root) if f in ("README.md", "environment.yml", "settings.ini") or f.startswith("data/")]
+def _left_out(root, package):
+    return _generated(root, package) + [
+        f for f in tracked_files(root) if f in ("README.md", "environment.yml", "settings.ini") or f.startswith("data/")
+    ]
 
 @contextmanager
 def _scratch_worktree(root, commit):
@@ -287,7 +341,9 @@ def _scratch_worktree(root, commit):
         try: yield Path(folder) / "tree"
         finally: git(root, "worktree", "remove", "--force", f"{folder}/tree")
 
-def _as_fork(root, commit, new, record, parents=()):        # upstream's commit as if it were called otherwise; what it is called; its version; its settings
+def _as_fork(
+    root, commit, new, record, parents=()
+): # upstream's commit as if it were called otherwise; what it is called; its version; its settings
     with _scratch_worktree(root, commit) as tree:
         old = read_identity(tree)
         renamed = _renamer(old, new)
@@ -318,14 +374,19 @@ def _common(root, taken, goal):                     # the newest commit of upstr
     trees = dict(line.split() for line in git(root, "log", "--format=%T %H", goal).splitlines())
     for line in git(root, "log", "--format=%T %H", taken).splitlines():
         if line.split()[0] in trees: return trees[line.split()[0]]
-    raise SettingsError("This project and its upstream have no commit in common. Write into pyproject.toml, [tool.upstream], which commit of upstream it was made from.")
+    raise SettingsError(
+        "This project and its upstream have no commit in common. Write into pyproject.toml, [tool.upstream], which commit of upstream it"
+        " was made from."
+    )
 
 # %% ../nbs/90f_fork.ipynb #e327aaf3
 def upgrade_project(
     root: Path | str,
     ref: str = "upstream/main", # Branch, tag or commit of upstream, fetched already
     prepare=prepare_project, # What follows a merge
-) -> tuple[Upstream, list[str], list[str]]: # What is taken over now; files that changed; files with conflicts, which leave the rest uncommitted
+) -> tuple[
+    Upstream, list[str], list[str]
+]: # What is taken over now; files that changed; files with conflicts, which leave the rest uncommitted
     "Take over what upstream changed, and commit it, or leave everything as it was; `SettingsError` where that cannot begin."
     check_clean(root)
     root, new, taken, driver = Path(root), read_identity(root), read_upstream(root), Path(sys.executable).parent / "nbdev-merge"
@@ -333,28 +394,50 @@ def upgrade_project(
     if not driver.is_file(): raise SettingsError(f"{driver} is missing, which merges notebooks. Install the project: make setup")
     for commit in (ref, taken.commit):
         try: git(root, "rev-parse", "-q", "--verify", f"{commit}^{{commit}}")
-        except DataError: raise SettingsError(f"There is no {commit} here. Name the project that you forked, once: git remote add upstream <its URL>; then: llmops upgrade") from None
+        except DataError:
+            raise SettingsError(
+                f"There is no {commit} here. Name the project that you forked, once: git remote add upstream <its URL>; then: llmops"
+                " upgrade"
+            ) from None
     goal = git(root, "rev-parse", f"{ref}^{{commit}}")
     if goal == taken.commit: return taken, [], []
     base = _common(root, taken.commit, goal)
-    if base == goal: raise SettingsError(f"{ref} is older than what was taken over last, {taken.commit[:12]}. There is nothing to take over from it.")
+    if base == goal:
+        raise SettingsError(f"{ref} is older than what was taken over last, {taken.commit[:12]}. There is nothing to take over from it.")
     before, _, _, old_settings = _as_fork(root, base, new, taken)
     after, their, version, new_settings = _as_fork(root, goal, new, taken, [before])
     if their == new: raise SettingsError(f"{ref} is called {new.name}, like this project: it is a branch of yours, not of upstream.")
     now, path = Upstream(their.name, version, goal), root / "settings.ini"
-    merged, arrived = merge_settings(old_settings, path.read_text(), new_settings), git(root, "diff", "--name-only", "--diff-filter=A", base, goal, "--", "data").splitlines()
+    merged, arrived = (
+        merge_settings(old_settings, path.read_text(), new_settings),
+        git(root, "diff", "--name-only", "--diff-filter=A", base, goal, "--", "data").splitlines(),
+    )
     with _all_or_nothing(root), tempfile.NamedTemporaryFile("w", suffix=".attributes") as attributes:
         attributes.write("*.ipynb merge=jupyternotebook\n")
         attributes.flush()
-        done = subprocess.run(["git", "-C", str(root), "-c", f"core.attributesFile={attributes.name}", "-c", f"merge.jupyternotebook.driver={shlex.quote(str(driver))} %O %A %B %P", "cherry-pick", "--no-commit", after], capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                "git", "-C", str(root), "-c", f"core.attributesFile={attributes.name}", "-c",
+                f"merge.jupyternotebook.driver={shlex.quote(str(driver))} %O %A %B %P", "cherry-pick", "--no-commit", after,
+            ],
+            capture_output=True,
+            text=True,
+        )
         conflicts = git(root, "diff", "--name-only", "--diff-filter=U").splitlines()
-        if done.returncode and not conflicts: raise DataError(f"git could not take over {goal[:12]}: {(done.stderr or done.stdout).strip()[-600:]}")
+        if done.returncode and not conflicts:
+            raise DataError(f"git could not take over {goal[:12]}: {(done.stderr or done.stdout).strip()[-600:]}")
         write_atomic(path, merged)
         for name in arrived:                        # a file that is new upstream, and that settings may name; what is here stays
-            if not (root / name).exists(): write_atomic(root / name, subprocess.run(["git", "-C", str(root), "show", f"{goal}:{name}"], capture_output=True, check=True).stdout)
+            if not (root / name).exists():
+                write_atomic(
+                    root / name, subprocess.run(["git", "-C", str(root), "show", f"{goal}:{name}"], capture_output=True, check=True).stdout
+                )
         if "pyproject.toml" not in conflicts: record_upstream(root, now)
         _remove_orphans(root, new.package)
-        git(root, "add", "--", "settings.ini", *[n for n in arrived if (root / n).is_file()], *["pyproject.toml"] * ("pyproject.toml" not in conflicts))
+        git(
+            root, "add", "--", "settings.ini", *[n for n in arrived if (root / n).is_file()],
+            *["pyproject.toml"] * ("pyproject.toml" not in conflicts),
+        )
         changed = git(root, "diff", "--name-only", "HEAD").splitlines()
         if conflicts: return now, changed, conflicts
         prepare(root)

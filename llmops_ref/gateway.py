@@ -24,7 +24,9 @@ from .workspace import MLFLOW_SWITCHES, DataError, Workspace, hush_pyspark, open
 # %% ../nbs/00g_gateway.ipynb #c856cc12
 ROUTE, LOCAL = "assistant", "local"
 LOCAL_MODELS = {"smollm2-q8_0": q8_gguf, "smollm2-q4_1": lambda ws: base_gguf()}
-PROVIDERS = ("openai", "anthropic", "gemini", "mistral", "groq", "deepseek", "xai", "openrouter")       # of MLflow's gateway: those that need a key and no more
+PROVIDERS = (
+    "openai", "anthropic", "gemini", "mistral", "groq", "deepseek", "xai", "openrouter",
+)  # of MLflow's gateway: those that need a key and no more
 ON_DATABRICKS = ("openai", "anthropic", "databricks")   # of Unity Gateway, likewise; databricks = a Foundation Model API
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Destination:
     base_url: str = "" # Of an OpenAI-compatible server
 
     @property
-    def key_name(self) -> str: return "" if self.provider in (LOCAL, "databricks") else f"{re.sub(r'[^A-Za-z0-9]', '_', self.provider).upper()}_API_KEY"
+    def key_name(self) -> str:
+        return "" if self.provider in (LOCAL, "databricks") else f"{re.sub(r'[^A-Za-z0-9]', '_', self.provider).upper()}_API_KEY"
 
     @property
     def name(self) -> str: return f"{self.provider}/{self.model}"
@@ -47,7 +50,9 @@ def _own_providers(config):
     for text in config.gateway_providers:
         name, _, url = text.partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name.strip()) or not re.fullmatch(r"https?://[^\s?#]+", url.strip()):
-            raise SettingsError(f"`gateway_providers` holds {text!r}. Write a name in small letters and an address: acme=https://llm.acme.example/v1")
+            raise SettingsError(
+                f"`gateway_providers` holds {text!r}. Write a name in small letters and an address: acme=https://llm.acme.example/v1"
+            )
         own[name.strip()] = url.strip().rstrip("/")
     return own
 
@@ -59,7 +64,8 @@ def _destination(config, key, text, share=None):
     if provider not in known:
         raise SettingsError(f"`{key}` names the provider {provider!r}, which the gateway does not know. It knows {', '.join(known)}; "
                             "an OpenAI-compatible server of your own goes into `gateway_providers`.")
-    if provider == LOCAL and model not in LOCAL_MODELS: raise SettingsError(f"`{key}` names the model {model!r}, which is not on this machine. There are {', '.join(LOCAL_MODELS)}.")
+    if provider == LOCAL and model not in LOCAL_MODELS:
+        raise SettingsError(f"`{key}` names the model {model!r}, which is not on this machine. There are {', '.join(LOCAL_MODELS)}.")
     return Destination(provider, model, share, own.get(provider, ""))
 
 def read_route(
@@ -69,13 +75,19 @@ def read_route(
     shares = []
     for text in config.gateway_models:
         name, _, share = text.partition(" ")
-        if share and not re.fullmatch(r"\d{1,3}%", share.strip()): raise SettingsError(f"`gateway_models` holds {text!r}. Write a share of the traffic as a whole number with a percent sign: {name} 90%")
+        if share and not re.fullmatch(r"\d{1,3}%", share.strip()):
+            raise SettingsError(
+                f"`gateway_models` holds {text!r}. Write a share of the traffic as a whole number with a percent sign: {name} 90%"
+            )
         shares.append((name, int(share.strip()[:-1]) if share else None))
-    if not shares: raise SettingsError("`gateway_models` names no model. Name at least one, such as openai/gpt-5-mini, or local/smollm2-q8_0.")
+    if not shares:
+        raise SettingsError("`gateway_models` names no model. Name at least one, such as openai/gpt-5-mini, or local/smollm2-q8_0.")
     if len(shares) == 1 and shares[0][1] is None: shares = [(shares[0][0], 100)]
     if sum(share or 0 for _, share in shares) != 100 or not all(share for _, share in shares):
         raise SettingsError(f"The shares in `gateway_models` must be over 0% and add up to 100%: {', '.join(config.gateway_models)}.")
-    return [_destination(config, "gateway_models", name, share) for name, share in shares] + [_destination(config, "gateway_fallbacks", text) for text in config.gateway_fallbacks]
+    return [_destination(config, "gateway_models", name, share) for name, share in shares] + [
+        _destination(config, "gateway_fallbacks", text) for text in config.gateway_fallbacks
+    ]
 
 # %% ../nbs/00g_gateway.ipynb #e8cac4a7
 def read_keys(
@@ -84,14 +96,18 @@ def read_keys(
     "The keys of all providers that may be asked; `SettingsError` names one that is not set."
     return {name: ws.secret(name) for name in sorted({d.key_name for d in _all(ws.config)} - {""})}
 
-def _all(config): return read_route(config) + ([_destination(config, "gateway_judge", config.gateway_judge)] if config.gateway_guardrail else [])
+def _all(config):
+    return read_route(config) + ([_destination(config, "gateway_judge", config.gateway_judge)] if config.gateway_guardrail else [])
 
 def price_list(
     ws: Workspace,
 ) -> str: # For MLFLOW_MODEL_CATALOG_URI
     "Write MLflow's price list with our prices in it."
     catalog = json.loads(files("mlflow.utils").joinpath("model_catalog", "openai.json").read_text(encoding="utf-8"))
-    catalog["models"] |= {model: dict(mode="chat", pricing=dict(input_per_million_tokens=read, output_per_million_tokens=written)) for model, (read, written) in read_prices(ws.config).items()}
+    catalog["models"] |= {
+        model: dict(mode="chat", pricing=dict(input_per_million_tokens=read, output_per_million_tokens=written))
+        for model, (read, written) in read_prices(ws.config).items()
+    }
     return write_atomic(ws.path("prices", "openai.json"), json.dumps(catalog)).parent.as_uri()
 
 # %% ../nbs/00g_gateway.ipynb #8fbb7716
@@ -110,23 +126,41 @@ def forget_routes(store) -> None:
 
 def _declare(url, config, targets):
     "Declare the route; `targets` has provider, address and key of each destination."
-    from mlflow.entities import FallbackConfig, FallbackStrategy, GatewayEndpointModelConfig as Linked, GatewayModelLinkageType as Linkage, RoutingStrategy
+    from mlflow.entities import (
+        FallbackConfig, FallbackStrategy, GatewayEndpointModelConfig as Linked, GatewayModelLinkageType as Linkage,
+        RoutingStrategy,
+    )
     from mlflow.entities.gateway_budget_policy import BudgetAction, BudgetDuration, BudgetDurationUnit, BudgetTargetScope, BudgetUnit
     store, route = gateway_store(url), read_route(config)
     forget_routes(store)
     def define(destination):
         provider, address, key = targets[destination.name]
         found = [s for s in store.list_secret_infos() if s.secret_name == destination.name]
-        secret = found[0] if found else store.create_gateway_secret(destination.name, {"api_key": key}, provider=provider, auth_config={"api_base": address} if address else None)
+        secret = (
+            found[0]
+            if found
+            else store.create_gateway_secret(
+                destination.name, {"api_key": key}, provider=provider, auth_config={"api_base": address} if address else None
+            )
+        )
         known = [d for d in store.list_gateway_model_definitions() if d.name == destination.name]
-        return (known or [store.create_gateway_model_definition(destination.name, secret.secret_id, provider, destination.model)])[0].model_definition_id
+        return (known or [store.create_gateway_model_definition(destination.name, secret.secret_id, provider, destination.model)])[
+            0
+        ].model_definition_id
     def endpoint(name, first, then):
-        linked = [Linked(define(d), Linkage.PRIMARY, weight=(d.share or 100) / 100 + 1e-6) for d in first] + [Linked(define(d), Linkage.FALLBACK, fallback_order=n) for n, d in enumerate(then, 1)]
-        return store.create_gateway_endpoint(name, linked, routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT if len(first) > 1 else None,
-                                             fallback_config=FallbackConfig(FallbackStrategy.SEQUENTIAL) if then else None).endpoint_id
+        linked = [Linked(define(d), Linkage.PRIMARY, weight=(d.share or 100) / 100 + 1e-6) for d in first] + [
+            Linked(define(d), Linkage.FALLBACK, fallback_order=n) for n, d in enumerate(then, 1)
+        ]
+        return store.create_gateway_endpoint(
+            name, linked, routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT if len(first) > 1 else None,
+            fallback_config=FallbackConfig(FallbackStrategy.SEQUENTIAL) if then else None,
+        ).endpoint_id
     first, then = [d for d in route if d.share], [d for d in route if not d.share]
     made = [endpoint(ROUTE, first, then)] + ([endpoint(f"{ROUTE}-backup", then[:1], then[1:])] if then else [])
-    if config.gateway_budget: store.create_budget_policy(BudgetUnit.USD, config.gateway_budget, BudgetDuration(BudgetDurationUnit.DAYS, 1), BudgetTargetScope.GLOBAL, BudgetAction.REJECT)
+    if config.gateway_budget:
+        store.create_budget_policy(
+            BudgetUnit.USD, config.gateway_budget, BudgetDuration(BudgetDurationUnit.DAYS, 1), BudgetTargetScope.GLOBAL, BudgetAction.REJECT
+        )
     if config.gateway_guardrail:
         endpoint("judge", [_all(config)[-1]], [])
         _guard(store, config.gateway_guardrail, made)
@@ -136,37 +170,67 @@ def _guard(store, rule, endpoints):
     from typing import Literal
     from mlflow.entities.gateway_guardrail import GuardrailAction, GuardrailStage
     from mlflow.genai.judges import make_judge
-    judge = make_judge(name="rule", instructions=f"Here is a request to a language model: {{{{ inputs }}}}\nIt has to keep this rule: {rule}\nAnswer yes if it keeps the rule, no if it breaks it.",
-                       model="gateway:/judge", feedback_value_type=Literal["yes", "no"])
+    judge = make_judge(
+        name="rule",
+        instructions=(
+            f"Here is a request to a language model: {{{{ inputs }}}}\nIt has to keep this rule: {rule}\nAnswer yes if it keeps the rule,"
+            " no if it breaks it."
+        ),
+        model="gateway:/judge",
+        feedback_value_type=Literal["yes", "no"],
+    )
     experiment = store.get_experiment_by_name("guardrails")
-    scorer = store.register_scorer(experiment.experiment_id if experiment else store.create_experiment("guardrails"), judge.name, json.dumps(judge.model_dump()))
-    made = store.create_gateway_guardrail("rule", scorer.scorer_id, scorer.scorer_version, GuardrailStage.BEFORE, GuardrailAction.VALIDATION)
+    scorer = store.register_scorer(
+        experiment.experiment_id if experiment else store.create_experiment("guardrails"), judge.name, json.dumps(judge.model_dump())
+    )
+    made = store.create_gateway_guardrail(
+        "rule", scorer.scorer_id, scorer.scorer_version, GuardrailStage.BEFORE, GuardrailAction.VALIDATION
+    )
     for endpoint in endpoints: store.add_guardrail_to_endpoint(endpoint, made.guardrail_id)
 
 # %% ../nbs/00g_gateway.ipynb #660717f8
 def start_gateway(ws: Workspace) -> Endpoint:
     "Start the gateway with its stand-ins for providers, unless it is up; `SettingsError` or `DataError` says why it cannot be."
     config, keys = ws.config, read_keys(ws)
-    names = ("gateway_models", "gateway_fallbacks", "gateway_providers", "gateway_budget", "gateway_guardrail", "gateway_judge", "gateway_timeout", "gateway_port", "prices", "chat_slots")
+    names = (
+        "gateway_models", "gateway_fallbacks", "gateway_providers", "gateway_budget", "gateway_guardrail", "gateway_judge",
+        "gateway_timeout", "gateway_port", "prices", "chat_slots",
+    )
     digest = hashlib.sha256(json.dumps([[getattr(config, name) for name in names], keys]).encode()).hexdigest()[:16]
-    name = f"gateway-{digest[:6]}"                  # another declaration is another gateway: a version that was validated with it may still serve
+    name = f"gateway-{digest[:6]}"  # another declaration is another gateway: a version that was validated with it may still serve
     service = find_service(ws, name, digest)
     if service is None:
         for other in running_services(ws):
-            if config.gateway_port and other.owner == owner() and other.name.startswith("gateway-") and other.port == config.gateway_port: stop_service(ws, other)
-        targets = {d.name: ("openai", d.base_url, keys[d.key_name]) if d.base_url else (d.provider, "", keys.get(d.key_name)) for d in _all(config)}
+            if config.gateway_port and other.owner == owner() and other.name.startswith("gateway-") and other.port == config.gateway_port:
+                stop_service(ws, other)
+        targets = {
+            d.name: ("openai", d.base_url, keys[d.key_name]) if d.base_url else (d.provider, "", keys.get(d.key_name)) for d in _all(config)
+        }
         for d in {d.name: d for d in _all(config) if d.provider == LOCAL}.values():
             key = secrets.token_urlsafe(24)
-            standin = start_service(ws, f"provider-{digest[:6]}-{d.model}", serve_command(LOCAL_MODELS[d.model](ws), d.model, config.chat_slots), digest=hashlib.sha256(key.encode()).hexdigest()[:16], environment=dict(LLMOPS_SERVE_KEY=key))
+            standin = start_service(
+                ws, f"provider-{digest[:6]}-{d.model}", serve_command(LOCAL_MODELS[d.model](ws), d.model, config.chat_slots),
+                digest=hashlib.sha256(key.encode()).hexdigest()[:16], environment=dict(LLMOPS_SERVE_KEY=key),
+            )
             targets[d.name] = "openai", f"{standin.url}/v1", key
         alone = not any(other.name.startswith("gateway-") for other in running_services(ws))
-        service = start_service(ws, name, gateway_command(ws, "gateway.db" if alone else f"{name}.db"), digest, port=config.gateway_port, environment=gateway_environment(ws, any(address.startswith("http://") for _, address, _ in targets.values())), prepare=lambda url: _declare(url, config, targets))
-    return route_endpoint(f"{service.url}/gateway/mlflow/v1", ROUTE, bool(config.gateway_fallbacks), key_name=", ".join(keys) or "nothing: our stand-ins have keys of their own")
+        service = start_service(
+            ws, name, gateway_command(ws, "gateway.db" if alone else f"{name}.db"), digest, port=config.gateway_port,
+            environment=gateway_environment(ws, any(address.startswith("http://") for _, address, _ in targets.values())),
+            prepare=lambda url: _declare(url, config, targets),
+        )
+    return route_endpoint(
+        f"{service.url}/gateway/mlflow/v1", ROUTE, bool(config.gateway_fallbacks),
+        key_name=", ".join(keys) or "nothing: our stand-ins have keys of their own",
+    )
 
 def gateway_command(ws: Workspace, database: str) -> list[str]: # For `start_service`
     "Command that starts a gateway on a database of the store."
-    return [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{ws.path(database)}", "--default-artifact-root", ws.path("gateway-artifacts").as_uri(),
-            "--host", "127.0.0.1", "--port", "{port}", "--workers", "1"]
+    return [
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{ws.path(database)}",
+        "--default-artifact-root", ws.path("gateway-artifacts").as_uri(), "--host", "127.0.0.1", "--port", "{port}",
+        "--workers", "1",
+    ]
 
 def gateway_environment(
     ws: Workspace,
@@ -174,8 +238,16 @@ def gateway_environment(
 ) -> dict[str, str]:
     "Environment variables for a gateway; what it encrypts keys with is new each time."
     inside = dict(MLFLOW_GATEWAY_API_BASE_ALLOWED_SCHEMES="http,https", MLFLOW_GATEWAY_API_BASE_ALLOW_PRIVATE_IPS="true") if private else {}
-    return MLFLOW_SWITCHES | inside | dict(MLFLOW_CRYPTO_KEK_PASSPHRASE=secrets.token_urlsafe(32), MLFLOW_MODEL_CATALOG_URI=price_list(ws), MLFLOW_GATEWAY_ROUTE_TIMEOUT_SECONDS=str(ws.config.gateway_timeout),
-                                           MLFLOW_GATEWAY_URI="http://127.0.0.1:{port}", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_TRACKING_URI="", MLFLOW_REGISTRY_URI="", MLFLOW_EXPERIMENT_NAME="")
+    return (
+        MLFLOW_SWITCHES
+        | inside
+        | dict(
+            MLFLOW_CRYPTO_KEK_PASSPHRASE=secrets.token_urlsafe(32), MLFLOW_MODEL_CATALOG_URI=price_list(ws),
+            MLFLOW_GATEWAY_ROUTE_TIMEOUT_SECONDS=str(ws.config.gateway_timeout),
+            MLFLOW_GATEWAY_URI="http://127.0.0.1:{port}", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
+            MLFLOW_TRACKING_URI="", MLFLOW_REGISTRY_URI="", MLFLOW_EXPERIMENT_NAME="",
+        )
+    )
 
 def route_endpoint(
     base_url: str, # Of the gateway, ends with /v1
@@ -198,11 +270,18 @@ def route_settings(config: Config) -> dict:
     "What a logged assistant keeps of the gateway: no key, and no address that is gone tomorrow."
     read_route(config)
     there = config.platform == "databricks" and not config.gateway_url
-    return dict(url=config.gateway_url.rstrip("/"), route=f"{config.catalog}.{config.schema}.{ROUTE}" if there else ROUTE, fallbacks=bool(config.gateway_fallbacks), workspace=there)
+    return dict(
+        url=config.gateway_url.rstrip("/"), route=f"{config.catalog}.{config.schema}.{ROUTE}" if there else ROUTE,
+        fallbacks=bool(config.gateway_fallbacks), workspace=there,
+    )
 
 def destinations(config: Config) -> dict[str, list[str]]: # Settings by name; none behind a gateway of somebody else, which alone knows
     "Who is behind the route. A logged assistant keeps it: with another model it is another assistant, to be validated anew."
-    return {} if config.gateway_url else {name: list(getattr(config, name)) for name in ("gateway_models", "gateway_fallbacks", "gateway_providers")}
+    return (
+        {}
+        if config.gateway_url
+        else {name: list(getattr(config, name)) for name in ("gateway_models", "gateway_fallbacks", "gateway_providers")}
+    )
 
 def gateway_of(
     ws: Workspace,
@@ -211,29 +290,50 @@ def gateway_of(
     "The gateway that an assistant asks on this machine: its models are those that it was validated with, whatever the settings say by now."
     if logged["gateway"]["url"]: return open_route(**logged["gateway"])
     theirs = logged.get("destinations") or destinations(ws.config)
-    return start_gateway(ws if theirs == destinations(ws.config) else open_workspace(replace(ws.config, gateway_url="", gateway_port=0, **theirs)))
+    return start_gateway(
+        ws if theirs == destinations(ws.config) else open_workspace(replace(ws.config, gateway_url="", gateway_port=0, **theirs))
+    )
 
 def open_route(url: str, route: str, fallbacks: bool, workspace: bool) -> Endpoint:
     "The endpoint of `route_settings`; one of our own is where ASSISTANT_GATEWAY_URL says. `DataError` if nothing says where."
     if workspace:
         from databricks.sdk import WorkspaceClient
         me = WorkspaceClient().config
-        return route_endpoint(f"{me.host}/ai-gateway/mlflow/v1", route, fallbacks, lambda: me.authenticate()["Authorization"].removeprefix("Bearer "), "the Databricks configuration")     # it renews itself
+        return route_endpoint(
+            f"{me.host}/ai-gateway/mlflow/v1", route, fallbacks,
+            lambda: me.authenticate()["Authorization"].removeprefix("Bearer "), "the Databricks configuration",
+        )  # it renews itself
     if found := url or os.environ.get("ASSISTANT_GATEWAY_URL"): return route_endpoint(found, route, fallbacks)
-    raise DataError("This assistant asks a gateway, and none is known. Start one with `llmops serve gateway` and set ASSISTANT_GATEWAY_URL to the address that it prints, or set `gateway_url` and log it again.")
+    raise DataError(
+        "This assistant asks a gateway, and none is known. Start one with `llmops serve gateway` and set ASSISTANT_GATEWAY_URL to the"
+        " address that it prints, or set `gateway_url` and log it again."
+    )
 
 # %% ../nbs/00g_gateway.ipynb #acc709a9
 def _provider_service(config, provider, destinations):
     from databricks.sdk.service import catalog as uc
     kind, base = uc.ModelProviderServiceConfigExternalModelProviderType, "ModelProviderServiceConfig"
-    secret = uc.ModelProviderServiceConfigProviderSecret(secret_reference=uc.ModelProviderServiceConfigSecretReference(f"secrets/{config.catalog}.{config.schema}.{destinations[0].key_name.lower()}"))
-    targets = [uc.ModelProviderServiceConfigModelTargetConfig(model=d.model, endpoint_route="chat/completions" if d.base_url else None, native_api_types=[_api(provider)]) for d in destinations]
+    secret = uc.ModelProviderServiceConfigProviderSecret(
+        secret_reference=uc.ModelProviderServiceConfigSecretReference(
+            f"secrets/{config.catalog}.{config.schema}.{destinations[0].key_name.lower()}"
+        )
+    )
+    targets = [
+        uc.ModelProviderServiceConfigModelTargetConfig(
+            model=d.model, endpoint_route="chat/completions" if d.base_url else None, native_api_types=[_api(provider)]
+        )
+        for d in destinations
+    ]
     common = dict(targets=targets, allow_all_targets=False)
     if url := destinations[0].base_url:
-        own = uc.ModelProviderServiceConfigCustomProviderConfig(uc.ModelProviderServiceConfigCustomProviderDirectConfig(api_key=secret, base_url=url))
+        own = uc.ModelProviderServiceConfigCustomProviderConfig(
+            uc.ModelProviderServiceConfigCustomProviderDirectConfig(api_key=secret, base_url=url)
+        )
         return uc.ModelProviderServiceConfig(provider_type=kind.EXTERNAL_MODEL_PROVIDER_TYPE_CUSTOM, custom=own, **common)
     if provider == "anthropic":
-        own = uc.ModelProviderServiceConfigAnthropicProviderConfig(direct=uc.ModelProviderServiceConfigAnthropicProviderDirectConfig(api_key=secret))
+        own = uc.ModelProviderServiceConfigAnthropicProviderConfig(
+            direct=uc.ModelProviderServiceConfigAnthropicProviderDirectConfig(api_key=secret)
+        )
         return uc.ModelProviderServiceConfig(provider_type=kind.EXTERNAL_MODEL_PROVIDER_TYPE_ANTHROPIC, anthropic=own, **common)
     own = uc.ModelProviderServiceConfigOpenAiProviderConfig(direct=uc.ModelProviderServiceConfigOpenAiProviderDirectConfig(api_key=secret))
     return uc.ModelProviderServiceConfig(provider_type=kind.EXTERNAL_MODEL_PROVIDER_TYPE_OPENAI, openai=own, **common)
@@ -244,9 +344,18 @@ def _destination_config(config, d):
     from databricks.sdk.service import catalog as uc
     kind, name = uc.ModelServiceConfigDestinationConfigDestinationType, re.sub(r"[^A-Za-z0-9_-]", "-", d.name)
     if d.provider == "databricks":
-        return uc.ModelServiceConfigDestinationConfig(name, kind.DESTINATION_TYPE_PAY_PER_TOKEN_FOUNDATION_MODEL, pay_per_token_config=uc.ModelServiceConfigPayPerTokenConfig(f"models/system.ai.{d.model}"), traffic_percentage=d.share)
-    external = uc.ModelServiceConfigExternalModelConfig(f"model-provider-services/{config.catalog}.{config.schema}.{d.provider.replace('-', '_')}", uc.ModelProviderServiceConfigModelTargetConfig(model=d.model, native_api_types=[_api(d.provider)]))
-    return uc.ModelServiceConfigDestinationConfig(name, kind.DESTINATION_TYPE_EXTERNAL_FOUNDATION_MODEL, external_model_config=external, traffic_percentage=d.share)
+        return uc.ModelServiceConfigDestinationConfig(
+            name, kind.DESTINATION_TYPE_PAY_PER_TOKEN_FOUNDATION_MODEL,
+            pay_per_token_config=uc.ModelServiceConfigPayPerTokenConfig(f"models/system.ai.{d.model}"),
+            traffic_percentage=d.share,
+        )
+    external = uc.ModelServiceConfigExternalModelConfig(
+        f"model-provider-services/{config.catalog}.{config.schema}.{d.provider.replace('-', '_')}",
+        uc.ModelProviderServiceConfigModelTargetConfig(model=d.model, native_api_types=[_api(d.provider)]),
+    )
+    return uc.ModelServiceConfigDestinationConfig(
+        name, kind.DESTINATION_TYPE_EXTERNAL_FOUNDATION_MODEL, external_model_config=external, traffic_percentage=d.share
+    )
 
 def workspace_services(
     config: Config,
@@ -254,14 +363,36 @@ def workspace_services(
     "The declaration as services of Unity Gateway; `SettingsError` for what it does not have."
     from databricks.sdk.service import catalog as uc
     if config.gateway_budget or config.gateway_guardrail:
-        raise SettingsError("`gateway_budget` and `gateway_guardrail` are of MLflow's gateway. On Databricks set a budget policy and a service policy for the route in the workspace, and leave them empty here.")
+        raise SettingsError(
+            "`gateway_budget` and `gateway_guardrail` are of MLflow's gateway. On Databricks set a budget policy and a service policy for"
+            " the route in the workspace, and leave them empty here."
+        )
     route, where = read_route(config), f"{config.catalog}.{config.schema}"
-    out = {f"model-provider-services/{where}.{provider.replace('-', '_')}": uc.ModelProviderService(config=_provider_service(config, provider, [d for d in route if d.provider == provider]))
-           for provider in dict.fromkeys(d.provider for d in route) if provider != "databricks"}
-    limits = [uc.RateLimit(uc.RateLimitRateLimitKey.RATE_LIMIT_KEY_USER_DEFAULT, uc.RateLimitRateLimitRenewalPeriod.RATE_LIMIT_RENEWAL_PERIOD_MINUTE, requests=config.gateway_requests_per_minute)] if config.gateway_requests_per_minute else None
+    out = {
+        f"model-provider-services/{where}.{provider.replace('-', '_')}": uc.ModelProviderService(
+            config=_provider_service(config, provider, [d for d in route if d.provider == provider])
+        )
+        for provider in dict.fromkeys(d.provider for d in route)
+        if provider != "databricks"
+    }
+    limits = (
+        [
+            uc.RateLimit(
+                uc.RateLimitRateLimitKey.RATE_LIMIT_KEY_USER_DEFAULT,
+                uc.RateLimitRateLimitRenewalPeriod.RATE_LIMIT_RENEWAL_PERIOD_MINUTE,
+                requests=config.gateway_requests_per_minute,
+            )
+        ]
+        if config.gateway_requests_per_minute
+        else None
+    )
     def service(first, then):
         fallback = uc.ModelServiceConfigFallbackConfig([_destination_config(config, d) for d in then]) if then else None
-        return uc.ModelService(config=uc.ModelServiceConfig(rate_limits=limits, routing=uc.ModelServiceConfigRoutingConfig([_destination_config(config, d) for d in first], fallback)))
+        return uc.ModelService(
+            config=uc.ModelServiceConfig(
+                rate_limits=limits, routing=uc.ModelServiceConfigRoutingConfig([_destination_config(config, d) for d in first], fallback)
+            )
+        )
     first, then = [d for d in route if d.share], [d for d in route if not d.share]
     out[f"model-services/{where}.{ROUTE}"] = service(first, then)
     if then: out[f"model-services/{where}.{ROUTE}_backup"] = service(then[:1], then[1:])
@@ -277,7 +408,11 @@ def publish_gateway(
     from databricks.sdk.errors import NotFound
     api, done = client.ai_gateway, {}
     for name, service in workspace_services(config).items():
-        kind, parent, short = ("model_provider_service" if name.startswith("model-provider") else "model_service"), f"schemas/{config.catalog}.{config.schema}", name.rpartition(".")[2]
+        kind, parent, short = (
+            ("model_provider_service" if name.startswith("model-provider") else "model_service"),
+            f"schemas/{config.catalog}.{config.schema}",
+            name.rpartition(".")[2],
+        )
         try: there = getattr(api, f"get_{kind}")(name)
         except NotFound:
             getattr(api, f"create_{kind}")(service, parent, short)

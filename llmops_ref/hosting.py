@@ -22,8 +22,16 @@ def asking_for(what: str):
     "Turn the errors of the workspace's API into ours, which name the thing and the fix."
     from databricks.sdk.errors import DatabricksError, NotFound, OperationFailed, PermissionDenied, Unauthenticated
     try: yield
-    except (PermissionDenied, Unauthenticated) as error: raise SettingsError(f"We may not use {what}: {str(error).rstrip('.')}. Ask its owner for the right to manage it, and, if it serves, for EXECUTE on the registered model.") from None
-    except NotFound as error: raise DataError(f"The workspace does not know {what}, or a thing that it needs: {str(error).rstrip('.')}. If nothing was deployed yet, run the job `deployment`.") from None
+    except (PermissionDenied, Unauthenticated) as error:
+        raise SettingsError(
+            f"We may not use {what}: {str(error).rstrip('.')}. Ask its owner for the right to manage it, and, if it serves, for EXECUTE on"
+            " the registered model."
+        ) from None
+    except NotFound as error:
+        raise DataError(
+            f"The workspace does not know {what}, or a thing that it needs: {str(error).rstrip('.')}. If nothing was deployed yet, run the"
+            " job `deployment`."
+        ) from None
     except (DatabricksError, OperationFailed, TimeoutError) as error: raise DataError(f"The workspace failed on {what}: {error}") from None
 
 def look_up(what: str, get, name: str):
@@ -37,7 +45,11 @@ def open_client():  # A `databricks.sdk.WorkspaceClient`
     "A client of the workspace that the environment names; `SettingsError` if it names none."
     from databricks.sdk import WorkspaceClient
     try: return WorkspaceClient()
-    except ValueError as error: raise SettingsError(f"No workspace is configured. Set DATABRICKS_HOST and DATABRICKS_TOKEN, or run `databricks auth login`. ({str(error).splitlines()[0][:120]})") from None
+    except ValueError as error:
+        raise SettingsError(
+            "No workspace is configured. Set DATABRICKS_HOST and DATABRICKS_TOKEN, or run `databricks auth login`."
+            f" ({str(error).splitlines()[0][:120]})"
+        ) from None
 
 # %% ../nbs/06d_hosting.ipynb #132e012d
 def endpoint_name(
@@ -60,8 +72,15 @@ def served_entity(
     "What one version on the endpoint is. It leaves traces if `serving_token` names a secret, since it may write nowhere by itself."
     from databricks.sdk.service.serving import ServedEntityInput
     variables = dict(ASSISTANT_VERSION=version)
-    if config.serving_token: variables |= dict(ENABLE_MLFLOW_TRACING="true", MLFLOW_EXPERIMENT_ID=experiment_id, DATABRICKS_HOST=host, DATABRICKS_TOKEN=f"{{{{secrets/{config.secret_scope}/{config.serving_token}}}}}")
-    return ServedEntityInput(name=entity_name(version), entity_name=model, entity_version=version, workload_size=config.serving_size, scale_to_zero_enabled=config.serving_scale_to_zero, environment_vars=variables)
+    if config.serving_token:
+        variables |= dict(
+            ENABLE_MLFLOW_TRACING="true", MLFLOW_EXPERIMENT_ID=experiment_id, DATABRICKS_HOST=host,
+            DATABRICKS_TOKEN=f"{{{{secrets/{config.secret_scope}/{config.serving_token}}}}}",
+        )
+    return ServedEntityInput(
+        name=entity_name(version), entity_name=model, entity_version=version, workload_size=config.serving_size,
+        scale_to_zero_enabled=config.serving_scale_to_zero, environment_vars=variables,
+    )
 
 def whole_percents(
     shares: dict[str, float], # Version -> share
@@ -91,7 +110,11 @@ class ModelServingHost:
 
     def _table(self, config):                       # version -> percent, of an endpoint's config
         if config is None: return {}
-        percents = {r.served_entity_name or r.served_model_name: r.traffic_percentage for r in config.traffic_config.routes or []} if config.traffic_config else {}
+        percents = (
+            {r.served_entity_name or r.served_model_name: r.traffic_percentage for r in config.traffic_config.routes or []}
+            if config.traffic_config
+            else {}
+        )
         return {str(e.entity_version): percents.get(e.name, 0) for e in config.served_entities or []}
 
     def traffic(self) -> dict[str, int]:
@@ -103,7 +126,11 @@ class ModelServingHost:
         from databricks.sdk.service.serving import EndpointStateConfigUpdate as Update
         start = time.monotonic()
         while (there := self._look()) and there.state.config_update == Update.IN_PROGRESS:
-            if time.monotonic() - start > self.ws.config.serving_timeout: raise DataError(f"The endpoint {self.name} is still being changed after {self.ws.config.serving_timeout} s (`serving_timeout`), and takes no other change so long. Its traffic: {self._said(self._table(there.config))}.")
+            if time.monotonic() - start > self.ws.config.serving_timeout:
+                raise DataError(
+                    f"The endpoint {self.name} is still being changed after {self.ws.config.serving_timeout} s (`serving_timeout`), and"
+                    f" takes no other change so long. Its traffic: {self._said(self._table(there.config))}."
+                )
             time.sleep(self.poll)
         return there
 
@@ -117,10 +144,18 @@ class ModelServingHost:
             state, table = there.state, self._table(there.config)
             if state.config_update != Update.IN_PROGRESS:
                 if table == wanted and state.ready == Ready.READY: return
-                if time.monotonic() - start > 3 * self.poll and (table != wanted or state.config_update in (Update.UPDATE_FAILED, Update.UPDATE_CANCELED)):     # at first it may show what was before
-                    raise DataError(f"The endpoint {self.name} did not take the change to {self._said(wanted)} ({state.config_update.value}): {why} What served before goes on serving: {self._said(table)}.")
+                if time.monotonic() - start > 3 * self.poll and (
+                    table != wanted or state.config_update in (Update.UPDATE_FAILED, Update.UPDATE_CANCELED)
+                ): # at first it may show what was before
+                    raise DataError(
+                        f"The endpoint {self.name} did not take the change to {self._said(wanted)} ({state.config_update.value}): {why}"
+                        f" What served before goes on serving: {self._said(table)}."
+                    )
             if time.monotonic() - start > self.ws.config.serving_timeout:
-                raise DataError(f"The endpoint {self.name} was not ready after {self.ws.config.serving_timeout} s (`serving_timeout`). {why} Traffic at this moment: {self._said(table)}. If it gets ready later, run this again.")
+                raise DataError(
+                    f"The endpoint {self.name} was not ready after {self.ws.config.serving_timeout} s (`serving_timeout`). {why} Traffic at"
+                    f" this moment: {self._said(table)}. If it gets ready later, run this again."
+                )
             self.ws.progress(0, 1, f"waiting for {self.name}")
             time.sleep(self.poll)
 
@@ -128,23 +163,33 @@ class ModelServingHost:
 
     def _messages(self, there):
         entities = [e for config in (there.pending_config, there.config) if config for e in config.served_entities or []] if there else []
-        return " ".join(dict.fromkeys(e.state.deployment_state_message for e in entities if getattr(e, "state", None) and e.state.deployment_state_message))
+        return " ".join(
+            dict.fromkeys(
+                e.state.deployment_state_message for e in entities if getattr(e, "state", None) and e.state.deployment_state_message
+            )
+        )
 
     def _change(self, table):                       # version -> percent; made so, or DataError
         from databricks.sdk.errors import AlreadyExists, ResourceConflict
         from databricks.sdk.service.serving import EndpointCoreConfigInput, Route, TrafficConfig
         experiment = self.ws.mlflow().get_experiment_by_name(self.ws.experiment).experiment_id
         entities = [served_entity(self.ws.config, self.model, version, experiment, self.client.config.host) for version in table]
-        traffic = TrafficConfig(routes=[Route(served_entity_name=entity_name(version), traffic_percentage=percent) for version, percent in table.items()])
+        traffic = TrafficConfig(
+            routes=[Route(served_entity_name=entity_name(version), traffic_percentage=percent) for version, percent in table.items()]
+        )
         there, api = self._look(), self.client.serving_endpoints
         with asking_for(f"the endpoint {self.name}"):
             try:
-                if there is None: api.create(self.name, config=EndpointCoreConfigInput(name=self.name, served_entities=entities, traffic_config=traffic))
+                if there is None:
+                    api.create(self.name, config=EndpointCoreConfigInput(name=self.name, served_entities=entities, traffic_config=traffic))
                 else: api.update_config(self.name, served_entities=entities, traffic_config=traffic)
             except (AlreadyExists, ResourceConflict) as error:          # somebody's change; ours, if a request of ours broke off
                 there = api.get(self.name)
                 if table not in (self._table(there.pending_config), self._table(there.config)):
-                    raise DataError(f"The endpoint {self.name} is being changed by somebody else: {str(error).rstrip('.')}. Nothing was changed. Wait until it is done, and deploy again.") from None
+                    raise DataError(
+                        f"The endpoint {self.name} is being changed by somebody else: {str(error).rstrip('.')}. Nothing was changed. Wait"
+                        " until it is done, and deploy again."
+                    ) from None
         self._wait(table)
 
     def start(self, version: str) -> None:
@@ -154,27 +199,39 @@ class ModelServingHost:
 
     def reach(self, version: str) -> None:
         "Make sure that a version that was deployed can be asked; nothing is brought up for it."
-        if version not in (table := self.traffic()): raise DataError(f"Version {version} is champion of {self.ws.config.env}, and is not up at the endpoint {self.name}, which has {self._said(table)}. Deploy it: run the job `deployment`.")
+        if version not in (table := self.traffic()):
+            raise DataError(
+                f"Version {version} is champion of {self.ws.config.env}, and is not up at the endpoint {self.name}, which has"
+                f" {self._said(table)}. Deploy it: run the job `deployment`."
+            )
 
     def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
         "Ask a version that was started, or whoever the table gives the question to; gives `question answer passages citations seconds version ...`. `DataError` or `SettingsError` if there is no answer."
         path = f"/serving-endpoints/{self.name}/" + (f"served-models/{entity_name(version)}/" if version else "") + "invocations"
         with asking_for(f"the endpoint {self.name}"):
-            reply = self.client.api_client.do("POST", path, body=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)), headers={"Accept": "application/json"})
+            reply = self.client.api_client.do(
+                "POST", path, body=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)),
+                headers={"Accept": "application/json"},
+            )
         return read_reply(question, reply)
 
     def stream(self, question: str, version: str | None = None, inputs: dict | None = None):
         "The same in pieces, as they are written; yields what `read_events` does."
         path = f"/serving-endpoints/{self.name}/" + (f"served-models/{entity_name(version)}/" if version else "") + "invocations"
         with asking_for(f"the endpoint {self.name}"):
-            reply = self.client.api_client.do("POST", path, body=dict(stream=True, input=[dict(role="user", content=question)], custom_inputs=dict(purpose="traffic") | (inputs or {})), headers={"Accept": "text/event-stream"}, raw=True)
+            reply = self.client.api_client.do(
+                "POST", path,
+                body=dict(stream=True, input=[dict(role="user", content=question)], custom_inputs=dict(purpose="traffic") | (inputs or {})),
+                headers={"Accept": "text/event-stream"}, raw=True,
+            )
         with reply["contents"] as body: yield from read_events(question, _lines(body))
 
     def share(self, shares: dict[str, float]) -> None:
         "Share the traffic between versions that are up; when this returns, it is. A change that is on its way is waited for first. `DataError` if a version is not up, somebody else changes the endpoint, or it takes too long; `SettingsError` if the shares do not add up to 1."
         percents, there = whole_percents(shares), self._settled()
         table = self._table(there.config) if there else {}
-        if missing := sorted(percents.keys() - table.keys()): raise DataError(f"Version {', '.join(missing)} is not up at the endpoint {self.name}. It has {self._said(table)}.")
+        if missing := sorted(percents.keys() - table.keys()):
+            raise DataError(f"Version {', '.join(missing)} is not up at the endpoint {self.name}. It has {self._said(table)}.")
         wanted = {version: percents.get(version, 0) for version in table}
         if wanted == table: return
         self._change(wanted)
@@ -237,26 +294,47 @@ class AppHost:
         from databricks.sdk.core import Config as Credentials
         known = dict(client_id=self.ws.secret("APP_CLIENT_ID"), client_secret=self.ws.secret("APP_CLIENT_SECRET"))
         try: return Credentials(host=self.client.config.host, auth_type="oauth-m2m", **known).authenticate()
-        except ValueError as error: raise SettingsError(f"The service principal that APP_CLIENT_ID and APP_CLIENT_SECRET name gets no token: {str(error).splitlines()[0][:150]}") from None
+        except ValueError as error:
+            raise SettingsError(
+                f"The service principal that APP_CLIENT_ID and APP_CLIENT_SECRET name gets no token: {str(error).splitlines()[0][:150]}"
+            ) from None
 
     def start(self, version: str) -> None:
         "Load a version in this process, unless the App serves it; `SettingsError` if the App could not be asked afterwards."
-        if self.ws.config.rollout_steps: raise SettingsError("`rollout_steps` shares traffic between two versions, and an App serves one. Leave it empty, or set serving_target = model_serving.")
+        if self.ws.config.rollout_steps:
+            raise SettingsError(
+                "`rollout_steps` shares traffic between two versions, and an App serves one. Leave it empty, or set serving_target ="
+                " model_serving."
+            )
         with asking_for("the App's client id (APP_CLIENT_ID)"): self._key()
-        if version != self.serves() and version not in self.loaded: self.loaded[version] = self.stack.enter_context(load_assistant(self.ws, version))
+        if version != self.serves() and version not in self.loaded:
+            self.loaded[version] = self.stack.enter_context(load_assistant(self.ws, version))
 
     def reach(self, version: str) -> None:
         "Make sure that a version that was deployed can be asked; nothing is brought up for it."
-        if (serves := self.serves()) != version: raise DataError(f"Version {version} is champion of {self.ws.config.env}, and the App {self.name} serves {serves or 'nothing'}. Deploy it: run the job `deployment`.")
+        if (serves := self.serves()) != version:
+            raise DataError(
+                f"Version {version} is champion of {self.ws.config.env}, and the App {self.name} serves {serves or 'nothing'}. Deploy it:"
+                " run the job `deployment`."
+            )
 
     def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
         "Ask the version that was loaded, or the App; gives `question answer passages citations seconds version ...`. `DataError` or `SettingsError` if there is no answer."
         if version in self.loaded: return self.loaded[version](dict(question=question)) | dict(version=version)
         import httpx
         with asking_for(f"the App {self.name}"): headers = self._key()
-        try: response = httpx.post(f"{self.url}/responses", json=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)), headers=headers, timeout=self.ws.config.chat_timeout)
+        try:
+            response = httpx.post(
+                f"{self.url}/responses",
+                json=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)), headers=headers,
+                timeout=self.ws.config.chat_timeout,
+            )
         except httpx.HTTPError as error: raise DataError(f"The App {self.name} did not answer: {type(error).__name__} {error}") from None
-        if response.status_code in (302, 401, 403): raise SettingsError(f"The App {self.name} lets us not in ({response.status_code}). Give the service principal whose id is the secret APP_CLIENT_ID the permission CAN USE on it.")
+        if response.status_code in (302, 401, 403):
+            raise SettingsError(
+                f"The App {self.name} lets us not in ({response.status_code}). Give the service principal whose id is the secret"
+                " APP_CLIENT_ID the permission CAN USE on it."
+            )
         if response.status_code != 200: raise DataError(f"The App {self.name} answered {response.status_code}: {response.text[:300]}")
         return read_reply(question, response.json())
 
@@ -267,15 +345,25 @@ class AppHost:
 
     def _ready(self):                               # the App, made if it is not there, with what it may use, and awake
         from databricks.sdk.errors import AlreadyExists, ResourceConflict
-        from databricks.sdk.service.apps import App, AppResource, AppResourceExperiment, AppResourceExperimentExperimentPermission as May, ComputeState
+        from databricks.sdk.service.apps import (
+            App, AppResource, AppResourceExperiment, AppResourceExperimentExperimentPermission as May, ComputeState,
+        )
         from databricks.sdk.service.catalog import PermissionsChange, Privilege
         patience, config = datetime.timedelta(seconds=self.ws.config.serving_timeout), self.ws.config
         if self._look() is None:
-            traces = AppResource(name="traces", experiment=AppResourceExperiment(experiment_id=self.ws.mlflow().get_experiment_by_name(self.ws.experiment).experiment_id, permission=May.CAN_EDIT))
-            with contextlib.suppress(AlreadyExists, ResourceConflict): self.client.apps.create(App(name=self.name, resources=[traces]))      # made by a request that broke off
+            traces = AppResource(
+                name="traces",
+                experiment=AppResourceExperiment(
+                    experiment_id=self.ws.mlflow().get_experiment_by_name(self.ws.experiment).experiment_id, permission=May.CAN_EDIT
+                ),
+            )
+            with contextlib.suppress(AlreadyExists, ResourceConflict):  # made by a request that broke off
+                self.client.apps.create(App(name=self.name, resources=[traces]))
         elif self._look().compute_status.state in (ComputeState.STOPPED, ComputeState.ERROR): self.client.apps.start(self.name)
         app = self.client.apps.wait_get_app_active(self.name, timeout=patience)
-        reads = PermissionsChange(principal=app.service_principal_client_id, add=[Privilege.USE_SCHEMA, Privilege.EXECUTE, Privilege.SELECT])
+        reads = PermissionsChange(
+            principal=app.service_principal_client_id, add=[Privilege.USE_SCHEMA, Privilege.EXECUTE, Privilege.SELECT]
+        )
         self.client.grants.update("schema", f"{config.catalog}.{config.schema}", changes=[reads])
         return app
 
@@ -285,11 +373,18 @@ class AppHost:
         (version, share), *others = check_shares(shares).items()
         if others: raise SettingsError("An App serves one version; traffic cannot be shared. Set serving_target = model_serving.")
         if version == self.serves(): return
-        variables = dict(ASSISTANT_VERSION=version, ASSISTANT_URI=f"models:/{self.model}/{version}", MLFLOW_EXPERIMENT_NAME=self.ws.config.experiment, MLFLOW_TRACKING_URI="databricks", MLFLOW_REGISTRY_URI="databricks-uc")
+        variables = dict(
+            ASSISTANT_VERSION=version, ASSISTANT_URI=f"models:/{self.model}/{version}",
+            MLFLOW_EXPERIMENT_NAME=self.ws.config.experiment, MLFLOW_TRACKING_URI="databricks",
+            MLFLOW_REGISTRY_URI="databricks-uc",
+        )
         with asking_for(f"the App {self.name}"):
             before = self._ready().active_deployment
             source = before.source_code_path if before and before.source_code_path else f"{self.ws.config.root}/resources/runtime"
-            wanted = AppDeployment(source_code_path=source, mode=AppDeploymentMode.SNAPSHOT, command=["python", "app.py"], env_vars=[EnvVar(name=k, value=v) for k, v in variables.items()])
+            wanted = AppDeployment(
+                source_code_path=source, mode=AppDeploymentMode.SNAPSHOT, command=["python", "app.py"],
+                env_vars=[EnvVar(name=k, value=v) for k, v in variables.items()],
+            )
             self.client.apps.deploy_and_wait(self.name, wanted, timeout=datetime.timedelta(seconds=self.ws.config.serving_timeout))
         self.loaded.pop(version, None)                                  # from now on the App is asked
 

@@ -43,7 +43,9 @@ class Candidate:
 # %% ../nbs/01_hub.ipynb #a1b2729e
 def _check(candidate):
     if candidate.source == "huggingface":
-        urllib.request.urlopen(urllib.request.Request(f"https://huggingface.co/{candidate.model}/resolve/main/config.json", method="HEAD"), timeout=2)
+        urllib.request.urlopen(
+            urllib.request.Request(f"https://huggingface.co/{candidate.model}/resolve/main/config.json", method="HEAD"), timeout=2
+        )
     elif candidate.source == "databricks":
         if not _databricks(): raise LookupError("no Databricks credentials are configured")
         from databricks.sdk import WorkspaceClient
@@ -86,17 +88,23 @@ def _asker(endpoint, most=MAX_TOKENS, **extra):
     client = openai_client(endpoint)
     def ask(prompt, limit=most):
         start = time.perf_counter()
-        reply = client.chat.completions.create(model=endpoint.model, messages=[dict(role="user", content=prompt)], max_tokens=limit, temperature=0, extra_body=extra)
+        reply = client.chat.completions.create(
+            model=endpoint.model, messages=[dict(role="user", content=prompt)], max_tokens=limit, temperature=0, extra_body=extra
+        )
         seconds, timings = time.perf_counter() - start, (reply.model_extra or {}).get("timings", {})
-        return dict(text=reply.choices[0].message.content, seconds=seconds, read=reply.usage.prompt_tokens, written=reply.usage.completion_tokens,
-                    read_s=timings.get("prompt_ms", np.nan) / 1000, write_s=timings.get("predicted_ms", np.nan) / 1000)
+        return dict(
+            text=reply.choices[0].message.content, seconds=seconds, read=reply.usage.prompt_tokens,
+            written=reply.usage.completion_tokens, read_s=timings.get("prompt_ms", np.nan) / 1000,
+            write_s=timings.get("predicted_ms", np.nan) / 1000,
+        )
     return ask
 @contextlib.contextmanager
 def _endpoint(job): yield _asker(Endpoint(job["url"], job["model"], job["key"]))
 @contextlib.contextmanager
 def _llama(job):
     adapter = Path(job["adapter"]) if job.get("adapter") else None
-    with serve_gguf(Path(job["file"]), adapter, job["slots"], job.get("context", 1024)) as endpoint: yield _asker(endpoint, job.get("max_tokens", MAX_TOKENS), cache_prompt=False)
+    with serve_gguf(Path(job["file"]), adapter, job["slots"], job.get("context", 1024)) as endpoint:
+        yield _asker(endpoint, job.get("max_tokens", MAX_TOKENS), cache_prompt=False)
 
 # %% ../nbs/01_hub.ipynb #e1702da7
 @functools.cache
@@ -119,18 +127,25 @@ def _transformers(job):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(job["folder"])
-    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=getattr(torch, job["dtype"]) if "dtype" in job else fastest_dtype()).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        job["folder"], dtype=getattr(torch, job["dtype"]) if "dtype" in job else fastest_dtype()
+    ).eval()
     @torch.inference_mode()
     def ask(prompt, limit=MAX_TOKENS):
         start, written = time.perf_counter(), []
-        ids = tokenizer.apply_chat_template([dict(role="user", content=prompt)], add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(
+            [dict(role="user", content=prompt)], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
         out = model(ids, use_cache=True, logits_to_keep=1)
         read_s = time.perf_counter() - start
         while (token := out.logits[0, -1].argmax()) != tokenizer.eos_token_id and len(written) < limit:
             written.append(token)
             out = model(token.view(1, 1), past_key_values=out.past_key_values, use_cache=True)
         seconds = time.perf_counter() - start
-        return dict(text=tokenizer.decode(written), seconds=seconds, read=ids.shape[1], written=len(written), read_s=read_s, write_s=seconds - read_s)
+        return dict(
+            text=tokenizer.decode(written), seconds=seconds, read=ids.shape[1], written=len(written), read_s=read_s,
+            write_s=seconds - read_s,
+        )
     ask.format = str(model.dtype).removeprefix("torch.")
     yield ask
 
@@ -145,8 +160,14 @@ def _sentence_transformers(job):
     model = SentenceTransformer(job["folder"], device="cpu")
     model.max_seq_length = TEXT_TOKENS              # as the other runner
     yield lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
-RUNNERS = {"llama.cpp": _llama, "endpoint": _endpoint, "transformers": _transformers, "onnxruntime": _onnx, "sentence-transformers": _sentence_transformers}
-SLOW_IMPORTS = {"transformers": ["torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"], "sentence-transformers": ["sentence_transformers"]}
+RUNNERS = {
+    "llama.cpp": _llama, "endpoint": _endpoint, "transformers": _transformers, "onnxruntime": _onnx,
+    "sentence-transformers": _sentence_transformers,
+}
+SLOW_IMPORTS = {
+    "transformers": ["torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"],
+    "sentence-transformers": ["sentence_transformers"],
+}
 def _search(embed, pairs):
     passages = [passage for _, *both in pairs for passage in both]
     texts, start = [" ".join(passages[i:i + 8]) for i in range(16)] * 2, time.perf_counter()
@@ -162,7 +183,9 @@ def _search(embed, pairs):
 def measure(
     job: dict, # `kind`, `runner`, `asks` (prompts, or pairs as above), and what the runner needs
     turn=lambda: None, # Returns when it is our turn to be measured
-) -> dict: # `load_s` from a bare Python to a warm model, `peak_mb` that the process grew by, `core_s` of all `answers`, `format` if it was chosen here
+) -> (
+    dict
+): # `load_s` from a bare Python to a warm model, `peak_mb` that the process grew by, `core_s` of all `answers`, `format` if it was chosen here
     "Load one candidate in this process and ask it everything."
     if job["runner"] in ("llama.cpp", "endpoint"): import openai            # the client is not part of the model
     before, start, chat = psutil.Process().memory_info().rss / 1e6, time.perf_counter(), job["kind"] == "chat"
@@ -172,7 +195,9 @@ def measure(
         ask("Hello", 1) if chat else ask(["Hello"])
         load_s, cpu = import_s + time.perf_counter() - start, time.process_time()
         answers = [ask(prompt) for prompt in job["asks"]] if chat else _search(ask, job["asks"])
-        return dict(load_s=load_s, peak_mb=peak_memory() - before, core_s=time.process_time() - cpu, answers=answers) | (dict(format=ask.format) if hasattr(ask, "format") else {})
+        return dict(load_s=load_s, peak_mb=peak_memory() - before, core_s=time.process_time() - cpu, answers=answers) | (
+            dict(format=ask.format) if hasattr(ask, "format") else {}
+        )
 def probe_main() -> None:
     "Body of a probe's process: a job on standard input, a file when all is imported, one line of JSON on standard output when its turn has come."
     job = json.loads(sys.stdin.readline())
@@ -186,12 +211,19 @@ def run_probes(
     code: str = "from llmops_ref.hub import probe_main; probe_main()",
 ) -> list[dict]: # As from `measure`, or `error`
     "Measure candidates in processes of their own, one after the other."
-    environment = os.environ | {"GOMP_SPINCOUNT": "30000", "PYTHON_COLORS": "0"}      # see above: PyTorch on a shared machine; from 3.13 on, Python would colour its errors for Jupyter
+    environment = os.environ | {
+        "GOMP_SPINCOUNT": "30000",
+        "PYTHON_COLORS": "0",
+    }  # see above: PyTorch on a shared machine; from 3.13 on, Python would colour its errors for Jupyter
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for number, job in enumerate(jobs):
-            process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-            with contextlib.suppress(BrokenPipeError): print(json.dumps(job | dict(ready=f"{folder}/{number}")), file=process.stdin, flush=True)
+            process = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=environment,
+            )
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(job | dict(ready=f"{folder}/{number}")), file=process.stdin, flush=True)
             started.append((process, Path(folder, str(number))))
         end = time.monotonic() + seconds
         while time.monotonic() < end and any(process.poll() is None and not ready.exists() for process, ready in started): time.sleep(0.02)
@@ -204,7 +236,8 @@ def _measured(process, imported, seconds):
     except subprocess.TimeoutExpired:
         process.kill(); process.communicate()
         return dict(error=f"no result within {seconds:g} s: stopped")
-    if process.returncode < 0: return dict(error=f"killed by signal {-process.returncode}" + (", probably out of memory" if process.returncode == -9 else ""))
+    if process.returncode < 0:
+        return dict(error=f"killed by signal {-process.returncode}" + (", probably out of memory" if process.returncode == -9 else ""))
     if process.returncode: return dict(error=_last_line(complaint))
     try: return json.loads(said.strip().rpartition("\n")[2])
     except json.JSONDecodeError: return dict(error="the probe ended without a result")
@@ -218,7 +251,9 @@ def base_checkpoint(ws: Workspace) -> Path:
         write_atomic(temporary / "SHA256", file_digest(temporary / "model.safetensors"))
         try: os.rename(temporary, folder)
         except OSError: shutil.rmtree(temporary)    # another process was faster
-    verify_digest(folder / "model.safetensors", (folder / "SHA256").read_text(), f"Delete the folder {folder}; the next run makes it again.")
+    verify_digest(
+        folder / "model.safetensors", (folder / "SHA256").read_text(), f"Delete the folder {folder}; the next run makes it again."
+    )
     return folder
 
 def _save_dequantised(file, folder):
@@ -274,13 +309,22 @@ def summarise(kind: str, questions: list, result: dict) -> dict:
     table = pd.DataFrame(result["answers"])
     if kind == "chat":
         right = [probe.is_right(text) for probe, text in zip(questions, table.text)]
-        extra = dict(prefill_tps=(table["read"] / table.read_s).median(), decode_tps=(table.written / table.write_s).median(), answers=table.text.tolist())
+        extra = dict(
+            prefill_tps=(table["read"] / table.read_s).median(),
+            decode_tps=(table.written / table.write_s).median(),
+            answers=table.text.tolist(),
+        )
     else:
         right, mrr = ([score(a.found, {a.gold}, k) for a in table.itertuples()] for score, k in ((recall_at_k, 1), (mrr_at_k, 10)))
         extra = dict(texts_s=table.texts_s[0], mrr=float(np.mean(mrr)), answers=table.found.str[0].tolist())
     if "format" in result: extra["format"] = result["format"]
-    return dict(status="probed", load_s=result["load_s"], peak_mb=result["peak_mb"], core_s=result["core_s"] / len(table), seconds=table.seconds.median(),
-                quality=float(np.mean(right)), right=int(sum(right)), asked=len(right)) | extra
+    return (
+        dict(
+            status="probed", load_s=result["load_s"], peak_mb=result["peak_mb"], core_s=result["core_s"] / len(table),
+            seconds=table.seconds.median(), quality=float(np.mean(right)), right=int(sum(right)), asked=len(right),
+        )
+        | extra
+    )
 
 def _row_and_job(ws, candidate, asks, status):
     row = asdict(candidate)
@@ -290,8 +334,11 @@ def _row_and_job(ws, candidate, asks, status):
         with contextlib.redirect_stderr(io.StringIO()): file = weights(ws, candidate.name)  # conversions draw progress bars
         if file:
             row |= dict(size_mb=file.stat().st_size / 1e6, digest=file_digest(file))
-            if 1.2 * row["size_mb"] > (free := psutil.virtual_memory().available / 1e6): return row | dict(status=f"failed: does not fit into {free:.0f} MB"), None
-        return row, dict(kind=candidate.kind, runner=candidate.runner, asks=[q.prompt if candidate.kind == "chat" else q for q in asks]) | _job(ws, candidate, file)
+            if 1.2 * row["size_mb"] > (free := psutil.virtual_memory().available / 1e6):
+                return row | dict(status=f"failed: does not fit into {free:.0f} MB"), None
+        return row, dict(
+            kind=candidate.kind, runner=candidate.runner, asks=[q.prompt if candidate.kind == "chat" else q for q in asks]
+        ) | _job(ws, candidate, file)
     except Exception as error: return row | dict(status=f"failed: {error}"), None
 
 def probe_candidates(
@@ -316,7 +363,8 @@ LICENCES = {"apache-2.0", "mit"}
 def _ineligible(row, max_seconds):
     if row.status != "probed": return row.status
     if row.licence not in LICENCES: return f"licence {row.licence!r} is not on the list"
-    if row.runner in ("endpoint", "transformers"): return {"endpoint": "its weights are not ours to pin", "transformers": "a reference, not a server"}[row.runner]
+    if row.runner in ("endpoint", "transformers"):
+        return {"endpoint": "its weights are not ours to pin", "transformers": "a reference, not a server"}[row.runner]
     return f"{row.seconds:.1f} s an answer, over {max_seconds:g} s" if row.seconds > max_seconds else ""
 
 def retired(
@@ -325,7 +373,8 @@ def retired(
 ) -> dict[str, str]: # Name -> why it is not probed
     "The candidates that are not to be used any more; `SettingsError` for a name that is none."
     known = [c.name for c in shortlist]
-    if unknown := [name for name in names if name not in known]: raise SettingsError(f"`hub_retired` names {', '.join(unknown)}, which is no candidate. There are {', '.join(known)}.")
+    if unknown := [name for name in names if name not in known]:
+        raise SettingsError(f"`hub_retired` names {', '.join(unknown)}, which is no candidate. There are {', '.join(known)}.")
     return {name: "retired: `hub_retired` names it" for name in names}
 
 def choose(
@@ -341,8 +390,10 @@ def choose(
         return champion, verdict.replace("", "not judged")
     if (eligible := card[verdict == ""]).empty:
         why = "\n  ".join(f"{name}: {text}" for name, text in verdict.items())
-        raise DataError(f"No candidate can be chosen:\n  {why}\nIf other programs keep this machine busy, run the stage again when it is quiet; "
-                        "else raise `hub_max_seconds_per_answer` in settings.ini, or reinstall the packages that carry the models.")
+        raise DataError(
+            f"No candidate can be chosen:\n  {why}\nIf other programs keep this machine busy, run the stage again when it is quiet; "
+            "else raise `hub_max_seconds_per_answer` in settings.ini, or reinstall the packages that carry the models."
+        )
     tied = eligible[eligible.right >= eligible.right.max() - 1].sort_values("seconds")
     chosen = tied.index[0]
     if champion in tied.index and tied.seconds[champion] <= 1.2 * tied.seconds[chosen]: chosen = champion
@@ -367,7 +418,9 @@ def register_choice(ws: Workspace, noun: str, row: dict) -> str:
         run = (mlflow.active_run() or ws.start_run("hub")).info.run_id
         signature = mlflow.models.infer_signature("a question", "an answer")
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            mlflow.models.Model(artifact_path=noun, run_id=run, signature=signature, metadata=tags).add_flavor("weights", **tags).save(f"{folder}/MLmodel")
+            mlflow.models.Model(artifact_path=noun, run_id=run, signature=signature, metadata=tags).add_flavor("weights", **tags).save(
+                f"{folder}/MLmodel"
+            )
             write_atomic(f"{folder}/card.json", json.dumps({k: v for k, v in row.items() if pd.notna(v)}, indent=1, default=str))
             mlflow.log_artifacts(folder, noun)
             version = str(mlflow.register_model(f"runs:/{run}/{noun}", ws.registered(noun), tags=tags).version)

@@ -16,8 +16,11 @@ from .scoring import citations, groundedness, is_refusal, readable, redact
 from .workspace import Workspace
 
 # %% ../nbs/07c_inference_table.ipynb #0457cbbb
-COLUMNS = ["trace_id", "time", "purpose", "question", "answer", "refused", "cited", "passages", "similarity", "grounded", "readable", "prompt_tokens", "completion_tokens", "seconds", "first_token_seconds",
-           "cost_usd", "app", "version", "served_by", "user", "status", "error", "server", "sequence"]
+COLUMNS = [
+    "trace_id", "time", "purpose", "question", "answer", "refused", "cited", "passages", "similarity", "grounded",
+    "readable", "prompt_tokens", "completion_tokens", "seconds", "first_token_seconds", "cost_usd", "app", "version",
+    "served_by", "user", "status", "error", "server", "sequence",
+]
 
 def request_row(
     trace, # An MLflow trace of the assistant
@@ -25,22 +28,36 @@ def request_row(
     "Flatten one trace; what a failed request did not get to is empty."
     root, info = next((s for s in trace.data.spans if s.parent_id is None), None), trace.info
     outputs = (root.outputs if root is not None else None) or {}
-    custom = next((s.outputs["custom_outputs"] for s in trace.data.spans if isinstance(s.outputs, dict) and s.outputs.get("custom_outputs")), {})       # that of a stream is not in the root
+    custom = next(
+        (s.outputs["custom_outputs"] for s in trace.data.spans if isinstance(s.outputs, dict) and s.outputs.get("custom_outputs")), {}
+    )  # that of a stream is not in the root
     text = " ".join(part["text"] for item in outputs.get("output", []) for part in item.get("content", []) if "text" in part)
     inputs = (root.inputs or {}).get("request") or root.inputs or {} if root is not None else {}
     asked = [m["content"] for m in inputs.get("input", []) if m.get("role") == "user"]
     question, passages, refused = str(asked[-1]) if asked else "", custom.get("passages", []), is_refusal(text)
     grounded = groundedness(text, [p["text"] for p in passages], question) if passages and text and not refused else None
     number = str(info.tags.get("sequence", ""))
-    return dict(trace_id=info.trace_id, time=pd.Timestamp(info.request_time, unit="ms", tz="UTC"), purpose=str(info.tags.get("purpose", "")), question=redact(question), answer=redact(text),
-                refused=refused, cited=bool(citations(text)), passages=[p["document_id"] for p in passages], similarity=max([float(p["similarity"]) for p in passages], default=0.0),
-                grounded=grounded, readable=float(readable(text)) if text else None, prompt_tokens=int(custom.get("prompt_tokens", 0)), completion_tokens=int(custom.get("completion_tokens", 0)),
-                seconds=(info.execution_duration or 0) / 1000, first_token_seconds=custom.get("first_token_seconds"), cost_usd=float(custom.get("cost_usd") or 0.0), app=str(info.tags.get("app", "")),
-                version=str(info.tags.get("assistant_version", "")), served_by=str(custom.get("served_by", "")), user=str(info.trace_metadata.get("mlflow.trace.user", "")), status="STOPPED" if any(s.attributes.get("stopped") for s in trace.data.spans) else str(info.state.value),
-                error=_error(trace), server=str(info.tags.get("server", "")), sequence=int(number) if number.isdigit() else 0)
+    return dict(
+        trace_id=info.trace_id, time=pd.Timestamp(info.request_time, unit="ms", tz="UTC"),
+        purpose=str(info.tags.get("purpose", "")), question=redact(question), answer=redact(text), refused=refused,
+        cited=bool(citations(text)), passages=[p["document_id"] for p in passages],
+        similarity=max([float(p["similarity"]) for p in passages], default=0.0), grounded=grounded,
+        readable=float(readable(text)) if text else None, prompt_tokens=int(custom.get("prompt_tokens", 0)),
+        completion_tokens=int(custom.get("completion_tokens", 0)), seconds=(info.execution_duration or 0) / 1000,
+        first_token_seconds=custom.get("first_token_seconds"), cost_usd=float(custom.get("cost_usd") or 0.0),
+        app=str(info.tags.get("app", "")), version=str(info.tags.get("assistant_version", "")),
+        served_by=str(custom.get("served_by", "")), user=str(info.trace_metadata.get("mlflow.trace.user", "")),
+        status="STOPPED" if any(s.attributes.get("stopped") for s in trace.data.spans) else str(info.state.value),
+        error=_error(trace), server=str(info.tags.get("server", "")), sequence=int(number) if number.isdigit() else 0,
+    )
 
 def _error(trace):
-    said = [str(event.attributes.get("exception.message", "")) for span in trace.data.spans for event in span.events if event.name == "exception"]
+    said = [
+        str(event.attributes.get("exception.message", ""))
+        for span in trace.data.spans
+        for event in span.events
+        if event.name == "exception"
+    ]
     return redact(said[0].splitlines()[0][:300]) if said and said[0] else ""
 
 # %% ../nbs/07c_inference_table.ipynb #14272ab1
@@ -49,8 +66,17 @@ OVERLAP = pd.Timedelta(days=1)
 
 def _find_traces(ws, since, limit):
     mlflow = ws.mlflow()
-    place, after = [mlflow.get_experiment_by_name(ws.experiment).experiment_id], f" AND attributes.timestamp_ms > {int(since.timestamp() * 1000)}" if since is not None else ""
-    return [trace for purpose in PURPOSES for trace in mlflow.search_traces(locations=place, filter_string=f"tags.purpose = '{purpose}'{after}", max_results=limit, return_type="list") if trace.info.state != "IN_PROGRESS" and trace.data.spans]      # one that is being written is for the next look
+    place, after = [mlflow.get_experiment_by_name(ws.experiment).experiment_id], (
+        f" AND attributes.timestamp_ms > {int(since.timestamp() * 1000)}" if since is not None else ""
+    )
+    return [
+        trace
+        for purpose in PURPOSES
+        for trace in mlflow.search_traces(
+            locations=place, filter_string=f"tags.purpose = '{purpose}'{after}", max_results=limit, return_type="list"
+        )
+        if trace.info.state != "IN_PROGRESS" and trace.data.spans
+    ]  # one that is being written is for the next look
 
 def collect_requests(
     ws: Workspace,
@@ -63,8 +89,11 @@ def collect_requests(
     since = min(known.time.max(), pd.Timestamp.now(tz="UTC")) - OVERLAP if len(known) else None
     there, end, client = set(known.trace_id), time.time() + patience, ws.mlflow()
     for trace_id in set(expected) - there:
-        while ((trace := client.get_trace(trace_id, silent=True)) is None or trace.info.state == "IN_PROGRESS") and time.time() < end: time.sleep(0.2)
-    new = pd.DataFrame([request_row(t) for t in _find_traces(ws, since, limit) if t.info.trace_id not in there], columns=COLUMNS).sort_values("time", ignore_index=True)
+        while ((trace := client.get_trace(trace_id, silent=True)) is None or trace.info.state == "IN_PROGRESS") and time.time() < end:
+            time.sleep(0.2)
+    new = pd.DataFrame(
+        [request_row(t) for t in _find_traces(ws, since, limit) if t.info.trace_id not in there], columns=COLUMNS
+    ).sort_values("time", ignore_index=True)
     ws.add("requests", new.astype(dict(grounded=float, readable=float, first_token_seconds=float)), "trace_id")
     return new
 
@@ -73,7 +102,12 @@ def count_lost(
     requests: pd.DataFrame, # The table `requests`
 ) -> pd.DataFrame: # One row a process that lost some: `server purpose since until arrived lost`
     "Requests that were answered and left no record."
-    rows = [dict(server=server, purpose=purpose, since=some.time.min(), until=some.time.max(), arrived=some.sequence.nunique(), lost=int(some.sequence.max()) - some.sequence.nunique())
-            for (server, purpose), some in requests[requests.sequence > 0].groupby(["server", "purpose"])]
+    rows = [
+        dict(
+            server=server, purpose=purpose, since=some.time.min(), until=some.time.max(), arrived=some.sequence.nunique(),
+            lost=int(some.sequence.max()) - some.sequence.nunique(),
+        )
+        for (server, purpose), some in requests[requests.sequence > 0].groupby(["server", "purpose"])
+    ]
     frame = pd.DataFrame(rows, columns=["server", "purpose", "since", "until", "arrived", "lost"])
     return frame[frame.lost > 0].reset_index(drop=True)

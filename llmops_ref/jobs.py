@@ -33,7 +33,8 @@ def run_stage_task(
     record = run_pipeline(ws, steps, force, Lines(), command=f"task {name}")
     if record["waiting"]: raise DataError(record["waiting"])
     print(f"The executed notebook: {ws.runs / record['run_id']}")
-    if name == "monitoring": print(f"Asked for: {', '.join(asked for asked, wanted in hand_on_triggers(record).items() if wanted) or 'nothing'}")
+    if name == "monitoring":
+        print(f"Asked for: {', '.join(asked for asked, wanted in hand_on_triggers(record).items() if wanted) or 'nothing'}")
 
 # %% ../nbs/90b_jobs.ipynb #29204dd7
 def hand_on_triggers(
@@ -41,7 +42,9 @@ def hand_on_triggers(
 ) -> dict[str, bool]: # Stage -> whether monitoring asks for it
     "Say for each stage whether monitoring asks for it; on Databricks as values of the task, `true` or `false`, for the conditions of the job."
     seen = next((s["result"] or {} for s in record["stages"] if s["name"] == "monitoring"), {})
-    asked = {stage.name: any(t["stage"] == stage.name and t.get("job") for t in seen.get("details", {}).get("triggers", [])) for stage in STAGES}
+    asked = {
+        stage.name: any(t["stage"] == stage.name and t.get("job") for t in seen.get("details", {}).get("triggers", [])) for stage in STAGES
+    }
     if on_databricks():
         from databricks.sdk.runtime import dbutils
         for name, wanted in asked.items(): dbutils.jobs.taskValues.set(key=name, value=str(wanted).lower())
@@ -54,14 +57,22 @@ def check_model(
     model_version: str, # "" = whatever the stage finds
 ) -> None:
     "`SettingsError` if the job was started for another model, `DataError` if there is no such version."
-    if model_name and model_name != ws.registered("assistant"): raise SettingsError(f"This job deploys {ws.registered('assistant')} and was started for {model_name}. Connect that model to a job of its own, or correct catalog and schema.")
+    if model_name and model_name != ws.registered("assistant"):
+        raise SettingsError(
+            f"This job deploys {ws.registered('assistant')} and was started for {model_name}. Connect that model to a job of its own, or"
+            " correct catalog and schema."
+        )
     if model_version: version_facts(ws, model_version)
 
 def evaluate_task(ws: Workspace, model_version: str) -> None:
     "Validate the version that the job was started for; `DataError` if today's candidate is another one, and `StageFailed` if it does not pass."
     if model_version:
         with ws.start_run("candidate"): version, _ = log_candidate(ws)
-        if version != model_version: raise DataError(f"The job was started for version {model_version} of {ws.registered('assistant')}, but prompt, index and model of today make version {version}. That one has a run of its own; this run ends here.")
+        if version != model_version:
+            raise DataError(
+                f"The job was started for version {model_version} of {ws.registered('assistant')}, but prompt, index and model of today"
+                f" make version {version}. That one has a run of its own; this run ends here."
+            )
     run_stage_task(ws, "validation")
 
 def check_approval_task(ws: Workspace, model_version: str) -> None:
@@ -72,7 +83,11 @@ def check_approval_task(ws: Workspace, model_version: str) -> None:
 def deploy_task(ws: Workspace, model_version: str) -> None:
     "Deploy the version that the job was started for; `DataError` if another one has passed since, and `StageFailed` if it does not come up."
     challenger = ws.alias("assistant", "challenger", record=False)
-    if model_version and challenger != model_version: raise DataError(f"The job was started for version {model_version}, but the alias challenger is at version {challenger or 'none'}: another one has passed since. Deploy that one, or start the job anew for version {model_version}.")
+    if model_version and challenger != model_version:
+        raise DataError(
+            f"The job was started for version {model_version}, but the alias challenger is at version {challenger or 'none'}: another one"
+            f" has passed since. Deploy that one, or start the job anew for version {model_version}."
+        )
     run_stage_task(ws, "deployment")
 
 # %% ../nbs/90b_jobs.ipynb #7796cc5b
@@ -95,7 +110,9 @@ def run_task(
     "Body of a task: run it, and exit with code 1 and one paragraph if it fails."
     try:
         ws = open_workspace(load_config(env, root, **settings))
-        os.environ |= {"LLMOPS_SETTINGS": f"{root}/settings.ini", "LLMOPS_COMMIT": commit} | {f"LLMOPS_{key.upper()}": value for key, value in settings.items()}
+        os.environ |= {"LLMOPS_SETTINGS": f"{root}/settings.ini", "LLMOPS_COMMIT": commit} | {
+            f"LLMOPS_{key.upper()}": value for key, value in settings.items()
+        }
         if ws.config.platform == "databricks" and "DATABRICKS_TOKEN" not in os.environ: hand_on_credentials()
         check_model(ws, model_name, model_version)
         if task == "candidate":
@@ -111,9 +128,13 @@ def deployment_job(
 ) -> int: # Its id
     "The deployment job that the bundle made; `DataError` if there is none, or more than one."
     wanted = f"llmops-ref deployment {env}"
-    with asking_for("its jobs"): found = [job for job in client.jobs.list() if (job.settings.name or "").endswith(wanted)]      # in dev the name begins with the developer's
+    with asking_for("its jobs"):  # in dev the name begins with the developer's
+        found = [job for job in client.jobs.list() if (job.settings.name or "").endswith(wanted)]
     if not found: raise DataError(f"The workspace has no job {wanted!r}. Make it: `databricks bundle deploy -t {env}`.")
-    if len(found) > 1: raise DataError(f"The workspace has {len(found)} jobs {wanted!r} ({', '.join(str(job.job_id) for job in found)}). Say which one with --job-id.")
+    if len(found) > 1:
+        raise DataError(
+            f"The workspace has {len(found)} jobs {wanted!r} ({', '.join(str(job.job_id) for job in found)}). Say which one with --job-id."
+        )
     return found[0].job_id
 
 def connect_deployment_job(
@@ -125,6 +146,7 @@ def connect_deployment_job(
     client, name = ws.mlflow().MlflowClient(), ws.registered("assistant")
     try: client.create_registered_model(name, deployment_job_id=str(job_id))
     except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS": raise DataError(f"The model {name} could not be connected: {error.message[:200]}") from None
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise DataError(f"The model {name} could not be connected: {error.message[:200]}") from None
         client.update_registered_model(name, description=client.get_registered_model(name).description or "", deployment_job_id=str(job_id))
     return name

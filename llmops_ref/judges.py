@@ -25,26 +25,50 @@ def check_judges(
 ) -> str | None: # The key to send, if there is one
     "`SettingsError` if the settings of the judge cannot work; nothing is sent."
     model, url = ws.config.judge_model, ws.config.judge_url
-    if url and not model: raise SettingsError("`judge_url` is set and `judge_model` is not. Name the model that judges, such as openai:/gpt-5-mini, or clear `judge_url`.")
+    if url and not model:
+        raise SettingsError(
+            "`judge_url` is set and `judge_model` is not. Name the model that judges, such as openai:/gpt-5-mini, or clear `judge_url`."
+        )
     if not model: return None
-    if not re.fullmatch(r"[a-z_]+:/[^/\s]\S*", model): raise SettingsError(f"`judge_model` is {model!r}; it must be a provider and a model, such as openai:/gpt-5-mini or databricks:/databricks-claude-sonnet-4-5.")
+    if not re.fullmatch(r"[a-z_]+:/[^/\s]\S*", model):
+        raise SettingsError(
+            f"`judge_model` is {model!r}; it must be a provider and a model, such as openai:/gpt-5-mini or"
+            " databricks:/databricks-claude-sonnet-4-5."
+        )
     if url and not (model.startswith("openai:/") and re.fullmatch(r"https?://[^\s?#]+/v1/?", url)):
-        raise SettingsError(f"`judge_url` is {url!r} for {model!r}; it must be an OpenAI-compatible endpoint that ends with /v1, and `judge_model` must begin with openai:/.")
+        raise SettingsError(
+            f"`judge_url` is {url!r} for {model!r}; it must be an OpenAI-compatible endpoint that ends with /v1, and `judge_model` must"
+            " begin with openai:/."
+        )
     provider, name = model.split(":/", 1)
     if provider == "databricks":
         from databricks.sdk.core import Config as Credentials
         try: Credentials()
-        except ValueError as error: raise SettingsError(f"`judge_model` is {model!r}, and no workspace is configured. Set DATABRICKS_HOST and DATABRICKS_TOKEN, or name a model of another provider. ({str(error)[:120]})") from None
+        except ValueError as error:
+            raise SettingsError(
+                f"`judge_model` is {model!r}, and no workspace is configured. Set DATABRICKS_HOST and DATABRICKS_TOKEN, or name a model of"
+                f" another provider. ({str(error)[:120]})"
+            ) from None
         return None
-    if provider not in PROVIDERS: raise SettingsError(f"`judge_model` names the provider {provider!r}; a judge can be of {', '.join(PROVIDERS)} or databricks. Another that speaks OpenAI's protocol goes into `judge_url`, with openai:/{name} for its model.")
+    if provider not in PROVIDERS:
+        raise SettingsError(
+            f"`judge_model` names the provider {provider!r}; a judge can be of {', '.join(PROVIDERS)} or databricks. Another that speaks"
+            f" OpenAI's protocol goes into `judge_url`, with openai:/{name} for its model."
+        )
     return ws.secret("JUDGE_API_KEY" if url else f"{provider.upper()}_API_KEY")
 
 # %% ../nbs/03g_judges.ipynb #2ac8070d
 INSTRUCTIONS = dict(
-    judge_correct="Question: {{ inputs }}\nAnswer: {{ outputs }}\nWhat a person wrote, and the objects that would be right, of which one is enough: {{ expectations }}\n\n"
-                  "Does the answer bring the one who asked to a right object, or decline where the person declined? Wording, length and style do not count. Say yes or no.",
-    judge_grounded="Question and the passages that were shown: {{ inputs }}\nAnswer: {{ outputs }}\n\n"
-                   "Is everything that the answer claims said by the passages? Whether it answers the question does not count, nor does what you know yourself. Say yes or no.")
+    judge_correct=(
+        "Question: {{ inputs }}\nAnswer: {{ outputs }}\nWhat a person wrote, and the objects that would be right, of which one is enough:"
+        " {{ expectations }}\n\nDoes the answer bring the one who asked to a right object, or decline where the person declined? Wording,"
+        " length and style do not count. Say yes or no."
+    ),
+    judge_grounded=(
+        "Question and the passages that were shown: {{ inputs }}\nAnswer: {{ outputs }}\n\nIs everything that the answer claims said by the"
+        " passages? Whether it answers the question does not count, nor does what you know yourself. Say yes or no."
+    ),
+)
 COUNTERPARTS = dict(judge_correct=("correct", 0.5), judge_grounded=("grounded", 0.8))    # Scorer, and the value from which it says yes
 
 @dataclass
@@ -65,8 +89,15 @@ def make_judges(ws: Workspace) -> Judges:
     ws.mlflow()
     from mlflow.genai.judges import make_judge
     url = f"{config.judge_url.rstrip('/')}/chat/completions" if config.judge_url else None
-    return Judges({name: make_judge(name, text, model=config.judge_model, base_url=url, feedback_value_type=Literal["yes", "no"], generate_rationale_first=True) for name, text in INSTRUCTIONS.items()},
-                  config.judge_model, url or "", key, config.chat_timeout)
+    return Judges(
+        {
+            name: make_judge(
+                name, text, model=config.judge_model, base_url=url, feedback_value_type=Literal["yes", "no"], generate_rationale_first=True
+            )
+            for name, text in INSTRUCTIONS.items()
+        },
+        config.judge_model, url or "", key, config.chat_timeout,
+    )
 
 # %% ../nbs/03g_judges.ipynb #61c0c85f
 WAITS = (1, 2, 4, 8)                                # seconds after which a judge that is busy is asked again
@@ -86,7 +117,11 @@ def _reach(judges):                                 # the key where MLflow reads
     before = os.environ.get(name)
     if judges.key: os.environ[name] = judges.key
     try:
-        with patched(adapter, "send_chat_request", patient), patched(utils.MLFLOW_GATEWAY_ROUTE_TIMEOUT_SECONDS, "get", lambda: judges.timeout): yield
+        with (
+            patched(adapter, "send_chat_request", patient),
+            patched(utils.MLFLOW_GATEWAY_ROUTE_TIMEOUT_SECONDS, "get", lambda: judges.timeout),
+        ):
+            yield
     finally:
         if before is not None: os.environ[name] = before
         elif judges.key: os.environ.pop(name, None)
@@ -98,7 +133,8 @@ def _verdict(judge, a):
     asked = dict(question=a.question) | (dict(passages=[p.get("text", "") for p in a.passages]) if judge.name == "judge_grounded" else {})
     more = dict(expectations=dict(reference=a.reference, right=list(a.gold))) if judge.name == "judge_correct" else {}
     try: said = judge(inputs=asked, outputs=dict(answer=a.answer), **more)
-    except (LookupError, TypeError, AttributeError) as error: raise ValueError(f"its reply has not the form it was asked for ({type(error).__name__}: {error})") from None
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"its reply has not the form it was asked for ({type(error).__name__}: {error})") from None
     value = str(said.value).strip().lower()
     if value not in ("yes", "no"): raise ValueError(f"it said {said.value!r:.60}, not yes or no")
     return float(value == "yes"), said.rationale or ""
@@ -108,21 +144,30 @@ def judge_answers(
     answers: pd.DataFrame, # From `answer_all`
     workers: int = 4,
     on_done=None, # Called with (done, total)
-) -> pd.DataFrame: # The answers with a column for each judge (1, 0 or NaN), its reasons in `judge_rationale`, and `judge_error` ("" when fine)
+) -> (
+    pd.DataFrame
+): # The answers with a column for each judge (1, 0 or NaN), its reasons in `judge_rationale`, and `judge_error` ("" when fine)
     "Let the judges read every answer. What a judge cannot say is NaN, with the reason; nothing is raised."
     down, answers_at_all, in_a_row, done = "", False, 0, 0
     def one(a):
         nonlocal down, answers_at_all, in_a_row, done
         row, reasons, errors = {name: float("nan") for name in judges.by_name}, [], []
         for name, judge in judges.by_name.items():
-            if getattr(a, "error", "") or name == "judge_grounded" and (not len(a.passages) or is_refusal(a.answer)): continue       # nothing to judge
+            if getattr(a, "error", "") or name == "judge_grounded" and (not len(a.passages) or is_refusal(a.answer)):  # nothing to judge
+                continue
             if down: errors.append(down); break
             try: row[name], reason = _verdict(judge, a)
             except Exception as error:
                 errors.append(f"{name}: {(said := _words(error, judges.key))}")
-                if isinstance(error.__cause__ or error, ValueError): answers_at_all, in_a_row = True, 0; continue          # nonsense, but somebody is there
+                if isinstance(error.__cause__ or error, ValueError):  # nonsense, but somebody is there
+                    answers_at_all, in_a_row = True, 0
+                    continue
                 in_a_row += 1
-                if in_a_row >= (3 if answers_at_all else 1): down = f"not asked any more, since the judge failed {'three times in a row' if answers_at_all else 'at its first answer'}: {said[:120].rstrip('. ')}. Look at `judge_model`, `judge_url` and the key"
+                if in_a_row >= (3 if answers_at_all else 1):
+                    down = (
+                        f"not asked any more, since the judge failed {'three times in a row' if answers_at_all else 'at its first answer'}:"
+                        f" {said[:120].rstrip('. ')}. Look at `judge_model`, `judge_url` and the key"
+                    )
                 break                               # the other judge is at the same address
             reasons.append(f"{name}: {reason}")
             answers_at_all, in_a_row = True, 0
@@ -131,7 +176,8 @@ def judge_answers(
         return row | dict(judge_rationale="\n".join(reasons), judge_error="; ".join(errors))
     if answers.empty: return answers
     first, *rest = answers.itertuples()
-    with _reach(judges), ThreadPoolExecutor(workers) as pool: rows = [one(first), *pool.map(one, rest)]           # the first alone: who is not there is asked once
+    with _reach(judges), ThreadPoolExecutor(workers) as pool:  # the first alone: who is not there is asked once
+        rows = [one(first), *pool.map(one, rest)]
     return answers.assign(**pd.DataFrame(rows, index=answers.index))
 
 # %% ../nbs/03g_judges.ipynb #e08e1014
@@ -144,5 +190,10 @@ def agreement_table(
         if name not in judged or score not in judged: continue
         both = judged[judged[name].notna() & judged[score].notna()]
         agree, kappa = agreement(both[score] >= bound, both[name] == 1) if len(both) else (float("nan"), float("nan"))
-        rows.append((name, score, len(both), agree, kappa, (both[name] == 1).mean(), (both[score] >= bound).mean(), int((judged[name].isna() & (judged.judge_error != "")).sum())))
+        rows.append(
+            (
+                name, score, len(both), agree, kappa, (both[name] == 1).mean(), (both[score] >= bound).mean(),
+                int((judged[name].isna() & (judged.judge_error != "")).sum()),
+            )
+        )
     return pd.DataFrame(rows, columns=["judge", "score", "n", "agree", "kappa", "judge_says_yes", "score_says_yes", "no_verdict"])

@@ -32,30 +32,47 @@ def _ask(given, question, default):                 # asks a person, never a scr
     return given or (typer.prompt(f"  {question}", default=default).strip() if sys.stdin.isatty() else default)
 
 @kit_app.command()
-def init(name: Annotated[Optional[str], typer.Option(help="Such as weather-desk: of the distribution, the bundle, its jobs and the environment")] = None, package: Annotated[Optional[str], typer.Option(help="What Python imports; the name with underscores by default")] = None,
-         catalog: Annotated[Optional[str], typer.Option(help="What the catalogs' names begin with; the package by default")] = None, about: Annotated[Optional[str], typer.Option(help="What it is for, in eleven words at most")] = None,
-         app_name: Annotated[Optional[str], typer.Option("--app", help="self_hosted (a fine-tuned model of your own) or third_party (a provider's)")] = None,
-         host: Annotated[Optional[str], typer.Option(help="Address of the Databricks workspace, if there is one already")] = None,
-         smoke: Annotated[bool, typer.Option("--smoke/--no-smoke", help="Afterwards install it, and try the first stages")] = True,
-         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and stop")] = False, yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False):
+def init(
+    name: Annotated[
+        Optional[str], typer.Option(help="Such as weather-desk: of the distribution, the bundle, its jobs and the environment")
+    ] = None,
+    package: Annotated[Optional[str], typer.Option(help="What Python imports; the name with underscores by default")] = None,
+    catalog: Annotated[Optional[str], typer.Option(help="What the catalogs' names begin with; the package by default")] = None,
+    about: Annotated[Optional[str], typer.Option(help="What it is for, in eleven words at most")] = None,
+    app_name: Annotated[
+        Optional[str], typer.Option("--app", help="self_hosted (a fine-tuned model of your own) or third_party (a provider's)")
+    ] = None,
+    host: Annotated[Optional[str], typer.Option(help="Address of the Databricks workspace, if there is one already")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke/--no-smoke", help="Afterwards install it, and try the first stages")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and stop")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
+):
     "Make this fork a project of your own: rename it everywhere, record what it was made from, commit."
     with manners():
         root = project_root()
         check_clean(root)
         old, here = read_identity(root), load_config("dev", root)
-        if not (name or sys.stdin.isatty() or read_upstream(root)): raise SettingsError("What shall it be called? Say --name weather-desk, for example.")
+        if not (name or sys.stdin.isatty() or read_upstream(root)):
+            raise SettingsError("What shall it be called? Say --name weather-desk, for example.")
         if not yes and sys.stdin.isatty() and not dry_run:
             typer.echo("Five questions; Enter takes what stands in brackets.")
             name = _ask(name, "Its name", old.name)
-            package, about = _ask(package, "What Python imports", name.replace("-", "_") if name != old.name else old.package), _ask(about, "What it is for", old.about)
+            package, about = _ask(package, "What Python imports", name.replace("-", "_") if name != old.name else old.package), _ask(
+                about, "What it is for", old.about
+            )
             catalog = _ask(catalog, "What the catalogs' names begin with", package if name != old.name else old.catalog)
             app_name = _ask(app_name, "self_hosted, or third_party", here.app)
         one_of(app_name, "--app", ("self_hosted", "third_party"))
         new = choose_identity(old, name, package, catalog, about)
         settings = {} if app_name in (None, here.app) else dict(app=app_name)
         plan = plan_rename(root, new)
-        if host and not re.fullmatch(r"https://[\w.-]+/?", host): raise SettingsError(f"--host takes the address of a workspace, such as https://adb-1.2.azuredatabricks.net; not {host!r}.")
-        typer.echo(f"{old.name} becomes {new.name}: {plan.places.sum():,} places in {len(plan)} files." if len(plan) else f"It is called {new.name} already.")
+        if host and not re.fullmatch(r"https://[\w.-]+/?", host):
+            raise SettingsError(f"--host takes the address of a workspace, such as https://adb-1.2.azuredatabricks.net; not {host!r}.")
+        typer.echo(
+            f"{old.name} becomes {new.name}: {plan.places.sum():,} places in {len(plan)} files."
+            if len(plan)
+            else f"It is called {new.name} already."
+        )
         if dry_run:
             for row in plan.itertuples(): typer.echo(f"  {row.places:5}  {row.file}")
             return
@@ -63,53 +80,102 @@ def init(name: Annotated[Optional[str], typer.Option(help="Such as weather-desk:
         fork_project(root, new, settings, host)
         typer.echo(f"The last commit: {git(root, 'log', '-1', '--format=%h %s')}")
         if smoke: _smoke(root, old, new)
-        typer.echo("\nNext:  make run                    the whole life cycle under the new name\n       .venv/bin/llmops todo       what is still the sample's\n       git push")
+        typer.echo(
+            "\nNext:  make run                    the whole life cycle under the new name\n       .venv/bin/llmops todo       what is still"
+            " the sample's\n       git push"
+        )
 
 # %% ../nbs/90i_kit.ipynb #80288882
 def _smoke(root, old, new):
     if old.package != new.package and Path(sys.prefix).resolve() == (root / ".venv").resolve():
-        subprocess.run([sys.executable, "-m", "pip", "uninstall", "-q", "-y", old.name], capture_output=True)      # its command `llmops` would import what is gone
+        subprocess.run(
+            [sys.executable, "-m", "pip", "uninstall", "-q", "-y", old.name], capture_output=True
+        )  # its command `llmops` would import what is gone
         for left in (f"{old.package}.egg-info", f"{old.package}/__pycache__"): shutil.rmtree(root / left, ignore_errors=True)
         if (root / old.package).is_dir() and not any((root / old.package).iterdir()): (root / old.package).rmdir()
-    for text, command in {"Installing under the new name": ["make", "-s", "setup"], "Do notebooks and package agree?": [".venv/bin/pytest", "-q", "tests/test_notebooks.py"],
-                          "The first stages": [".venv/bin/llmops", "run", "--env", "dev", "--to", "corpus"]}.items():
+    for text, command in {
+        "Installing under the new name": ["make", "-s", "setup"],
+        "Do notebooks and package agree?": [".venv/bin/pytest", "-q", "tests/test_notebooks.py"],
+        "The first stages": [".venv/bin/llmops", "run", "--env", "dev", "--to", "corpus"],
+    }.items():
         typer.echo(f"{text}: {' '.join(command)}")
-        done = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+        done = subprocess.run(
+            command, cwd=root, stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        )
         if done.returncode:
-            what, back = ("The rename is committed, and ", "\nTo go back: git reset --hard HEAD~1 && make setup") if old != new else ("", "")
+            what, back = (
+                ("The rename is committed, and ", "\nTo go back: git reset --hard HEAD~1 && make setup") if old != new else ("", "")
+            )
             raise DataError(f"{what}`{' '.join(command)}` fails:\n{done.stdout[-2000:]}{back}")
 
 # %% ../nbs/90i_kit.ipynb #d4651712
 @kit_app.command()
-def adopt(folder: Annotated[Path, typer.Argument(help="With your documents: Markdown, HTML, reStructuredText, PDF, notebooks, text")], questions: Annotated[int, typer.Option(min=5, max=1000, help="How many there shall be, with those that are there already")] = 30,
-          dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and stop")] = False, as_json: Json = False):
+def adopt(
+    folder: Annotated[Path, typer.Argument(help="With your documents: Markdown, HTML, reStructuredText, PDF, notebooks, text")],
+    questions: Annotated[int, typer.Option(min=5, max=1000, help="How many there shall be, with those that are there already")] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and stop")] = False,
+    as_json: Json = False,
+):
     "Answer from your own documents: make them the corpus, and draft questions about them."
     with manners():
         root = project_root()
         plan = plan_adoption(root, folder, questions, teacher=not dry_run)
         overridden = [] if dry_run else adopt_folder(root, plan)
         left_out = plan.problems[~plan.problems.kept.astype(bool)]
-        if as_json: return out(dict(documents=len(plan.documents), left_out=left_out.drop(columns="kept").to_dict("records"), questions=plan.questions.as_posix(), drafts=plan.drafts.to_dict("records"), kept=plan.kept, gone=plan.gone,
-                                    settings=[dict(section=section, key=key, value=value) for (section, key), value in plan.settings.items()], overridden=overridden, notes=plan.notes, dry_run=dry_run))
+        if as_json:
+            return out(
+                dict(
+                    documents=len(plan.documents), left_out=left_out.drop(columns="kept").to_dict("records"),
+                    questions=plan.questions.as_posix(), drafts=plan.drafts.to_dict("records"), kept=plan.kept, gone=plan.gone,
+                    settings=[dict(section=section, key=key, value=value) for (section, key), value in plan.settings.items()],
+                    overridden=overridden, notes=plan.notes, dry_run=dry_run,
+                )
+            )
         kinds = ", ".join(f"{n} {kind}" for kind, n in plan.documents.kind.value_counts().items())
-        typer.echo(f"{len(plan.documents)} documents, {plan.documents.words.sum():,} words: {kinds}" + (f"; {len(left_out)} files left out, such as {left_out.source.iloc[0]} ({left_out.problem.iloc[0]})" if len(left_out) else ""))
-        typer.echo(f"{len(plan.drafts)} draft questions{' would go' if dry_run else ''} to {plan.questions}" + f", beside the {plan.kept} there" * bool(plan.kept))
+        typer.echo(
+            f"{len(plan.documents)} documents, {plan.documents.words.sum():,} words: {kinds}"
+            + (f"; {len(left_out)} files left out, such as {left_out.source.iloc[0]} ({left_out.problem.iloc[0]})" if len(left_out) else "")
+        )
+        typer.echo(
+            f"{len(plan.drafts)} draft questions{' would go' if dry_run else ''} to {plan.questions}"
+            + f", beside the {plan.kept} there" * bool(plan.kept)
+        )
         for row in plan.drafts.drop_duplicates("type").itertuples(): typer.echo(f"  {row.type:13} {row.question}")
         typer.echo(f"{len(plan.settings)} settings {'would change' if dry_run else 'changed'}{':' if plan.settings else '.'}")
         for (section, key), value in plan.settings.items(): typer.echo(f"  [{section}] {key} = {value}")
-        if plan.gone: typer.secho(f"{len(plan.gone)} questions are about pages that are gone, and a run stops at them: {', '.join(plan.gone[:5])}. Delete their lines in {plan.questions}.", fg="yellow", err=True)
-        for text in plan.notes + [f"Without effect, since something else says {said}." for said in overridden]: typer.secho(text, fg="yellow", err=True)
-        if not dry_run: typer.echo(f"\nNext:  {me()} run --env dev\n       {me()} questions list --drafts      and read them: a draft is a machine's\n       {me()} todo")
+        if plan.gone:
+            typer.secho(
+                f"{len(plan.gone)} questions are about pages that are gone, and a run stops at them: {', '.join(plan.gone[:5])}. Delete"
+                f" their lines in {plan.questions}.",
+                fg="yellow",
+                err=True,
+            )
+        for text in plan.notes + [f"Without effect, since something else says {said}." for said in overridden]:
+            typer.secho(text, fg="yellow", err=True)
+        if not dry_run:
+            typer.echo(
+                f"\nNext:  {me()} run --env dev\n       {me()} questions list --drafts      and read them: a draft is a machine's\n      "
+                f" {me()} todo"
+            )
         if overridden: raise typer.Exit(1)
 
 # %% ../nbs/90i_kit.ipynb #60dec547
 @kit_app.command()
-def upgrade(ref: Annotated[str, typer.Argument(help="Branch, tag or commit of upstream")] = "upstream/main", fetch: Annotated[bool, typer.Option("--fetch/--no-fetch", help="Ask the remote `upstream` first")] = True, as_json: Json = False):
+def upgrade(
+    ref: Annotated[str, typer.Argument(help="Branch, tag or commit of upstream")] = "upstream/main",
+    fetch: Annotated[bool, typer.Option("--fetch/--no-fetch", help="Ask the remote `upstream` first")] = True,
+    as_json: Json = False,
+):
     "Take over what has changed upstream, as if it had always been called like this project."
     with manners():
         root = project_root()
         check_clean(root)
-        if fetch and "upstream" in git(root, "remote").splitlines(): git(root, "fetch", "-q", "--no-tags", "upstream", "+refs/heads/*:refs/remotes/upstream/*", "+refs/tags/*:refs/remotes/upstream/tags/*")     # both may have a tag of one name
+        if fetch and "upstream" in git(root, "remote").splitlines():  # both may have a tag of one name
+            git(
+                root, "fetch", "-q", "--no-tags", "upstream", "+refs/heads/*:refs/remotes/upstream/*",
+                "+refs/tags/*:refs/remotes/upstream/tags/*",
+            )
         before = read_upstream(root)
         now, changed, conflicts = upgrade_project(root, ref)
         if as_json: out(dict(before=vars(before), now=vars(now), changed=changed, conflicts=conflicts))
@@ -117,8 +183,16 @@ def upgrade(ref: Annotated[str, typer.Argument(help="Branch, tag or commit of up
             typer.secho(f"{len(conflicts)} of {len(changed)} changed files have conflicts:", fg="yellow", err=True)
             for name in conflicts: typer.echo(f"  {name}", err=True)
             if "pyproject.toml" in conflicts: typer.echo(f"In pyproject.toml, [tool.upstream], write commit = \"{now.commit}\".", err=True)
-            typer.echo(f"Resolve them, then: make prepare && git add -A && git commit -m 'Take over {now.name} {now.version}'\nOr go back: git reset --hard && git clean -fd", err=True)
-        else: typer.echo(f"{now.name} {now.version}, commit {now.commit[:12]}: " + (f"{len(changed)} files changed, committed. Next: make test" if changed else "nothing is new."))
+            typer.echo(
+                f"Resolve them, then: make prepare && git add -A && git commit -m 'Take over {now.name} {now.version}'\nOr go back: git"
+                " reset --hard && git clean -fd",
+                err=True,
+            )
+        else:
+            typer.echo(
+                f"{now.name} {now.version}, commit {now.commit[:12]}: "
+                + (f"{len(changed)} files changed, committed. Next: make test" if changed else "nothing is new.")
+            )
         if conflicts: raise typer.Exit(1)
 
 # %% ../nbs/90i_kit.ipynb #2415e93e
@@ -132,19 +206,29 @@ def _show(findings):
         if f.fix: typer.secho(f"    {'':{width}}  {f.fix}", dim=True)
 
 @kit_app.command()
-def doctor(env: Env = "dev", databricks: Annotated[Optional[bool], typer.Option("--databricks/--local", help="Look at the workspace too; by default if DATABRICKS_HOST is set")] = None, as_json: Json = False):
+def doctor(
+    env: Env = "dev",
+    databricks: Annotated[
+        Optional[bool], typer.Option("--databricks/--local", help="Look at the workspace too; by default if DATABRICKS_HOST is set")
+    ] = None,
+    as_json: Json = False,
+):
     "Look at everything that a run needs, and say how to mend what is missing; exit code 1 if a run would fail."
     with manners():
         root = project_root()
         findings, there = [], databricks or databricks is None and bool(os.environ.get("DATABRICKS_HOST"))
-        looks = [("machine", lambda: check_machine(root)), ("project", lambda: check_project(root, env))] + [("workspace", lambda: check_workspace(load_config(env, root, platform="databricks")))] * there
+        looks = [("machine", lambda: check_machine(root)), ("project", lambda: check_project(root, env))] + [
+            ("workspace", lambda: check_workspace(load_config(env, root, platform="databricks")))
+        ] * there
         for about, look in looks:                   # shown as they come: a workspace that does not answer takes its time
             findings += (found := guarded(about, look))
             if not as_json: _show(found)
         bad, notes = (sum(f.state == state for f in findings) for state in ("fail", "note"))
         if as_json: out(dict(env=env, findings=[vars(f) for f in findings]))
         else:
-            typer.echo(f"\n{len(findings)} things looked at: {bad or 'none'} would stop a run{f', {notes} could be better' if notes else ''}.")
+            typer.echo(
+                f"\n{len(findings)} things looked at: {bad or 'none'} would stop a run{f', {notes} could be better' if notes else ''}."
+            )
         if bad: raise typer.Exit(1)
 
 @kit_app.command()
@@ -155,4 +239,11 @@ def todo(env: Env = "dev", as_json: Json = False):
         if as_json: return out(dict(env=env, findings=[vars(f) for f in findings]))
         _show(findings)
         left = sum(f.state != "ok" for f in findings)
-        typer.echo(f"\n{left} left." if left else "\nNothing of the sample is left in data and settings. No command can see whether nbs/index.ipynb (the README), the bounds of the gates, and who may read (databricks.yml) are yours by now.")
+        typer.echo(
+            f"\n{left} left."
+            if left
+            else (
+                "\nNothing of the sample is left in data and settings. No command can see whether nbs/index.ipynb (the README), the bounds"
+                " of the gates, and who may read (databricks.yml) are yours by now."
+            )
+        )

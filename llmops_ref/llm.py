@@ -34,7 +34,7 @@ def base_gguf(
     return verify_digest(Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf", sha256, fix)
 
 # %% ../nbs/00b_llm.ipynb #257f6813
-ENCODINGS = ("q8_0", "q5_1", "q4_1")                # blocks of 32 weights, 8, 5 or 4 bits each, with a scale (and, for _1, an offset) of 16 bits
+ENCODINGS = ("q8_0", "q5_1", "q4_1")  # blocks of 32 weights, 8, 5 or 4 bits each, with a scale (and, for _1, an offset) of 16 bits
 
 def _copy_fields(reader, writer, **changed):
     from gguf import GGUFValueType
@@ -118,7 +118,8 @@ def serve_gguf(
     params.verbosity = -1
     if adapter: params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     try: server = xllamacpp.Server(params)
-    except RuntimeError as error: raise DataError(f"llama.cpp cannot load {model}: {error}. The file is damaged or of an unknown kind.") from None
+    except RuntimeError as error:
+        raise DataError(f"llama.cpp cannot load {model}: {error}. The file is damaged or of an unknown kind.") from None
     endpoint = Endpoint(f"{server.listening_address}/v1", name, params.api_keys[0])
     openai_client(endpoint).chat.completions.create(model=endpoint.model, messages=[dict(role="user", content="Hello")], max_tokens=1)
     try: yield endpoint
@@ -129,7 +130,9 @@ def serve_main() -> None:
     "Serve a GGUF file until the process is ended: `model name slots adapter port` as JSON in the last argument, the key in LLMOPS_SERVE_KEY."
     job = json.loads(sys.argv[-1])
     adapter = Path(job["adapter"]) if job["adapter"] else None
-    with serve_gguf(Path(job["model"]), adapter, slots=job["slots"], name=job["name"], port=job["port"], key=os.environ.pop("LLMOPS_SERVE_KEY")):
+    with serve_gguf(
+        Path(job["model"]), adapter, slots=job["slots"], name=job["name"], port=job["port"], key=os.environ.pop("LLMOPS_SERVE_KEY")
+    ):
         while True: time.sleep(3600)
 
 def serve_command(
@@ -143,8 +146,9 @@ def serve_command(
     return [sys.executable, "-c", "from llmops_ref.llm import serve_main; serve_main()", job[:-1] + ', "port": {port}}']
 
 # %% ../nbs/00b_llm.ipynb #2d2d15c3
-from langchain_core.exceptions import (ModelAPIError, ModelAuthenticationError, ModelConnectionError, ModelError, ModelInvalidRequestError, ModelNotFoundError,
-                                       ModelPermissionDeniedError, ModelRateLimitError, ModelTimeoutError)
+from langchain_core.exceptions import ModelAPIError, ModelAuthenticationError, ModelConnectionError, ModelError
+from langchain_core.exceptions import ModelInvalidRequestError, ModelNotFoundError, ModelPermissionDeniedError
+from langchain_core.exceptions import ModelRateLimitError, ModelTimeoutError
 
 class BadReply(ModelError):
     "A reply that cannot be used: it is no chat completion, holds no text, or broke off."
@@ -154,22 +158,35 @@ _ADVICE = {
     ModelAuthenticationError: "The key was refused. Set the right one in {key}.",
     ModelPermissionDeniedError: "The key in {key} may not use this model. Get it the right to, or name another model in settings.ini.",
     ModelNotFoundError: "There is no such model there. Correct its name in settings.ini.",
-    ModelInvalidRequestError: "It takes no such request. If the prompt is too long, lower `retrieval_k`, `passage_words` or `question_words`.",
+    ModelInvalidRequestError: (
+        "It takes no such request. If the prompt is too long, lower `retrieval_k`, `passage_words` or `question_words`."
+    ),
     ModelRateLimitError: "A rate limit or a budget is used up. Wait, lower `chat_slots`, or raise the limit.",
     ModelTimeoutError: "It was silent for {timeout:g} s (`chat_timeout`). Ask another model, or wait longer.",
     ModelConnectionError: "Nothing answers at that address. Start what should, or correct it in settings.ini.",
     ModelAPIError: "The fault is the provider's. Try again later, or name a fallback in `gateway_fallbacks`.",
-    BadReply: "What answers there is no working chat model. Look at the address, or ask another model."}
+    BadReply: "What answers there is no working chat model. Look at the address, or ask another model.",
+}
 
 @contextlib.contextmanager
 def _in_words(client, timeout):
     import httpx, openai
     try: yield
     except (ModelError, openai.APIError, httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as caught:
-        error = caught if isinstance(caught, ModelError) else BadReply(f"The reply cannot be read: {type(caught).__name__}: {str(caught)[:200]}")
+        error = (
+            caught
+            if isinstance(caught, ModelError)
+            else BadReply(f"The reply cannot be read: {type(caught).__name__}: {str(caught)[:200]}")
+        )
         advice, said = next((text for kind, text in _ADVICE.items() if isinstance(error, kind)), ""), str(error).rstrip(".")
-        if isinstance(body := getattr(error, "body", None), dict) and (detail := str(body.get("detail") or "")) not in said: said += f": {detail.rstrip('.')}"       # as MLflow's gateway says it
-        error.args = (f"{client.model_name} at {client.openai_api_base}: {said}. {advice.format(key=client.key_name or 'the endpoint', timeout=timeout)}".strip(),)
+        if (
+            isinstance(body := getattr(error, "body", None), dict) and (detail := str(body.get("detail") or "")) not in said
+        ): # as MLflow's gateway says it
+            said += f": {detail.rstrip('.')}"
+        error.args = (
+            f"{client.model_name} at {client.openai_api_base}: {said}."
+            f" {advice.format(key=client.key_name or 'the endpoint', timeout=timeout)}".strip(),
+        )
         raise error from None
 
 # %% ../nbs/00b_llm.ipynb #f1ea0254
@@ -212,8 +229,11 @@ def chat_client(
     from langchain_core.rate_limiters import InMemoryRateLimiter
     if requests_per_minute: kwargs["rate_limiter"] = InMemoryRateLimiter(requests_per_second=requests_per_minute / 60, max_bucket_size=1)
     def one(endpoint):
-        return chat_class()(base_url=endpoint.base_url, api_key=endpoint.api_key or "none", model=endpoint.model, key_name=endpoint.key_name, silence=timeout, temperature=0.0,
-                            max_tokens=max_tokens, timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)), max_retries=retries, stream_usage=True, **kwargs)
+        return chat_class()(
+            base_url=endpoint.base_url, api_key=endpoint.api_key or "none", model=endpoint.model, key_name=endpoint.key_name,
+            silence=timeout, temperature=0.0, max_tokens=max_tokens, timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)),
+            max_retries=retries, stream_usage=True, **kwargs,
+        )
     return one(endpoint).with_fallbacks([one(endpoint.backup)], exceptions_to_handle=(BadReply,)) if endpoint.backup else one(endpoint)
 
 # %% ../nbs/00b_llm.ipynb #32fd4e7d
@@ -262,7 +282,10 @@ def read_prices(
             model, both = text.split()
             out[model] = tuple(float(price) for price in both.split("/", 1))
             if len(out[model]) != 2 or min(out[model]) < 0: raise ValueError
-        except ValueError: raise SettingsError(f"`prices` holds {text!r}. Write the model, then US dollars a million tokens read and written: gpt-5-mini 0.25/2.00") from None
+        except ValueError:
+            raise SettingsError(
+                f"`prices` holds {text!r}. Write the model, then US dollars a million tokens read and written: gpt-5-mini 0.25/2.00"
+            ) from None
     return out
 
 def token_cost(
@@ -272,6 +295,7 @@ def token_cost(
     prices: dict, # From `read_prices`
 ) -> float | None: # US dollars; None for a model without a price
     "What a provider charges for an answer."
-    if price := prices.get(model) or prices.get(re.sub(r"-(\d{8}|\d{4}-\d\d-\d\d)$", "", model)): return (read * price[0] + written * price[1]) / 1e6
+    if price := prices.get(model) or prices.get(re.sub(r"-(\d{8}|\d{4}-\d\d-\d\d)$", "", model)):
+        return (read * price[0] + written * price[1]) / 1e6
     from mlflow.utils.providers import cost_per_token
     return sum(found) if (found := cost_per_token(model, read, written)) else None

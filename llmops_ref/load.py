@@ -22,7 +22,9 @@ from .workspace import DataError, Workspace, open_workspace
 async def _ask(client, url, question):
     start = time.perf_counter()
     try:
-        reply = await client.post(f"{url}/responses", json=dict(model=ROUTE, input=[dict(role="user", content=question)], custom_inputs=dict(purpose="load test")))
+        reply = await client.post(
+            f"{url}/responses", json=dict(model=ROUTE, input=[dict(role="user", content=question)], custom_inputs=dict(purpose="load test"))
+        )
         error = "" if reply.status_code == 200 and reply.json()["output"] else f"{reply.status_code}: {reply.text[:100]}"
     except (httpx.HTTPError, ValueError, KeyError) as failure: error = f"{type(failure).__name__}: {failure}"
     return dict(at=start, seconds=time.perf_counter() - start, error=error)
@@ -57,7 +59,12 @@ def load_table(
     rows = []
     for askers, a in answers.items():
         good, took = a[a.error == ""], (a["at"] + a.seconds).max() - a["at"].min()
-        rows.append(dict(askers=askers, answers=len(good), errors=len(a) - len(good), per_second=len(good) / took, **{f"p{q}": good.seconds.quantile(q / 100) for q in (50, 95, 99)}))
+        rows.append(
+            dict(
+                askers=askers, answers=len(good), errors=len(a) - len(good), per_second=len(good) / took,
+                **{f"p{q}": good.seconds.quantile(q / 100) for q in (50, 95, 99)},
+            )
+        )
     return pd.DataFrame(rows, columns=["askers", "answers", "errors", "per_second", "p50", "p95", "p99"])
 
 # %% ../nbs/07b_load.ipynb #80eca23c
@@ -69,7 +76,8 @@ def plot_load(
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
     left.plot(table.askers, table.per_second, "o-", color="#5b8def")
     left.set(xlabel="askers at the same time", ylabel="answers a second", ylim=(0, None))
-    for q, colour in ((50, "#6fb07f"), (95, "#e0a030"), (99, "#e4572e")): right.plot(table.askers, table[f"p{q}"], "o-", color=colour, label=f"p{q}")
+    for q, colour in ((50, "#6fb07f"), (95, "#e0a030"), (99, "#e4572e")):
+        right.plot(table.askers, table[f"p{q}"], "o-", color=colour, label=f"p{q}")
     right.set(xlabel="askers at the same time", ylabel="seconds an answer", ylim=(0, None))
     right.legend(frameon=False, fontsize=8)
     for axis in (left, right):
@@ -98,7 +106,12 @@ def soak(
     for done in range(windows):
         a = keep_busy(service.url, questions[done:] + questions[:done], askers, seconds / windows)
         row = load_table({askers: a}).iloc[0]
-        rows.append(dict(seconds=round(seconds / windows * (done + 1)), answers=int(row.answers), errors=int(row.errors), p50=row.p50, p95=row.p95, memory_mb=memory_mb(service)))
+        rows.append(
+            dict(
+                seconds=round(seconds / windows * (done + 1)), answers=int(row.answers), errors=int(row.errors), p50=row.p50,
+                p95=row.p95, memory_mb=memory_mb(service),
+            )
+        )
         if on_done: on_done(done + 1, windows)
     return pd.DataFrame(rows)
 
@@ -112,7 +125,8 @@ def load_champion(
     "Bring the champion up, load it with questions of the test split, and stop it again if it was not up before."
     version = ws.alias("assistant", "champion", record=False)
     if version is None: raise DataError(f"Nothing is deployed in {ws.config.env} yet. Run `llmops run --env {ws.config.env}`.")
-    if not askers or min(askers) < 1: raise SettingsError(f"The numbers of askers must be 1 or more, these are {', '.join(map(str, askers)) or 'none'}.")
+    if not askers or min(askers) < 1:
+        raise SettingsError(f"The numbers of askers must be 1 or more, these are {', '.join(map(str, askers)) or 'none'}.")
     questions, service = ws.read("questions").query("split == 'test'").question.tolist(), start_endpoint(ws, version)
     try:
         keep_busy(service.url, questions[:1], 1, 0.1)           # the first answer of a process also loads what the others find loaded
@@ -120,6 +134,10 @@ def load_champion(
         for n in askers:
             answers[n] = keep_busy(service.url, questions, n, seconds)
             ws.progress(len(answers), len(askers), f"{n} askers")
-        lasting = soak(service, questions, seconds=soak_seconds, on_done=lambda done, n: ws.progress(done, n, "steady traffic")) if soak_seconds else None
+        lasting = (
+            soak(service, questions, seconds=soak_seconds, on_done=lambda done, n: ws.progress(done, n, "steady traffic"))
+            if soak_seconds
+            else None
+        )
         return load_table(answers), lasting
     finally: stop_services(ws, owner=os.getpid())

@@ -49,7 +49,11 @@ class Look:
     def alarms(self) -> list[str]: # In words
         "What is over its bound, and since when."
         found = [f"{s.signal}" + (f" since {s.since}" if s.since else "") for s in self.signals.itertuples() if s.state == "breach"]
-        return found + [f"questions drifted on {d.day}" for d in self.drift.itertuples() if d.drifted][:1] + [f"{t.trigger}" for t in self.triggers.itertuples() if t.trigger == "stale index"]
+        return (
+            found
+            + [f"questions drifted on {d.day}" for d in self.drift.itertuples() if d.drifted][:1]
+            + [f"{t.trigger}" for t in self.triggers.itertuples() if t.trigger == "stale index"]
+        )
 
 def look_at(
     config: Config,
@@ -65,24 +69,44 @@ def look_at(
     now = now or pd.Timestamp.now(tz="UTC")
     start = now - pd.Timedelta(days=config.monitoring_days)
     rows = requests[requests.time <= now].drop_duplicates("trace_id").sort_values("time", ignore_index=True)
-    window, before = rows[rows.time > start].reset_index(drop=True), rows[(rows.time <= start) & (rows.time > start - pd.Timedelta(days=28))]
+    window, before = (
+        rows[rows.time > start].reset_index(drop=True),
+        rows[(rows.time <= start) & (rows.time > start - pd.Timedelta(days=28))],
+    )
     votes = votes[votes.trace_id.isin(window.trace_id)]
     def asked(some):                                # one question a day of each person: what somebody asks in a row is about one thing
         by = some.user.where(some.user.fillna("") != "", some.trace_id)
-        return some.assign(by=by, day=some.time.dt.date).sample(frac=1, random_state=config.seed).drop_duplicates(["by", "day"]).question.tolist() if len(some) else []
+        return (
+            some.assign(by=by, day=some.time.dt.date)
+            .sample(frac=1, random_state=config.seed)
+            .drop_duplicates(["by", "day"])
+            .question.tolist()
+            if len(some)
+            else []
+        )
     days = {day: asked(some) for day, some in window.groupby(window.time.dt.strftime("%Y-%m-%d"))} if len(window) else {}
-    drift, topics = find_drift(asked(before), days, embedder, config.monitoring_false_alarms / 2, seed=config.seed)      # half for drift, half for the signals
+    drift, topics = find_drift(
+        asked(before), days, embedder, config.monitoring_false_alarms / 2, seed=config.seed
+    )  # half for drift, half for the signals
     by_day = signal_days(config, window, votes, rows, version, probes, config.monitoring_false_alarms / 2)
     signals = signal_table(by_day)
-    return Look(window, votes, by_day, signals, drift, topics, find_triggers(config, signals, drift, versions=window.version.nunique() if len(window) else 0, **known))
+    return Look(
+        window, votes, by_day, signals, drift, topics,
+        find_triggers(config, signals, drift, versions=window.version.nunique() if len(window) else 0, **known),
+    )
 
 # %% ../nbs/08_monitoring.ipynb #c8bfb536
 BLUE, GREEN, ORANGE, RED, GREY = "#5b8def", "#57a773", "#e4a03a", "#d64545", "#9aa5b1"
 
 def _dress(axis, title, ticks):                     # title on the left, and what the colours mean beside it, where no line can run into it
     axis.set_title(title, fontsize=10, loc="left", pad=8); axis.tick_params(labelsize=8); axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlim(-0.5, max(len(ticks), 1) - 0.5); axis.set_xticks(range(len(ticks)), [d if d == "before" else pd.Timestamp(d).strftime("%a %-d") for d in ticks])
-    if len(axis.get_legend_handles_labels()[1]) > 1: axis.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.02, 1.02), ncols=3, handlelength=0.9, handletextpad=0.4, columnspacing=0.9, borderaxespad=0)
+    axis.set_xlim(-0.5, max(len(ticks), 1) - 0.5)
+    axis.set_xticks(range(len(ticks)), [d if d == "before" else pd.Timestamp(d).strftime("%a %-d") for d in ticks])
+    if len(axis.get_legend_handles_labels()[1]) > 1:
+        axis.legend(
+            fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.02, 1.02), ncols=3, handlelength=0.9,
+            handletextpad=0.4, columnspacing=0.9, borderaxespad=0,
+        )
 
 def _bound(axis, at, colour): axis.axhline(at, color=colour, lw=1, ls=":")
 def _alarm(axis, x, y): axis.plot(x, y, "o", color=RED, ms=7, zorder=5, clip_on=False)
@@ -101,8 +125,14 @@ def _shares(axis, look, title, **names):            # signals as lines, their bo
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
 
 def _by_day(axis, look, title, column, scale=1.0, quantiles=(0.5, 0.95)):
-    every, grouped = sorted(look.days.day[look.days.day != "all"].unique()), look.requests.groupby(look.requests.time.dt.strftime("%Y-%m-%d"))
-    for q, colour in zip(quantiles, (BLUE, ORANGE)): axis.plot(range(len(every)), (grouped[column].quantile(q) * scale).reindex(every), "o-", color=colour, ms=4, lw=1.5, label=f"p{q * 100:.0f}")
+    every, grouped = sorted(look.days.day[look.days.day != "all"].unique()), look.requests.groupby(
+        look.requests.time.dt.strftime("%Y-%m-%d")
+    )
+    for q, colour in zip(quantiles, (BLUE, ORANGE)):
+        axis.plot(
+            range(len(every)), (grouped[column].quantile(q) * scale).reindex(every), "o-", color=colour, ms=4, lw=1.5,
+            label=f"p{q * 100:.0f}",
+        )
     axis.set_ylim(0, 1.1 * axis.get_ylim()[1]); _dress(axis, title, every)
 
 # %% ../nbs/08_monitoring.ipynb #c0f1dd00
@@ -129,7 +159,11 @@ def _topics(axis, look, title):
     for (name, row), colour in zip(shares.iterrows(), colours):
         axis.bar(range(len(row)), row, 0.8, bottom=bottom, color=colour, label=name.replace(". ", " ")); bottom += row.to_numpy()
     _dress(axis, title, shares.columns.tolist()); axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-    if len(shares): axis.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(-0.12, -0.12), ncols=2, handlelength=0.9, handletextpad=0.4, columnspacing=0.9, labelspacing=0.3, borderaxespad=0)
+    if len(shares):
+        axis.legend(
+            fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(-0.12, -0.12), ncols=2, handlelength=0.9,
+            handletextpad=0.4, columnspacing=0.9, labelspacing=0.3, borderaxespad=0,
+        )
 
 # %% ../nbs/08_monitoring.ipynb #41184333
 def plot_monitoring(
@@ -149,10 +183,16 @@ def plot_monitoring(
     _by_day(e, look, "US dollars for 1,000 answers", "cost_usd", 1000)
     _by_day(f, look, "cosine of the best passage", "similarity", quantiles=(0.5, 0.05)); _bound(f, config.refuse_below, RED)
     _shares(g, look, "retrieval", **{"weak retrieval": "weak passages", "refusals": "refused"})
-    _shares(h, look, "quality", **{"answers without citation": "no citation", "ungrounded answers": "ungrounded", "unreadable answers": "unreadable"})
+    _shares(
+        h, look, "quality",
+        **{"answers without citation": "no citation", "ungrounded answers": "ungrounded", "unreadable answers": "unreadable"},
+    )
     _shares(i, look, "thumbs down, of those who vote", **{"thumbs down": "down"})
     _shares(j, look, "slow or dear answers", **{"slow answers": "slow", "dear answers": "dear"})
-    _drift(k, look, "drift of questions: −log₁₀ p", config.monitoring_false_alarms / (4 * max(int(look.drift.embedding_p.notna().sum()) if len(look.drift) else 1, 1)))
+    _drift(
+        k, look, "drift of questions: −log₁₀ p",
+        config.monitoring_false_alarms / (4 * max(int(look.drift.embedding_p.notna().sum()) if len(look.drift) else 1, 1)),
+    )
     _topics(l, look, "topics of the questions")
     if note: figure.text(0.012, 0.985, note, fontsize=13, va="top", color=RED if "simulated" in note.lower() else "black")
     figure.text(0.99, 0.985, "dotted: a bound of settings.ini      red: an alarm", fontsize=9, ha="right", va="top", color="#5b6670")
@@ -177,7 +217,10 @@ def question_topics(
         else: others += asked
     if not topics and others: topics["others"] = others[:each]
     topics = dict(sorted(topics.items(), key=lambda item: -len(item[1])))
-    if len(topics) < 3: topics["outside " if "outside" in topics else "outside"] = [question_about(c, rng, beyond=True) for c in chunks.sample(min(each, len(chunks)), random_state=seed).itertuples()] or ["What is new?"]
+    if len(topics) < 3:
+        topics["outside " if "outside" in topics else "outside"] = [
+            question_about(c, rng, beyond=True) for c in chunks.sample(min(each, len(chunks)), random_state=seed).itertuples()
+        ] or ["What is new?"]
     return topics if len(topics) > 1 else dict(others=["What is in these documents?"]) | topics
 
 @dataclass
@@ -202,12 +245,26 @@ def rehearse(
     now = (now or pd.Timestamp.now(tz="UTC")).normalize()
     monday = now - pd.Timedelta(days=int(now.dayofweek) + 14)
     moves, down, topic = 9, 11, list(topics)[-1]
-    requests, votes = simulate(answers, topics, monday, 14, config.monitoring_simulated, (moves, topic, 0.5 if faults else 0.0), (down, 9, 3) if faults else None, similarity, seed)
-    week = Config(**config.__dict__ | dict(monitoring_days=7))       # `replace` would read every setting, and the stage would depend on all of them
+    requests, votes = simulate(
+        answers, topics, monday, 14, config.monitoring_simulated, (moves, topic, 0.5 if faults else 0.0),
+        (down, 9, 3) if faults else None, similarity, seed,
+    )
+    week = Config(
+        **config.__dict__ | dict(monitoring_days=7)
+    )  # `replace` would read every setting, and the stage would depend on all of them
     seen = look_at(week, requests, votes, embedder, monday + pd.Timedelta(days=14))
     day = lambda n: (monday + pd.Timedelta(days=n)).strftime("%Y-%m-%d")
     drifted, errors = seen.drift[seen.drift.drifted.astype(bool)].day.tolist(), seen.signals.set_index("signal").since.get("errors", "")
-    planted = pd.DataFrame([dict(hidden=f"questions move to {topic}", day=day(moves), found=drifted[0] if drifted else ""), dict(hidden="the model is down, 9 to 12 o'clock", day=day(down), found=errors)]) if faults else pd.DataFrame(columns=["hidden", "day", "found"])
+    planted = (
+        pd.DataFrame(
+            [
+                dict(hidden=f"questions move to {topic}", day=day(moves), found=drifted[0] if drifted else ""),
+                dict(hidden="the model is down, 9 to 12 o'clock", day=day(down), found=errors),
+            ]
+        )
+        if faults
+        else pd.DataFrame(columns=["hidden", "day", "found"])
+    )
     return Rehearsal(requests, votes, seen, planted)
 
 # %% ../nbs/08_monitoring.ipynb #d95ded5c
@@ -237,11 +294,44 @@ def render_monitoring(
 ) -> str: # A whole HTML page
     "Render what was seen as one self-contained page."
     alarms, tone = look.alarms, "bad" if look.alarms else "good" if len(look.requests) else ""
-    table = look.signals.assign(share=[f"{s:.1%}" if s == s and s is not None else "" for s in look.signals.share], bound=[f"≤ {b:.0%}" for b in look.signals.bound])[["group", "signal", "share", "bound", "n", "state", "since"]]
-    shown = dict(planted=rehearsal.planted.assign(result=["found on the day" if p.day == p.found else "found late" if p.found else "missed" for p in rehearsal.planted.itertuples()]).to_dict("records"), simulated=len(rehearsal.requests),
-                 simulated_triggers=rehearsal.look.triggers[["trigger", "stage", "because", "command"]].to_dict("records"), simulated_figure=_inline(rehearsal_figure) if rehearsal_figure else None) if rehearsal else {}
-    return render_page(PAGE, env=config.env, word=f"{len(alarms)} ALARM{'S' if len(alarms) > 1 else ''}" if alarms else "NO ALARM" if len(look.requests) else "NO TRAFFIC", tone=tone,
-                       title="; ".join(alarms[:3])[:1].upper() + "; ".join(alarms[:3])[1:] if alarms else "All signals are within their bounds" if len(look.requests) else "Nobody asked anything in this window",
-                       reasons=[basis, f"Of windows in which all is well, at most {config.monitoring_false_alarms:.1%} raise an alarm."], when=f"{pd.Timestamp.now(tz='UTC'):%d %B %Y, %H:%M} UTC", triggers=look.triggers.to_dict("records"),
-                       signals=table.to_dict("records"), window=config.monitoring_days, figure=_inline(figure) if figure and len(set(look.days.day)) > 2 else None,
-                       worst=waiting[["time", "question", "answer", "reason", "comment", "correction"]].head(10).assign(time=waiting.time.dt.strftime("%d %b %H:%M")).to_dict("records") if waiting is not None and len(waiting) else [], **shown)
+    table = look.signals.assign(
+        share=[f"{s:.1%}" if s == s and s is not None else "" for s in look.signals.share], bound=[f"≤ {b:.0%}" for b in look.signals.bound]
+    )[["group", "signal", "share", "bound", "n", "state", "since"]]
+    shown = (
+        dict(
+            planted=rehearsal.planted.assign(
+                result=[
+                    "found on the day" if p.day == p.found else "found late" if p.found else "missed"
+                    for p in rehearsal.planted.itertuples()
+                ]
+            ).to_dict("records"),
+            simulated=len(rehearsal.requests),
+            simulated_triggers=rehearsal.look.triggers[["trigger", "stage", "because", "command"]].to_dict("records"),
+            simulated_figure=_inline(rehearsal_figure) if rehearsal_figure else None,
+        )
+        if rehearsal
+        else {}
+    )
+    return render_page(
+        PAGE, env=config.env,
+        word=f"{len(alarms)} ALARM{'S' if len(alarms) > 1 else ''}" if alarms else "NO ALARM" if len(look.requests) else "NO TRAFFIC",
+        tone=tone,
+        title=(
+            "; ".join(alarms[:3])[:1].upper() + "; ".join(alarms[:3])[1:]
+            if alarms
+            else "All signals are within their bounds" if len(look.requests) else "Nobody asked anything in this window"
+        ),
+        reasons=[basis, f"Of windows in which all is well, at most {config.monitoring_false_alarms:.1%} raise an alarm."],
+        when=f"{pd.Timestamp.now(tz='UTC'):%d %B %Y, %H:%M} UTC", triggers=look.triggers.to_dict("records"),
+        signals=table.to_dict("records"), window=config.monitoring_days,
+        figure=_inline(figure) if figure and len(set(look.days.day)) > 2 else None,
+        worst=(
+            waiting[["time", "question", "answer", "reason", "comment", "correction"]]
+            .head(10)
+            .assign(time=waiting.time.dt.strftime("%d %b %H:%M"))
+            .to_dict("records")
+            if waiting is not None and len(waiting)
+            else []
+        ),
+        **shown,
+    )

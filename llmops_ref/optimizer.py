@@ -52,14 +52,17 @@ def line_search():
     from mlflow.genai.optimize.types import PromptOptimizerOutput
     class LineSearch(BasePromptOptimizer):
         "Climbs from one prompt by recombining lines, within a budget of candidates."
-        def __init__(self, lines: list[str], budget: int, seed: int = 17, on_done=None): self.lines, self.budget, self.seed, self.on_done, self.tried = lines, budget, seed, on_done, []
+        def __init__(self, lines: list[str], budget: int, seed: int = 17, on_done=None):
+            self.lines, self.budget, self.seed, self.on_done, self.tried = lines, budget, seed, on_done, []
 
         def optimize(self, eval_fn, train_data, target_prompts, enable_tracking=True):
             (name, template), rng = next(iter(target_prompts.items())), random.Random(self.seed)
             def score(text):
                 records = eval_fn({name: text}, train_data)
-                broken = [r.outputs for r in records if isinstance(r.outputs, str)]         # MLflow hands an error on as if it were an output
-                self.tried.append(dict(step=len(self.tried), score=sum(r.score for r in records) / len(records), failed=len(broken), template=text))
+                broken = [r.outputs for r in records if isinstance(r.outputs, str)]  # MLflow hands an error on as if it were an output
+                self.tried.append(
+                    dict(step=len(self.tried), score=sum(r.score for r in records) / len(records), failed=len(broken), template=text)
+                )
                 if self.on_done: self.on_done(len(self.tried), self.budget + 1)
                 return self.tried[-1]["score"]
             best = start = score(template)
@@ -80,9 +83,12 @@ def propose(
     budget: int, # Candidates that are tried
     optimizer=None, # Another `BasePromptOptimizer`; by default `LineSearch`
     on_done=None, # Called with (done, total)
-) -> tuple[str, pd.DataFrame]: # The best prompt (perhaps the one that it began with), and `step score failed template` of all that were tried
+) -> tuple[
+    str, pd.DataFrame
+]: # The best prompt (perhaps the one that it began with), and `step score failed template` of all that were tried
     "Search for a better prompt with `mlflow.genai.optimize_prompts`; `SettingsError` if there is a budget and no question of the train split."
-    if set(questions.split) - {"train"} or questions.empty: raise SettingsError("A prompt is searched on questions of the train split alone; hand over some of those.")
+    if set(questions.split) - {"train"} or questions.empty:
+        raise SettingsError("A prompt is searched on questions of the train split alone; hand over some of those.")
     mlflow, config, name = ws.mlflow(), ws.config, ws.registered("prompt_search")
     from mlflow.genai.scorers import scorer
     optimizer = optimizer or line_search()(building_blocks(templates.values()), budget, config.seed, on_done)
@@ -90,7 +96,10 @@ def propose(
     rows = {q.question: q for q in questions.itertuples()}
     with open_chains(ws, open_examples(ws, template, *templates.values()), wrap=keeper(ws), slots=config.prompt_slots) as chain:
         made = functools.cache(chain)                                       # a chain a candidate, not one a question
-        def answer(question): return {key: value for key, value in made(start.template).invoke(dict(question=question)).items() if key in ("answer", "passages")}
+        def answer(question):
+            return {
+                key: value for key, value in made(start.template).invoke(dict(question=question)).items() if key in ("answer", "passages")
+            }
         @scorer
         def correct(inputs, outputs):
             if isinstance(outputs, str): return 0.0
@@ -98,8 +107,14 @@ def propose(
             scores = score_answer(outputs["answer"], [p["document_id"] for p in outputs["passages"]], list(q.gold), q.answer, q.question)
             return scores["correct"] + 1e-3 * scores.get("citation_precision", 0.0)
         data = [dict(inputs=dict(question=q.question), expectations=dict(expected_response=q.answer)) for q in questions.itertuples()]
-        with mlflow.start_run(run_name="prompt search", nested=mlflow.active_run() is not None), quietly(config.prompt_slots), warnings.catch_warnings():
+        with (
+            mlflow.start_run(run_name="prompt search", nested=mlflow.active_run() is not None),
+            quietly(config.prompt_slots),
+            warnings.catch_warnings(),
+        ):
             warnings.filterwarnings("ignore", "The specified dataset source")
-            found = mlflow.genai.optimize_prompts(predict_fn=answer, train_data=data, prompt_uris=[start.uri], optimizer=optimizer, scorers=[correct])
+            found = mlflow.genai.optimize_prompts(
+                predict_fn=answer, train_data=data, prompt_uris=[start.uri], optimizer=optimizer, scorers=[correct]
+            )
     tried = pd.DataFrame(getattr(optimizer, "tried", []), columns=["step", "score", "failed", "template"])
     return found.optimized_prompts[0].template, tried

@@ -74,7 +74,11 @@ def duration(seconds: float | None) -> str:
 def _cite(match, anchor, count):
     def link(n):
         if count is None: return f'<span class="cite">{n}</span>'
-        return f'<a class="cite" href="#{anchor}p{n}">{n}</a>' if 1 <= n <= count else f'<s class="cite" title="There is no passage {n}">{n}</s>'
+        return (
+            f'<a class="cite" href="#{anchor}p{n}">{n}</a>'
+            if 1 <= n <= count
+            else f'<s class="cite" title="There is no passage {n}">{n}</s>'
+        )
     return "".join(link(int(n)) for n in match[1].split(","))
 
 def answer_html(
@@ -97,7 +101,10 @@ SIDES = dict(base="Base model", before="Base model", candidate="Tuned model", af
 def _side(answer, name, anchor, count):
     answer = answer if isinstance(answer, dict) else dict(text=answer)
     cited = answer["citations"] if answer.get("citations") is not None else citations(str(answer.get("text") or ""))
-    return dict(name=name, correct=answer.get("correct"), cited=cited, html=answer_html(answer.get("text"), anchor, count) or Markup("<i>no answer</i>"))
+    return dict(
+        name=name, correct=answer.get("correct"), cited=cited,
+        html=answer_html(answer.get("text"), anchor, count) or Markup("<i>no answer</i>"),
+    )
 
 def answer_card(
     example: dict, # `question`, answers under the keys of `names`, `passages`, `gold`
@@ -111,7 +118,10 @@ def answer_card(
     shown = [dict(number=n, document=p.get("document_id"), text=str(p.get("text") or "")[:1500], gold=p.get("document_id") in gold,
                   by=[s["name"] for s in sides if n in s["cited"]]) for n, p in enumerate(passages, 1)]
     refusal = "a refusal, since the documents do not say" if example.get("gold") == [] else ""
-    return example | dict(anchor=anchor, sides=sides, passages=shown, expected=answer_html(example.get("reference") or refusal), cited=sum(bool(p["by"]) for p in shown))
+    return example | dict(
+        anchor=anchor, sides=sides, passages=shown, expected=answer_html(example.get("reference") or refusal),
+        cited=sum(bool(p["by"]) for p in shown),
+    )
 
 # %% ../nbs/00d_page.ipynb #3d906908
 def relative_link(name: str | None) -> str | None:
@@ -128,7 +138,10 @@ def picture(folder: Path | str, name: str) -> str | None:
 # %% ../nbs/00d_page.ipynb #046fc4c6
 def cell(value, name: str = "") -> str | Markup:
     "A value of any kind as the content of a table cell; `name` is its column."
-    if isinstance(value, bool): return Markup('<span class="{}">{}</span>').format("bad" if dict(breached=True, holds=False).get(name) is value else "", "yes" if value else "no")
+    if isinstance(value, bool):
+        return Markup('<span class="{}">{}</span>').format(
+            "bad" if dict(breached=True, holds=False).get(name) is value else "", "yes" if value else "no"
+        )
     if _real(value) or value is None: return show("" if unit_of(name, 1) == "%" else name, value)
     if re.fullmatch("[0-9a-f]{40,}", str(value)): return str(value)[:12]
     if isinstance(value, dict): value = [f"{k}: {v}" for k, v in value.items()]
@@ -138,7 +151,8 @@ def cell(value, name: str = "") -> str | Markup:
     return Markup(f"<code>{str(escape(text)).replace('.', '.<wbr>')}</code>") if re.fullmatch(r"[a-z]\w*(\.\w+)+|llmops .*", text) else text
 
 def _columns(rows): return list(dict.fromkeys(key for row in rows for key in row))
-def _numeric(rows): return [c for c in _columns(rows) if any(_real(r.get(c)) for r in rows) and all(_real(r.get(c)) or r.get(c) is None for r in rows)]
+def _numeric(rows):
+    return [c for c in _columns(rows) if any(_real(r.get(c)) for r in rows) and all(_real(r.get(c)) or r.get(c) is None for r in rows)]
 
 # %% ../nbs/00d_page.ipynb #ebcbace9
 STYLE = """
@@ -183,12 +197,13 @@ img { display: block; max-width: 100%; margin: .9rem 0; background: #fff; border
 """
 
 # %% ../nbs/00d_page.ipynb #37d51da2
-PARTS = dict(frame="""<!doctype html>
+PARTS = dict(
+    frame="""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{% block title %}{{ verdict.word }}: {{ run.project }} {{ run.env }} {{ run.run_id }}{% endblock %}</title><style>{{ style }}</style></head><body>
 {% import 'macros' as m %}{% block body %}{% include 'head' %}{% include 'time' %}{% include 'numbers' %}{% include 'answers' %}{% include 'stages' %}{% include 'foot' %}{% endblock %}</body></html>""",
-macros="""
+    macros="""
 {% macro table(rows) %}{% set numeric = rows | numeric %}<div class="scroll"><table><tr>{% for c in rows | columns %}<th{% if c in numeric %} class="num"{% endif %}>{{ c | replace('_', ' ') }}</th>{% endfor %}</tr>
 {% for row in rows[:15] %}<tr>{% for c in rows | columns %}<td class="{{ 'num' if c in numeric else 'long' if row[c] | string | length > 30 }}">{{ row[c] | cell(c) }}</td>{% endfor %}</tr>{% endfor %}</table></div>
 {% if rows | length > 15 %}<p class="soft small">{{ rows | length - 15 }} more rows are in the executed notebook.</p>{% endif %}{% endmacro %}
@@ -202,27 +217,31 @@ macros="""
 {% if c.passages %}<details><summary>{{ c.passages | length }} passage{{ 's' if c.passages | length > 1 }} shown, {{ c.cited or 'none' }} cited</summary>
 {% for p in c.passages %}<div class="passage{{ ' cited' if p.by }}" id="{{ c.anchor }}p{{ p.number }}"><b>[{{ p.number }}] {{ p.document }}</b>{% if p.gold %}<span class="tag good">answers the question</span>{% endif %}
 {% for by in p.by %}<span class="tag">cited by the {{ by | lower }}</span>{% endfor %}<div>{{ p.text }}</div></div>{% endfor %}</details>{% endif %}</article>{% endmacro %}""",
-head="""
+    head="""
 <div class="line soft small"><span>{{ run.project }} · <b>{{ run.env }}</b></span><span>{{ when }} · run {{ run.run_id }}</span></div>
 <div class="verdict {{ verdict.tone }}"><b class="{{ verdict.tone }}">{{ verdict.word }}</b><h1>{{ verdict.title }}.</h1><ul>{% for reason in verdict.reasons %}<li{% if reason.startswith('Attention') %} class="warn"{% endif %}>{{ reason }}</li>{% endfor %}</ul></div>
 <div class="tiles">{% for k in keys[:4] %}<div><div class="label">{{ k.label }}</div><div class="number">{{ k.value }}</div>{% if compared %}<div class="small {{ k.change.tone or 'soft' }}">{{ k.change.text }}</div>{% endif %}</div>{% endfor %}
-<div><div class="label">Time of the run</div><div class="number">{{ run.seconds | duration }}</div><div class="small soft">{{ counts }}</div></div></div>""")
+<div><div class="label">Time of the run</div><div class="number">{{ run.seconds | duration }}</div><div class="small soft">{{ counts }}</div></div></div>""",
+)
 
 # %% ../nbs/00d_page.ipynb #f5cb6ce8
-PARTS |= dict(time="""
+PARTS |= dict(
+    time="""
 <h2>Where the time went</h2>{% for s in stages %}<div class="row"><span><a href="#{{ s.name }}">{{ s.number }} {{ s.name }}</a></span><div class="track">
 {% if s.state not in ('pending', 'skipped', 'waiting') %}<i class="{{ s.state }}" style="left:min({{ '%.2f' | format(s.left) }}%, 100% - 4px);width:{{ '%.2f' | format(s.width) }}%"></i>{% endif %}</div>
 <span>{% if s.state == 'ran' %}{{ s.seconds | duration }}{% elif s.state == 'failed' %}<span class="bad">failed, {{ s.seconds | duration }}</span>{% else %}<span class="soft">{{ 'up to date' if s.state == 'cached' else 'skipped' if s.state == 'skipped' else 'waits' if s.state == 'waiting' else 'not run' }}</span>{% endif %}</span></div>{% endfor %}
 <div class="row"><span></span><div class="axis">{% for t in ticks if t.left < 97 %}<span style="left:{{ '%.2f' | format(t.left) }}%">{{ t.text }}</span>{% endfor %}</div><span></span></div>""",
-numbers="""
+    numbers="""
 <h2>{{ 'Numbers against the last run' if compared else 'Numbers of this first run' }}</h2>{{ m.numbers(keys, compared, true) }}
 {% if compared %}<p class="soft small">Green is better and red is worse. The colour gives the direction, not the significance. Counts, and timings that moved by less than a tenth, have none.</p>{% endif %}""",
-answers="""
+    answers="""
 {% if cards %}<h2>{{ cards | length }} question{{ 's' if cards | length > 1 }}, answered by both</h2><p>{{ tally }}</p>{% if comparison %}{{ m.table(comparison) }}{% endif %}
-{% for c in cards %}{{ m.card(c, loop.index) }}{% endfor %}{% endif %}""")
+{% for c in cards %}{{ m.card(c, loop.index) }}{% endfor %}{% endif %}""",
+)
 
 # %% ../nbs/00d_page.ipynb #deca9b07
-PARTS |= dict(stages="""
+PARTS |= dict(
+    stages="""
 <h2>Stage by stage</h2>{% for s in stages %}<section id="{{ s.name }}"><div class="line"><h3>{{ s.number }} {{ s.name }}{% if s.result.headline %}: {{ s.result.headline }}{% endif %}</h3>
 <span class="small">{% if s.link %}<a href="{{ s.link }}">executed notebook</a>{% endif %}{% if s.page %} · <a href="{{ s.page }}">as a page</a>{% endif %}</span></div>
 <p class="soft small">{% if s.title %}{{ s.title }}. {% endif %}{{ s.said }}{% if s.why %}: {{ s.why }}{% endif %}.</p>{% if s.error %}<pre class="bad">{{ s.error }}</pre>{% endif %}
@@ -230,11 +249,12 @@ PARTS |= dict(stages="""
 {% if s.facts %}<dl>{% for k, v in s.facts.items() %}<dt>{{ k }}</dt><dd>{{ v | cell }}</dd>{% endfor %}</dl>{% endif %}
 {% for k, rows in s.tables.items() %}<h4>{{ k }}</h4>{{ m.table(rows) }}{% endfor %}{% if s.pairs %}<details><summary>{{ s.pairs | length }} example{{ 's' if s.pairs | length > 1 }}</summary>{% for c in s.pairs %}<h4>{{ c.question }}</h4>{{ m.sides(c) }}{% endfor %}</details>{% endif %}
 {% if s.rows %}<details><summary>All {{ s.rows | length }} numbers of this stage</summary>{{ m.numbers(s.rows, s.previous, false) }}</details>{% endif %}</section>{% endfor %}""",
-foot="""
+    foot="""
 <h2>How to repeat this run</h2><dl>{% for k, v in (facts or {}).items() %}{% if v %}<dt>{{ k }}</dt><dd>{{ v | cell }}</dd>{% endif %}{% endfor %}</dl>
 {% if run.settings %}<details><summary>All {{ run.settings | length }} settings, and where each value comes from</summary><div class="scroll"><table><tr><th>Setting</th><th>Value</th><th>From</th></tr>
 {% for s in run.settings %}<tr><td>{{ s.key }}</td><td>{{ s.value | cell }}</td><td class="soft">{{ s.origin }}</td></tr>{% endfor %}</table></div></details>{% endif %}
-{% if versions %}<details><summary>Versions of all that was read and written</summary><dl>{% for k, v in versions.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></details>{% endif %}""")
+{% if versions %}<details><summary>Versions of all that was read and written</summary><dl>{% for k, v in versions.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></details>{% endif %}""",
+)
 
 # %% ../nbs/00d_page.ipynb #8d627990
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200b\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

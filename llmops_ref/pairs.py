@@ -35,11 +35,13 @@ def _entry_of(passage): return passage.chunk_id if getattr(passage, "kind", "") 
 def _members(index, query, entries, seed, skip, k, rng):
     found = []                                      # k to show, in the order in which they are found, and one to leave out
     near = dict.fromkeys(map(_entry_of, index.search(query, 16)))
-    if any(facts["kind"] in PAGES for facts in entries.values()): near |= dict.fromkeys(rng.sample(sorted(entries), min(40, len(entries))))       # a search shows one chunk a page: of few pages, any others
+    if any(facts["kind"] in PAGES for facts in entries.values()):  # a search shows one chunk a page: of few pages, any others
+        near |= dict.fromkeys(rng.sample(sorted(entries), min(40, len(entries))))
     for new in near:
         if new not in entries or new in skip and new != seed: continue
         said = entries[new]["sentence"]
-        if new == seed or said and all(token_f1(said, entries[old]["sentence"] or "") < 0.65 for old in [seed, *found] if old): found.append(new)
+        if new == seed or said and all(token_f1(said, entries[old]["sentence"] or "") < 0.65 for old in [seed, *found] if old):
+            found.append(new)
     if seed and seed not in found[:k]: found = [seed, *(d for d in found if d != seed)]
     return found[:k + 1]
 
@@ -52,7 +54,8 @@ def answer_from(
     return f"Use `{entry}` [{number}]. {sentence}" if document_of(entry) == entry else f"According to [{number}]: {sentence}"
 
 def _ask(entry, facts, rng):                        # kind, question and sentence
-    if facts["kind"] in PAGES: return ask_page(facts["seen"], rng, opens=facts["opens"]) or ("keywords", " ".join(words(facts["sentence"])[:5]), facts["sentence"])
+    if facts["kind"] in PAGES:
+        return ask_page(facts["seen"], rng, opens=facts["opens"]) or ("keywords", " ".join(words(facts["sentence"])[:5]), facts["sentence"])
     return (*ask_about(entry, facts["kind"], facts["sentence"], rng), facts["sentence"])
 
 def _fresh(draw, tested):                           # not a question of the test split
@@ -63,7 +66,12 @@ def _group(index, entries, number, objects, person, names, skip, k, rng, tested=
     "Passages, and rows of `kind question target answer`; `None` where the retriever finds too few neighbours."
     def asked(d): return _fresh(lambda: _ask(d, entries[d], rng), tested)
     def outside(d, known=""): return ask_beyond(entries[d]["text"], rng, known) if entries[d]["kind"] in PAGES else ask_outside(d, rng)
-    def refused(kind, question, known=""): return (kind, question, "", REFUSAL) if question else _fresh(lambda: (kind, outside(rng.choice(list(entries)), known), "", REFUSAL), tested)
+    def refused(kind, question, known=""):
+        return (
+            (kind, question, "", REFUSAL)
+            if question
+            else _fresh(lambda: (kind, outside(rng.choice(list(entries)), known), "", REFUSAL), tested)
+        )
     seed, q = person or (None, None)
     if person: first = (q.kind, q.question, None)
     elif number % 6 == 1: first = _fresh(lambda: ("outside", outside(objects[-1]), None), tested)
@@ -75,11 +83,15 @@ def _group(index, entries, number, objects, person, names, skip, k, rng, tested=
     def answered(d, kind, question, sentence):
         number = shown.index(d) + 1
         if kind not in PEOPLE: return kind, question, d, answer_from(d, number, sentence)
-        return kind, question, d, q.answer.replace(f"`{d}`", f"`{d}` [{number}]", 1) if f"`{d}`" in q.answer else answer_from(d, number, q.answer)
+        return (
+            kind, question, d,
+            q.answer.replace(f"`{d}`", f"`{d}` [{number}]", 1) if f"`{d}`" in q.answer else answer_from(d, number, q.answer),
+        )
     pages, known = entries[shown[0]]["kind"] in PAGES, " ".join(entries[d]["text"] for d in shown)
     invented = ask_invented(rng.choice(shown), names, rng) if rng.random() < 0.5 and not pages else None
     rows = [answered(seed, *first), refused("invented" if invented else "outside", invented, known)] if seed else [refused(*first[:2])]
-    if rng.random() < 0.15 and (entries[left_out]["sentence"] or not pages): rows.append((*(asked(left_out) or refused("outside", None, known))[:2], "", REFUSAL))
+    if rng.random() < 0.15 and (entries[left_out]["sentence"] or not pages):
+        rows.append((*(asked(left_out) or refused("outside", None, known))[:2], "", REFUSAL))
     askable = [d for d in shown if entries[d]["sentence"]]
     for _ in range(40 if askable else 0):
         if len(rows) == PER_GROUP: break
@@ -103,25 +115,42 @@ def build_pairs(
     max_words: int = 60,
     seed: int = 17,
     worked=None, # What fills `{{examples}}` of a template that has it, from `open_examples`
-    reviewed: pd.DataFrame | None = None, # From `reviewed_cases`, for training: columns `id question gold answer`; each begins a training group
+    reviewed: (
+        pd.DataFrame | None
+    ) = None, # From `reviewed_cases`, for training: columns `id question gold answer`; each begins a training group
     teacher=None, # From `open_teacher`: writes the questions in the place of our templates
-) -> pd.DataFrame: # `COLUMNS`; `messages` is a list of `role` and `content`, `document_id` and `shown` name entries (an empty one is to be refused), `source` says who wrote the question
+) -> (
+    pd.DataFrame
+): # `COLUMNS`; `messages` is a list of `role` and `content`, `document_id` and `shown` name entries (an empty one is to be refused), `source` says who wrote the question
     "Make training pairs in groups of four that share their passages; every second group begins with a person's question."
     rng = random.Random(seed)
     forbidden = {g for q in questions[questions.split == "test"].itertuples() for g in q.gold}
     tested = questions[(questions.split == "test") & (questions.gold.map(len) > 0)]
-    every = _entries(chunks[~chunks.document_id.isin(forbidden)], max_words, [_flat(answer) for answer in tested.answer if len(answer.split()) > 5])
+    every = _entries(
+        chunks[~chunks.document_id.isin(forbidden)], max_words, [_flat(answer) for answer in tested.answer if len(answer.split()) > 5]
+    )
     reviewed = questions[:0] if reviewed is None else reviewed
-    people, waiting = (_answerable(some, every) for some in (questions[(questions.split == "train") & ~questions.id.isin(reviewed.id)].assign(kind="human"), reviewed.assign(kind="reviewed")))
+    people, waiting = (
+        _answerable(some, every)
+        for some in (
+            questions[(questions.split == "train") & ~questions.id.isin(reviewed.id)].assign(kind="human"),
+            reviewed.assign(kind="reviewed"),
+        )
+    )
     asked, reserved = {d for d, _ in people + waiting if d}, {d for d, _ in waiting if d}
     entries = {d: facts for d, facts in every.items() if facts["sentence"] or d in asked}
-    objects, names = [d for d in entries if entries[d]["sentence"] and d not in reserved], sorted({d.rpartition(".")[2] for d in chunks.document_id})
+    objects, names = [d for d in entries if entries[d]["sentence"] and d not in reserved], sorted(
+        {d.rpartition(".")[2] for d in chunks.document_id}
+    )
     asked_in_test = {q.strip().lower() for q in questions[questions.split == "test"].question}
     cases, deck, rows, number, wanted = list(waiting), [], [], 0, held_out + max(examples, PER_GROUP * len(waiting))
     rng.shuffle(objects)
-    rounds, asked_for = 3 if any(entries[d]["kind"] in PAGES for d in objects) else 0, list(objects)        # a chunk of a page can be asked about in more than one way
+    rounds, asked_for = 3 if any(entries[d]["kind"] in PAGES for d in objects) else 0, list(
+        objects
+    )  # a chunk of a page can be asked about in more than one way
     while len(rows) < wanted and (objects or rounds):
-        if not objects: rounds, objects = rounds - 1, rng.sample(left, len(left)) if (left := [d for d in asked_for if d in entries]) else []
+        if not objects:
+            rounds, objects = rounds - 1, rng.sample(left, len(left)) if (left := [d for d in asked_for if d in entries]) else []
         if not objects: break
         number, split = number + 1, "validation" if len(rows) < held_out else "train"
         if not deck: rng.shuffle(deck := people + cases if split == "train" else [p for p in people if p[0] not in reserved])
@@ -129,30 +158,51 @@ def build_pairs(
         made = _group(index, entries, number, objects, person, names, reserved if split == "validation" else set(), k, rng, asked_in_test)
         if made is None: continue
         for kind, question, target, answer in made[1]:
-            source = f"{'question' if kind == 'human' else 'feedback'} {person[1].id}" if kind in PEOPLE else f"{'sentence' if document_of(target) != target else 'docstring'} of {target}" if target else "template"
-            rows.append(dict(id=f"p{len(rows):05}", group=number, split=split, kind=kind, question=question, document_id=target, shown=made[0], answer=answer, source=source))
+            source = (
+                f"{'question' if kind == 'human' else 'feedback'} {person[1].id}"
+                if kind in PEOPLE
+                else f"{'sentence' if document_of(target) != target else 'docstring'} of {target}" if target else "template"
+            )
+            rows.append(
+                dict(
+                    id=f"p{len(rows):05}", group=number, split=split, kind=kind, question=question, document_id=target,
+                    shown=made[0], answer=answer, source=source,
+                )
+            )
         if split == "validation":                   # what tells when training should end is not trained on
             entries = {d: v for d, v in entries.items() if d not in made[0]}
             objects = [d for d in objects if d in entries]
-            people, deck = ([(d, q) for d, q in some if (d in entries if d else q is not (person or (None, None))[1])] for some in (people, deck))
-    if teacher: _taught(rows, {d: cut_words(facts["text"], max_words) for d, facts in every.items()}, teacher, {q.strip().lower() for q in questions.question})
+            people, deck = (
+                [(d, q) for d, q in some if (d in entries if d else q is not (person or (None, None))[1])] for some in (people, deck)
+            )
+    if teacher:
+        _taught(
+            rows, {d: cut_words(facts["text"], max_words) for d, facts in every.items()}, teacher,
+            {q.strip().lower() for q in questions.question},
+        )
     lead = {}                                       # of each group, the question for which worked examples are chosen
     for row in sorted(rows, key=lambda row: row["kind"] not in PEOPLE): lead.setdefault(row["group"], row["question"])
     for row in rows:
         passages = [SimpleNamespace(text=every[d]["text"]) for d in row["shown"]]
-        row["messages"] = build_messages(template, row["question"], passages, max_words, worked and (lambda _: worked(lead[row["group"]]))) + [dict(role="assistant", content=row.pop("answer"))]
+        row["messages"] = build_messages(
+            template, row["question"], passages, max_words, worked and (lambda _: worked(lead[row["group"]]))
+        ) + [dict(role="assistant", content=row.pop("answer"))]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 def _flat(text): return " ".join(words(text))
 
-def _entries(chunks, max_words, tested=()):         # all that can be shown: `kind text seen sentence opens`; of what is cut off, nothing is asked
+def _entries(chunks, max_words, tested=()): # all that can be shown: `kind text seen sentence opens`; of what is cut off, nothing is asked
     found, above = {}, None
     for c in chunks[(chunks.position == 0) | chunks.kind.isin(PAGES)].sort_values(["document_id", "position"]).itertuples():
         page = c.kind in PAGES
         before, above = above, (c.document_id, c.text.partition("\n")[0])
-        if page and tested and any(answer in _flat(c.text) for answer in tested): continue      # another edition of a page that the test asks about
+        if page and tested and any(answer in _flat(c.text) for answer in tested):  # another edition of a page that the test asks about
+            continue
         seen = cut_words(c.text, max_words).removesuffix(" ...") if page else c.text
-        found[c.id if page else c.document_id] = dict(kind=c.kind, text=c.text, seen=seen, opens=above != before, sentence=next(iter(page_sentences(seen)), None) if page else first_sentence(c.text))
+        found[c.id if page else c.document_id] = dict(
+            kind=c.kind, text=c.text, seen=seen, opens=above != before,
+            sentence=next(iter(page_sentences(seen)), None) if page else first_sentence(c.text),
+        )
     return found
 
 def _answerable(questions, entries):                # with the entry that answers; those that are to be refused have none
@@ -160,7 +210,9 @@ def _answerable(questions, entries):                # with the entry that answer
     for entry in entries: places.setdefault(document_of(entry), []).append(entry)
     for q in questions.itertuples():
         some = places.get(next((g for g in q.gold if g in places), None), [])
-        best = max(some, key=lambda entry: reference_recall(entries[entry]["seen"], f"{q.answer} {q.question}"), default=None)      # of a page's chunks, the one that says it
+        best = max(
+            some, key=lambda entry: reference_recall(entries[entry]["seen"], f"{q.answer} {q.question}"), default=None
+        )  # of a page's chunks, the one that says it
         if best or not len(q.gold): found.append((best, q))
     return found
 
@@ -172,7 +224,10 @@ def _taught(rows, texts, teacher, asked):
         while written.get(d):
             question, sentence = written[d].pop()
             if question.strip().lower() in asked: continue
-            row |= dict(kind="teacher", question=question, answer=answer_from(d, row["shown"].index(d) + 1, sentence), source=f"teacher {teacher.name}")
+            row |= dict(
+                kind="teacher", question=question, answer=answer_from(d, row["shown"].index(d) + 1, sentence),
+                source=f"teacher {teacher.name}",
+            )
             break
 
 # %% ../nbs/04a_pairs.ipynb #ef0da04b
@@ -182,15 +237,28 @@ def check_pairs(
 ) -> dict[str, int]: # What was counted
     "Refuse pairs that are too few, or that contain a question or a document of the test split; raises `DataError`."
     fix = "Delete the table training_pairs and run `llmops run --only finetune --force` with the --env that it belongs to."
-    if missing := [column for column in COLUMNS if column not in pairs]: raise DataError(f"The table training_pairs lacks {', '.join(missing)}. {fix}")
+    if missing := [column for column in COLUMNS if column not in pairs]:
+        raise DataError(f"The table training_pairs lacks {', '.join(missing)}. {fix}")
     counts = pairs.split.value_counts()
     if min(counts.get("train", 0), counts.get("validation", 0)) < 4:
-        raise DataError(f"Too few training pairs: {counts.get('train', 0)} to train on, {counts.get('validation', 0)} held out, four of each are needed. The corpus has too few usable sentences for more: raise `corpus_documents` in settings.ini, lower `finetune_held_out`, and run `llmops run --from corpus`; or go without, `finetune = off`.")
+        raise DataError(
+            f"Too few training pairs: {counts.get('train', 0)} to train on, {counts.get('validation', 0)} held out, four of each are"
+            " needed. The corpus has too few usable sentences for more: raise `corpus_documents` in settings.ini, lower"
+            " `finetune_held_out`, and run `llmops run --from corpus`; or go without, `finetune = off`."
+        )
     test = questions[questions.split == "test"]
     gold, asked = {g for q in test.itertuples() for g in q.gold}, {q.strip().lower() for q in test.question}
     leaked = sorted(gold & set(pairs.shown.explode().map(document_of))) + [q for q in pairs.question if q.strip().lower() in asked]
-    if leaked: raise DataError(f"Training pairs are contaminated: {len(leaked)} documents or questions of the test split are in them, such as {leaked[0]!r}. {fix}")
+    if leaked:
+        raise DataError(
+            f"Training pairs are contaminated: {len(leaked)} documents or questions of the test split are in them, such as {leaked[0]!r}."
+            f" {fix}"
+        )
     between = set(pairs[pairs.split == "train"].shown.explode()) & set(pairs[pairs.split == "validation"].shown.explode())
     if between: raise DataError(f"{len(between)} entries are shown both in training and in validation, such as {min(between)!r}. {fix}")
-    return dict(train=int(counts["train"]), validation=int(counts["validation"]), refusals=int((pairs.document_id == "").sum()),
-                by_people=int((pairs.kind == "human").sum()), reviewed=int((pairs.kind == "reviewed").sum()), by_teacher=int((pairs.kind == "teacher").sum()), documents=len(set(pairs.shown.explode())), test_documents=len(gold), leaked=0)
+    return dict(
+        train=int(counts["train"]), validation=int(counts["validation"]), refusals=int((pairs.document_id == "").sum()),
+        by_people=int((pairs.kind == "human").sum()), reviewed=int((pairs.kind == "reviewed").sum()),
+        by_teacher=int((pairs.kind == "teacher").sum()), documents=len(set(pairs.shown.explode())),
+        test_documents=len(gold), leaked=0,
+    )

@@ -40,22 +40,43 @@ def chat(env: Env = "dev", port: Annotated[int, typer.Option(help="0 = a free on
             if ws.config.platform == "local": stop_services(ws, owner=os.getpid())
 
 @people_app.command()
-def vote(trace_id: Annotated[str, typer.Argument(help="Of the answer; `llmops ask` prints it")], good: Annotated[Optional[bool], typer.Option("--up/--down", help="Was the answer good?")] = None,
-         reason: Annotated[str, typer.Option(help="wrong, incomplete, unsupported, refused, outdated, unreadable, other")] = "", comment: Annotated[str, typer.Option()] = "",
-         correction: Annotated[str, typer.Option(help="The answer that it should have been: of an API it names the right object in backticks, of a page it says what the page says")] = "", by: By = None, env: Env = "dev", as_json: Json = False):
+def vote(
+    trace_id: Annotated[str, typer.Argument(help="Of the answer; `llmops ask` prints it")],
+    good: Annotated[Optional[bool], typer.Option("--up/--down", help="Was the answer good?")] = None,
+    reason: Annotated[str, typer.Option(help="wrong, incomplete, unsupported, refused, outdated, unreadable, other")] = "",
+    comment: Annotated[str, typer.Option()] = "",
+    correction: Annotated[
+        str,
+        typer.Option(
+            help=(
+                "The answer that it should have been: of an API it names the right object in backticks, of a page it says what the page"
+                " says"
+            )
+        ),
+    ] = "",
+    by: By = None,
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "Say what you think of an answer."
     with manners():
         from llmops_ref.feedback import record_feedback
         if good is None: raise SettingsError("Say --up or --down.")
         row = record_feedback(open_workspace(load_config(env)), trace_id, good, comment, correction, who(by) or "user", reason)
         if as_json: return out(row)
-        typer.echo(f"Noted as {row['feedback_id']}." + ("" if good and not correction else f" A person reads it: {me()} review --env {env}"))
+        typer.echo(
+            f"Noted as {row['feedback_id']}." + ("" if good and not correction else f" A person reads it: {me()} review --env {env}")
+        )
 
 # %% ../nbs/90e_people.ipynb #7090915b
 def _line(text): return seen(" ".join(str(text).split()))
 
 def _show_vote(row, number, n):
-    typer.secho(f"\n{number} of {n}   {row.feedback_id}   thumb {'up' if row.good else 'down'} by {_line(row.source)}" + (f", {row.reason}" if row.reason else ""), bold=True)
+    typer.secho(
+        f"\n{number} of {n}   {row.feedback_id}   thumb {'up' if row.good else 'down'} by {_line(row.source)}"
+        + (f", {row.reason}" if row.reason else ""),
+        bold=True,
+    )
     for label, said in (("Question", row.question), ("Answer", row.answer), ("Comment", row.comment), ("Correction", row.correction)):
         if said: typer.echo(f"  {label + ':':11} {_line(said)[:600]}")
 
@@ -78,9 +99,18 @@ def _decide(ws, row, by):                           # asks a person about one vo
 
 # %% ../nbs/90e_people.ipynb #30f3f6e8
 @people_app.command()
-def review(feedback_id: Annotated[Optional[str], typer.Argument(help="Of one vote; all that wait by default")] = None, accept: Annotated[Optional[bool], typer.Option("--accept/--reject", help="Let it be learned or tested, or not")] = None,
-           answer: Annotated[str, typer.Option(help="The right answer, if it is not the correction")] = "", uses: Annotated[Optional[list[str]], typer.Option("--as", help="pair (learned), question (tested), regression (must hold); may be repeated")] = None,
-           where: Annotated[bool, typer.Option("--where", help="Show the way of this vote to the model that learned it")] = False, by: By = None, env: Env = "dev", as_json: Json = False):
+def review(
+    feedback_id: Annotated[Optional[str], typer.Argument(help="Of one vote; all that wait by default")] = None,
+    accept: Annotated[Optional[bool], typer.Option("--accept/--reject", help="Let it be learned or tested, or not")] = None,
+    answer: Annotated[str, typer.Option(help="The right answer, if it is not the correction")] = "",
+    uses: Annotated[
+        Optional[list[str]], typer.Option("--as", help="pair (learned), question (tested), regression (must hold); may be repeated")
+    ] = None,
+    where: Annotated[bool, typer.Option("--where", help="Show the way of this vote to the model that learned it")] = False,
+    by: By = None,
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "Decide what becomes of users' votes."
     with manners():
         from llmops_ref.review import review_feedback, to_review, trace_case
@@ -89,12 +119,17 @@ def review(feedback_id: Annotated[Optional[str], typer.Argument(help="Of one vot
             if not feedback_id: raise SettingsError("Whose way? Give the id of a vote.")
             table = trace_case(ws, feedback_id)
             if as_json: return out(table.to_dict("records"))
-            for step in table.itertuples(): typer.echo(f"  {step.step:10} {_line(step.what)[:200]}\n             {typer.style(step.where, dim=True)}")
+            for step in table.itertuples():
+                typer.echo(f"  {step.step:10} {_line(step.what)[:200]}\n             {typer.style(step.where, dim=True)}")
         elif feedback_id:
             if accept is None: raise SettingsError("Say --accept or --reject.")
             row = review_feedback(ws, feedback_id, who(by), accept, answer, tuple(uses or ["pair"]))
             if as_json: return out(row)
-            typer.echo(f"{feedback_id} is {'accepted as ' + row['uses'].replace(' ', ' and ') + '. The next run takes it up: ' + me() + ' run --env ' + env if accept else 'rejected, or withdrawn if it had been accepted; the next run goes without it'}.".replace(f"--env {env}.", f"--env {env}"))
+            typer.echo(
+                f"{feedback_id} is"
+                f" {'accepted as ' + row['uses'].replace(' ', ' and ') + '. The next run takes it up: ' + me() + ' run --env ' + env if accept else 'rejected, or withdrawn if it had been accepted; the next run goes without it'}."
+                .replace(f"--env {env}.", f"--env {env}")
+            )
         else:
             waiting = to_review(ws)
             if as_json: return out(waiting.to_dict("records"))
@@ -109,7 +144,11 @@ def review(feedback_id: Annotated[Optional[str], typer.Argument(help="Of one vot
 BREACH = 4                                          # exit code of a look that found something
 
 @people_app.command()
-def monitor(fail_on: Annotated[str, typer.Option("--fail-on", help="breach (any alarm), or never")] = "never", env: Env = "dev", as_json: Json = False):
+def monitor(
+    fail_on: Annotated[str, typer.Option("--fail-on", help="breach (any alarm), or never")] = "never",
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "Look at traffic, votes and drift now; say what is wrong and what to do."
     with manners():
         one_of(fail_on, "--fail-on", ("breach", "never"))
@@ -120,10 +159,22 @@ def monitor(fail_on: Annotated[str, typer.Option("--fail-on", help="breach (any 
         except StageFailed as failure: raise DataError(f"{failure.stage.notebook} failed: {failure.error}") from None
         seen = next(s["result"] for s in record["stages"] if s["name"] == "monitoring")
         details, page = seen["details"], os.path.relpath(ws.path("monitoring", "page.html"))
-        if as_json: out(dict(env=env, headline=seen["headline"], alarms=int(seen["metrics"]["alerts"]), signals=details["alerts"], triggers=details["triggers"], drift=details["drift"], page=page))
+        if as_json:
+            out(
+                dict(
+                    env=env, headline=seen["headline"], alarms=int(seen["metrics"]["alerts"]), signals=details["alerts"],
+                    triggers=details["triggers"], drift=details["drift"], page=page,
+                )
+            )
         else:
             typer.echo(f"{details['basis']}\n")
-            for s in details["alerts"]: typer.secho(f"  {s['signal']:26} {'' if s['share'] is None else format(s['share'], '.1%'):>7} of {s['n']:<6} bound {s['bound']:.0%}   {s['state']}" + (f" since {s['since']}" if s["since"] else ""), fg="red" if s["breached"] else None)
+            for s in details["alerts"]:
+                typer.secho(
+                    f"  {s['signal']:26} {'' if s['share'] is None else format(s['share'], '.1%'):>7} of {s['n']:<6} bound {s['bound']:.0%}"
+                    f"   {s['state']}"
+                    + (f" since {s['since']}" if s["since"] else ""),
+                    fg="red" if s["breached"] else None,
+                )
             for t in details["triggers"]: typer.echo(f"\n  {typer.style(t['trigger'], bold=True)}: {t['because']}\n    {t['command']}")
             typer.echo(f"\nPage: {page}")
         if fail_on == "breach" and seen["metrics"]["alerts"]: raise typer.Exit(BREACH)

@@ -20,7 +20,8 @@ from pathlib import Path
 from jupyter_core.utils import run_sync
 
 from .config import Config, SettingsError, explain, load_config, read_shares
-from .workspace import MLFLOW_SWITCHES, DataError, Workspace, git_commit, on_databricks, open_workspace, usable_cores, write_atomic
+from .workspace import MLFLOW_SWITCHES, DataError, Workspace, git_commit, on_databricks, open_workspace, usable_cores
+from .workspace import write_atomic
 
 # %% ../nbs/90_pipeline.ipynb #fd4431c8
 @dataclass(frozen=True)
@@ -51,7 +52,13 @@ def code_digest(
     tree = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+            and isinstance(body[0].value.value, str)
+        ):
             node.body = body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
@@ -80,7 +87,10 @@ def stage_code(
     "Digests of all code that a stage runs; `DataError` if its notebook holds code that Python cannot read."
     cells = ["".join(c["source"]) for c in _cells(root / "nbs" / f"{stage.notebook}.ipynb") if c["cell_type"] == "code"]
     try: own = code_digest("\n".join(cells))
-    except SyntaxError as error: raise DataError(f"{stage.notebook}.ipynb holds a syntax error: {error.msg} in {(error.text or '').strip()[:80]!r}. Correct that cell.") from None
+    except SyntaxError as error:
+        raise DataError(
+            f"{stage.notebook}.ipynb holds a syntax error: {error.msg} in {(error.text or '').strip()[:80]!r}. Correct that cell."
+        ) from None
     files, todo = {f"{stage.notebook}.ipynb": own, "installed packages": _packages(root)}, set.union(*map(_modules_of, cells))
     while todo:
         name = todo.pop()
@@ -108,7 +118,11 @@ def reasons(
     out = [f"{name} changed" for name, digest in code.items() if last["code"].get(name) != digest]
     values = {**ws.config.__dict__}
     out += [f"setting {key}: {_short(old)} → {_short(values.get(key))}" for key, old in last["params"].items() if values.get(key) != old]
-    out += [f"input {name}: {_short(old)} → {_short(now)}{_touched(ws, name, old)}" for name, old in last["reads"].items() if (now := ws.current(name)) != old]
+    out += [
+        f"input {name}: {_short(old)} → {_short(now)}{_touched(ws, name, old)}"
+        for name, old in last["reads"].items()
+        if (now := ws.current(name)) != old
+    ]
     out += [f"output {name} is gone" for name in last["writes"] if ws.current(name) is None]
     return out or (_undeployed(ws) if stage.name == "deployment" else [])
 
@@ -156,8 +170,14 @@ def make_plan(
     force: bool = False, # Run the chosen stages even if they are up to date
 ) -> list[Step]:
     "Decide for each chosen stage whether it has to run, and say why."
-    chosen = [s for s in STAGES if (only in (None, s)) and (start is None or s.number >= start.number) and (end is None or s.number <= end.number)]
-    if not chosen: raise SettingsError(f"No stage is left between --from {(start or only or STAGES[0]).notebook} and --to {(end or only or STAGES[-1]).notebook}: they are in the wrong order.")
+    chosen = [
+        s for s in STAGES if (only in (None, s)) and (start is None or s.number >= start.number) and (end is None or s.number <= end.number)
+    ]
+    if not chosen:
+        raise SettingsError(
+            f"No stage is left between --from {(start or only or STAGES[0]).notebook} and --to {(end or only or STAGES[-1]).notebook}: they"
+            " are in the wrong order."
+        )
     steps, written = [], {}
     for stage in chosen:
         if idle := not_needed(ws.config, stage):
@@ -166,7 +186,11 @@ def make_plan(
         last, why = manifest(ws, stage), reasons(ws, stage)
         touched = sorted({written[name] for name in (last or {}).get("reads", {}) if name in written})
         state = "run" if force or why else "maybe" if touched else "cached"
-        text = "forced" if force and not why else "; ".join(why) if why else f"if {', '.join(touched)} changes its input" if touched else "up to date"
+        text = (
+            "forced"
+            if force and not why
+            else "; ".join(why) if why else f"if {', '.join(touched)} changes its input" if touched else "up to date"
+        )
         steps.append(Step(stage, state, text, (last or {}).get("seconds"), (last or {}).get("headline", "")))
         if state != "cached": written |= {name: stage.name for name in (last or {}).get("writes", {})}
     return steps
@@ -180,8 +204,11 @@ def check_parameters(
     "Refuse a stage notebook that has no `parameters` cell that sets `env`: papermill would run it with its default."
     tagged = [c for c in _cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
     if len(tagged) != 1 or not _sets_env(tagged[0]):
-        raise DataError(f"{notebook.name} must have exactly one cell with the tag `parameters` that sets `env`; it has {len(tagged)}. Without it papermill "
-                        "injects the environment where the notebook's own default overrides it, and a run that asked for prod would run dev.")
+        raise DataError(
+            f"{notebook.name} must have exactly one cell with the tag `parameters` that sets `env`; it has {len(tagged)}. Without it"
+            " papermill injects the environment where the notebook's own default overrides it, and a run that asked for prod would run"
+            " dev."
+        )
 
 def preflight(
     ws: Workspace,
@@ -216,31 +243,53 @@ def preflight(
         designs(open_workspace(config))
         check_judges(open_workspace(config))
     if config.app == "third_party" and not config.gateway_url and config.platform == "local": read_keys(ws)
-    if config.reranker != "off" and config.reranker.startswith(("/", ".")) and not Path(config.reranker).is_dir(): open_reranker(config.reranker)
+    if config.reranker != "off" and config.reranker.startswith(("/", ".")) and not Path(config.reranker).is_dir():
+        open_reranker(config.reranker)
     if config.vector_index != "faiss": check_databricks(config)
     stop_leftovers(ws)
     if config.platform == "databricks": return      # which has its ports to itself
-    if any(s.name in ("deployment", "monitoring") for s in stages) and config.serving_port not in [front.port for front in [find_front(ws)] if front]: free_port(config.serving_port)
+    if any(s.name in ("deployment", "monitoring") for s in stages) and config.serving_port not in [
+        front.port for front in [find_front(ws)] if front
+    ]:
+        free_port(config.serving_port)
     if config.app == "third_party": free_port(config.gateway_port, "gateway_port")
 
 def check_platform(config: Config) -> None:
     "`SettingsError` if the stages cannot run where we are, or as they are asked to."
-    if not on_databricks(): raise SettingsError(f"platform = databricks, and this is not a machine of Databricks: the Volume {config.store} is not here. Start the job there: `databricks bundle run data_and_index -t {config.env}`, or set platform = local.")
-    if config.serving_target == "databricks_app" and config.rollout_steps: raise SettingsError("`rollout_steps` shares traffic between two versions, and an App (serving_target = databricks_app) serves one. Leave it empty, or set serving_target = model_serving.")
+    if not on_databricks():
+        raise SettingsError(
+            f"platform = databricks, and this is not a machine of Databricks: the Volume {config.store} is not here. Start the job there:"
+            f" `databricks bundle run data_and_index -t {config.env}`, or set platform = local."
+        )
+    if config.serving_target == "databricks_app" and config.rollout_steps:
+        raise SettingsError(
+            "`rollout_steps` shares traffic between two versions, and an App (serving_target = databricks_app) serves one. Leave it empty,"
+            " or set serving_target = model_serving."
+        )
 
 def check_databricks(config: Config) -> None:
     "`SettingsError` if AI Search is asked for and no workspace can be."
     if config.vector_index == "delta_sync" and config.platform != "databricks":
-        raise SettingsError("vector_index = delta_sync follows a Unity Catalog table, which platform = local does not write. Set platform = databricks, or vector_index = direct_access or faiss.")
+        raise SettingsError(
+            "vector_index = delta_sync follows a Unity Catalog table, which platform = local does not write. Set platform = databricks, or"
+            " vector_index = direct_access or faiss."
+        )
     from databricks.sdk.core import Config as Credentials
     try: Credentials()
     except ValueError as error:
-        raise SettingsError(f"vector_index = {config.vector_index} is AI Search on Databricks, and no workspace is configured. Set DATABRICKS_HOST and DATABRICKS_TOKEN, or vector_index = faiss. ({str(error).splitlines()[0][:120]})") from None
+        raise SettingsError(
+            f"vector_index = {config.vector_index} is AI Search on Databricks, and no workspace is configured. Set DATABRICKS_HOST and"
+            f" DATABRICKS_TOKEN, or vector_index = faiss. ({str(error).splitlines()[0][:120]})"
+        ) from None
 
 # %% ../nbs/90_pipeline.ipynb #9d1bcad8
 ALONE = {"hub"}                                     # it measures the machine: nothing may start up beside it until it says that it is done
 USUAL_IMPORTS = ["pandas", "matplotlib.pyplot", "mlflow.genai"]
-MORE_IMPORTS = dict(prompts=["langchain_openai", "databricks.sdk"], finetune=["langchain_openai", "transformers.models.llama.modeling_llama", "peft"], validation=["langchain_openai"])
+MORE_IMPORTS = dict(
+    prompts=["langchain_openai", "databricks.sdk"],
+    finetune=["langchain_openai", "transformers.models.llama.modeling_llama", "peft"],
+    validation=["langchain_openai"],
+)
 
 class StageKernel:
     "A fresh kernel for one stage, in the folder of the notebooks; it has imported what takes long."
@@ -248,13 +297,22 @@ class StageKernel:
         from jupyter_client import AsyncKernelManager
         self.scratch = tempfile.TemporaryDirectory(prefix="llmops-", ignore_cleanup_errors=True)
         self.progress = Path(self.scratch.name) / "progress.json"
-        environment = os.environ | MLFLOW_SWITCHES | dict(
-            TMPDIR=self.scratch.name, LLMOPS_PROGRESS=str(self.progress), LLMOPS_SETTINGS=str(ws.config.root / "settings.ini"), LLMOPS_RUN=str(os.getpid()),
-            GOMP_SPINCOUNT="30000", PYTHON_COLORS="0", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+        environment = (
+            os.environ
+            | MLFLOW_SWITCHES
+            | dict(
+                TMPDIR=self.scratch.name, LLMOPS_PROGRESS=str(self.progress),
+                LLMOPS_SETTINGS=str(ws.config.root / "settings.ini"), LLMOPS_RUN=str(os.getpid()), GOMP_SPINCOUNT="30000",
+                PYTHON_COLORS="0", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1",
+            )
+        )
         environment.pop("PYTHONDONTWRITEBYTECODE", None)    # set in many containers; each kernel would compile PyTorch and MLflow anew
         self.manager = AsyncKernelManager(kernel_name="python3")
         imports = ", ".join(["os", *([] if stage.name in ALONE else USUAL_IMPORTS), *MORE_IMPORTS.get(stage.name, [])])
-        options = ["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines=exec('import {imports}', {{}})"]      # their names stay out of the stage's own
+        options = [
+            "--IPKernelApp.log_level=40",
+            f"--IPKernelApp.exec_lines=exec('import {imports}', {{}})",
+        ]  # their names stay out of the stage's own
         run_sync(self.manager.start_kernel)(extra_arguments=options, env=environment, cwd=str(ws.config.root / "nbs"))
 
     def alive(self) -> bool: return run_sync(self.manager.is_alive)()
@@ -271,7 +329,8 @@ class StageFailed(RuntimeError):
         self.stage, self.error, self.notebook, self.result = stage, error, notebook, result
         super().__init__(f"{stage.notebook} failed: {error}")
 
-def _three_lines(text): return "\n".join([line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).strip().splitlines() if line.strip()][:3])
+def _three_lines(text):
+    return "\n".join([line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).strip().splitlines() if line.strip()][:3])
 
 def stage_notebook(ws: Workspace, stage: Stage):  # A path, or a notebook
     "What papermill executes: the file, or on Databricks its content with the tag `parameters`, which a workspace may have taken off when it took the file for a notebook of its own."
@@ -295,7 +354,11 @@ def run_stage(
     result_file.unlink(missing_ok=True)
     output, running, outcome = folder / f"{stage.notebook}.ipynb", folder / f".running-{stage.notebook}.ipynb", {}
     def work():
-        try: papermill.execute_notebook(stage_notebook(ws, stage), str(running), dict(env=ws.config.env), progress_bar=False, kernel_name="python3", km=kernel.manager)
+        try:
+            papermill.execute_notebook(
+                stage_notebook(ws, stage), str(running), dict(env=ws.config.env), progress_bar=False, kernel_name="python3",
+                km=kernel.manager,
+            )
         except BaseException as error: outcome["error"] = error
     started, last, code = time.time(), manifest(ws, stage), stage_code(stage, ws.config.root)
     thread = threading.Thread(target=work, daemon=True); thread.start()
@@ -304,7 +367,8 @@ def run_stage(
         if on_progress: on_progress(_read_json(kernel.progress))
     if running.exists(): os.replace(running, output)
     if error := outcome.get("error"): raise StageFailed(stage, _explain_error(error), output, _read_json(result_file) or None)
-    if not result_file.is_file(): raise StageFailed(stage, "The notebook ended without ws.finish(...), so there is no result. Add it as its last cell.", output)
+    if not result_file.is_file():
+        raise StageFailed(stage, "The notebook ended without ws.finish(...), so there is no result. Add it as its last cell.", output)
     done = json.loads(result_file.read_text()) | dict(code=code, seconds=time.time() - started, started=started,
                                                      executed=str(output), previous=(last or {}).get("metrics"))
     write_atomic(ws.path("stages", f"{stage.name}.json"), json.dumps(done, indent=1))
@@ -363,9 +427,11 @@ class Lines(Quiet):
     def stage_ended(self, stage, state, done):
         print(f"  {state:7} {stage.notebook:14} {duration((done or {}).get('seconds')):>10}   {last_words(done)}", flush=True)
 
-def progress_text(progress: dict) -> str: return f"{progress.get('text', '')} {100 * progress['done'] / max(progress['total'], 1e-9):.0f}%"[:80] if progress else ""
+def progress_text(progress: dict) -> str:
+    return f"{progress.get('text', '')} {100 * progress['done'] / max(progress['total'], 1e-9):.0f}%"[:80] if progress else ""
 
-def last_words(done: dict | None) -> str: return (done or {}).get("headline") or next(iter(((done or {}).get("error") or "").splitlines()), "")
+def last_words(done: dict | None) -> str:
+    return (done or {}).get("headline") or next(iter(((done or {}).get("error") or "").splitlines()), "")
 
 class _Kernels(contextlib.AbstractContextManager):
     "The kernel of the stage that runs, and at most one that waits."
@@ -418,7 +484,9 @@ def run_pipeline(
             folder.mkdir(parents=True, exist_ok=True)
             clock = time.time()
             view.stage_started(step.stage, "; ".join(why))
-            later, kernel = next((s.stage for s in steps[number + 1:] if s.state not in ("cached", "skipped")), None), kernels.take(step.stage)
+            later, kernel = next((s.stage for s in steps[number + 1 :] if s.state not in ("cached", "skipped")), None), kernels.take(
+                step.stage
+            )
             def heard(progress):
                 if step.stage.name not in ALONE or progress.get("done", 0) >= progress.get("total", 1): kernels.prepare(later)
                 view.stage_progress(step.stage, progress, time.time() - clock)
@@ -428,12 +496,17 @@ def run_pipeline(
                 view.stage_ended(step.stage, "ran", done)
             except StageFailed as error:
                 failure = error
-                states[step.stage.name] = dict(state="failed", why="; ".join(why), error=error.error, seconds=time.time() - clock, started=clock, executed=str(error.notebook), result=error.result)
+                states[step.stage.name] = dict(
+                    state="failed", why="; ".join(why), error=error.error, seconds=time.time() - clock, started=clock,
+                    executed=str(error.notebook), result=error.result,
+                )
                 view.stage_ended(step.stage, "failed", states[step.stage.name])
             finally: kernel.stop()
             pages.append(printer.submit(notebook_html, folder / f"{step.stage.notebook}.ipynb"))
         for page in pages: page.result()
-        record = _record(ws, run_id, started, states, "failed" if failure else "waiting" if waiting else "completed", command, folder) | dict(waiting=waiting)
+        record = _record(
+            ws, run_id, started, states, "failed" if failure else "waiting" if waiting else "completed", command, folder
+        ) | dict(waiting=waiting)
         if pages: _write_run(ws, record, folder)
     if failure: raise failure
     return record
@@ -446,13 +519,22 @@ def _record(ws, run_id, started, states, status, command, folder):
         if last is None and now["state"] == "cached": now = dict(state="pending", why="it has not run yet")
         known = last if now["state"] in ("ran", "cached") else now.get("result")
         executed = now.get("executed") or (last or {}).get("executed")
-        stages.append(dict(name=stage.name, notebook=stage.notebook, title=notebook_title(config.root / "nbs" / f"{stage.notebook}.ipynb"),
-                           error=now.get("error"), state=now["state"], why=now["why"], started=now.get("started") or (last or {}).get("started"),
-                           seconds=now.get("seconds") or (last or {}).get("seconds"), executed=os.path.relpath(executed, folder) if executed else None,
-                           executed_html=os.path.relpath(Path(executed).with_suffix(".html"), folder) if executed else None,
-                           result=known, previous=(known or {}).get("previous")))
-    return dict(project="llmops-ref", env=config.env, run_id=run_id, started=started, seconds=time.time() - started, status=status,
-                commit=git_commit(config.root), machine=machine(), command=command, store=str(ws.store), settings=explain(config), stages=stages)
+        stages.append(
+            dict(
+                name=stage.name, notebook=stage.notebook, title=notebook_title(config.root / "nbs" / f"{stage.notebook}.ipynb"),
+                error=now.get("error"), state=now["state"], why=now["why"],
+                started=now.get("started") or (last or {}).get("started"),
+                seconds=now.get("seconds") or (last or {}).get("seconds"),
+                executed=os.path.relpath(executed, folder) if executed else None,
+                executed_html=os.path.relpath(Path(executed).with_suffix(".html"), folder) if executed else None, result=known,
+                previous=(known or {}).get("previous"),
+            )
+        )
+    return dict(
+        project="llmops-ref", env=config.env, run_id=run_id, started=started, seconds=time.time() - started, status=status,
+        commit=git_commit(config.root), machine=machine(), command=command, store=str(ws.store), settings=explain(config),
+        stages=stages,
+    )
 
 def notebook_title(path: Path) -> str:
     "The line after `>` in a notebook's first cell."
@@ -461,7 +543,9 @@ def notebook_title(path: Path) -> str:
 def machine() -> str:
     "This machine in a few words."
     import psutil
-    return f"{usable_cores()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB, Python {platform.python_version()}, {platform.system()}"
+    return (
+        f"{usable_cores()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB, Python {platform.python_version()}, {platform.system()}"
+    )
 
 # %% ../nbs/90_pipeline.ipynb #6f0e728d
 def _write_run(ws, record, folder):

@@ -22,14 +22,32 @@ TRAVELS = ("licence", "base_model", "base_sha256", "adapter_sha256", "data_versi
 def validated_model(source: Workspace) -> tuple[str, dict]: # Version and its tags
     "The version of `chat_model` that passed validation in an environment; `DataError` if there is none, or its base model is another one."
     version, env = source.alias("chat_model", "challenger", record=False), source.config.env
-    if version is None: raise DataError(f"No fine-tuned model has passed validation in {env}, so there is nothing to promote. Run `llmops run --env {env} --to validation`.")
+    if version is None:
+        raise DataError(
+            f"No fine-tuned model has passed validation in {env}, so there is nothing to promote. Run `llmops run --env {env} --to"
+            " validation`."
+        )
     client = source.mlflow().MlflowClient()
     tags = dict(client.get_model_version(source.registered("chat_model"), version).tags)
-    assistants = [client.get_model_version(source.registered("assistant"), v.version).tags for v in client.search_model_versions(f"name = '{source.registered('assistant')}'")]
+    assistants = [
+        client.get_model_version(source.registered("assistant"), v.version).tags
+        for v in client.search_model_versions(f"name = '{source.registered('assistant')}'")
+    ]
     if not any(a.get("chat_model_version") == version and a.get("model_validation_status") == "PASSED" for a in assistants):
-        raise DataError(f"No assistant with version {version} of chat_model has passed validation in {env}, so it is not promoted. Run `llmops run --env {env} --to validation`.")
-    if "adapter_sha256" not in tags: raise DataError(f"Version {version} of chat_model in {env} has no digest on record. Train it again: `llmops run --env {env} --only finetune --force`.")
-    if tags.get("base_sha256") != BASE_SHA256: raise DataError(f"Version {version} of chat_model in {env} was trained on another base model ({tags.get('base_sha256', '?')[:16]}…) than this code pins. Train it again: `llmops run --env {env} --only finetune --force`.")
+        raise DataError(
+            f"No assistant with version {version} of chat_model has passed validation in {env}, so it is not promoted. Run `llmops run"
+            f" --env {env} --to validation`."
+        )
+    if "adapter_sha256" not in tags:
+        raise DataError(
+            f"Version {version} of chat_model in {env} has no digest on record. Train it again: `llmops run --env {env} --only finetune"
+            " --force`."
+        )
+    if tags.get("base_sha256") != BASE_SHA256:
+        raise DataError(
+            f"Version {version} of chat_model in {env} was trained on another base model ({tags.get('base_sha256', '?')[:16]}…) than this"
+            f" code pins. Train it again: `llmops run --env {env} --only finetune --force`."
+        )
     return version, tags
 
 def promote_model(
@@ -37,12 +55,18 @@ def promote_model(
     ws: Workspace, # Where it goes
 ) -> tuple[str, str]: # Its version there, and its digest
     "Copy the validated model of one environment to another, and point `candidate` at it; copied already, nothing is copied. `DataError` if it does not arrive as it left."
-    if source.config.env == ws.config.env: raise DataError(f"A model is promoted from one environment to another, not from {ws.config.env} to itself. Give --from and --to.")
-    if off := [w.config.env for w in (source, ws) if w.config.finetune == "off"]: raise DataError(f"finetune = off in {off[0]}, so there is no fine-tuned model to promote. Set finetune = on in both.")
+    if source.config.env == ws.config.env:
+        raise DataError(f"A model is promoted from one environment to another, not from {ws.config.env} to itself. Give --from and --to.")
+    if off := [w.config.env for w in (source, ws) if w.config.finetune == "off"]:
+        raise DataError(f"finetune = off in {off[0]}, so there is no fine-tuned model to promote. Set finetune = on in both.")
     version, tags = validated_model(source)
     digest, uri = tags["adapter_sha256"], f"models:/{source.registered('chat_model')}/{version}"
-    kept = {key: tags[key] for key in TRAVELS if key in tags} | dict(promoted_from=f"{source.config.env} version {version}", git_commit=tags.get("git_commit", "") or git_commit(ws.config.root))
-    new = same_content(ws, digest) or (_copy_in_catalog if ws.config.platform == "databricks" else _copy_files)(source, ws, uri, digest, kept)
+    kept = {key: tags[key] for key in TRAVELS if key in tags} | dict(
+        promoted_from=f"{source.config.env} version {version}", git_commit=tags.get("git_commit", "") or git_commit(ws.config.root)
+    )
+    new = same_content(ws, digest) or (_copy_in_catalog if ws.config.platform == "databricks" else _copy_files)(
+        source, ws, uri, digest, kept
+    )
     for key, value in kept.items(): ws.mlflow().MlflowClient().set_model_version_tag(ws.registered("chat_model"), new, key, value)
     ws.set_alias("chat_model", "candidate", new)
     return new, digest
@@ -53,7 +77,11 @@ def _copy_in_catalog(source, ws, uri, digest, tags):    # one metastore holds bo
 def _copy_files(source, ws, uri, digest, tags):         # two registries that know nothing of each other
     with tempfile.TemporaryDirectory() as folder:
         content = Path(source.mlflow().artifacts.download_artifacts(uri, dst_path=folder))
-        if (found := file_digest(content / "adapter.gguf")) != digest: raise DataError(f"The adapter did not arrive as it left: its digest is {found[:16]}…, on record in {source.config.env} is {digest[:16]}…. Nothing was promoted.")
+        if (found := file_digest(content / "adapter.gguf")) != digest:
+            raise DataError(
+                f"The adapter did not arrive as it left: its digest is {found[:16]}…, on record in {source.config.env} is {digest[:16]}…."
+                " Nothing was promoted."
+            )
         mlflow = ws.mlflow()
         with ws.start_run("promotion") as run:
             mlflow.log_artifacts(str(content), "chat_model")

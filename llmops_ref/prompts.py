@@ -30,14 +30,19 @@ def designs(
     config = ws.config
     folder = Path(config.prompts) / ("direct" if config.retrieval == "off" else "")
     files, out = sorted(path for path in (config.root / folder).glob("*.md") if path.stem.lower() != "readme"), {}
-    if not files: raise SettingsError(f"`prompts` names the folder {config.root / folder}, which holds no template. Put a file such as plain.md there, with {{{{passages}}}} and {{{{question}}}}.")
+    if not files:
+        raise SettingsError(
+            f"`prompts` names the folder {config.root / folder}, which holds no template. Put a file such as plain.md there, with"
+            " {{passages}} and {{question}}."
+        )
     ws.reads[f"folder:{folder.as_posix()}"] = folder_digest(config.root / folder)       # a new file is a change, too
     for path in files:
         try:
             template = path.read_text(encoding="utf-8-sig").strip()
             out[path.stem] = check_template(template, passages=config.retrieval != "off")
         except (SettingsError, UnicodeDecodeError) as error: raise SettingsError(f"{folder / path.name}: {error}") from None
-        if twin := next((name for name in out if name != path.stem and out[name] == template), None): raise SettingsError(f"{folder / path.name} has the same text as {twin}.md. Delete one of them.")
+        if twin := next((name for name in out if name != path.stem and out[name] == template), None):
+            raise SettingsError(f"{folder / path.name} has the same text as {twin}.md. Delete one of them.")
     return out
 
 # %% ../nbs/04_prompts.ipynb #3ce3c01c
@@ -60,10 +65,14 @@ def register_prompts(
     "Register each template under one name, unless its text is registered already."
     champion, out = ws.prompt(noun, "champion", record=False), {}
     known = {version.template: str(version.version) for version in reversed(_registered(ws, noun))}
-    if champion is not None: known[champion.template if isinstance(champion.template, str) else ""] = str(champion.version)       # of two versions with one text, the one in use
+    if champion is not None:  # of two versions with one text, the one in use
+        known[champion.template if isinstance(champion.template, str) else ""] = str(champion.version)
     for design, template in prompts.items():
         if template not in known:
-            new = ws.mlflow().genai.register_prompt(ws.registered(noun), template, commit_message=f"Add the {design} design", tags=dict(design=design, git_commit=git_commit(ws.config.root)))
+            new = ws.mlflow().genai.register_prompt(
+                ws.registered(noun), template, commit_message=f"Add the {design} design",
+                tags=dict(design=design, git_commit=git_commit(ws.config.root)),
+            )
             known[template] = str(new.version)
         out[design] = known[template]
     return out
@@ -73,7 +82,8 @@ def champion_prompt(
 ) -> tuple[str, str]: # Template and version
     "The prompt in use, noted as an input; `DataError` if the prompts stage has not run."
     found = ws.prompt("answer_prompt", "champion")
-    if found is None: raise DataError(f"No prompt has the alias champion in {ws.config.env}. Run `llmops run --env {ws.config.env} --to prompts`.")
+    if found is None:
+        raise DataError(f"No prompt has the alias champion in {ws.config.env}. Run `llmops run --env {ws.config.env} --to prompts`.")
     return found.template, str(found.version)
 
 # %% ../nbs/04_prompts.ipynb #a889ee5a
@@ -86,8 +96,16 @@ def registry_state(
     files, aliases = {text: design for design, text in prompts.items()}, {}
     for alias in ALIASES:
         if found := ws.prompt(noun, alias, record=False): aliases.setdefault(str(found.version), []).append(alias)
-    return pd.DataFrame([dict(version=str(v.version), design=files.get(v.template) or v.tags.get("design", "?"), in_git=v.template in files, aliases=", ".join(aliases.get(str(v.version), [])))
-                         for v in _registered(ws, noun)], columns=["version", "design", "in_git", "aliases"])
+    return pd.DataFrame(
+        [
+            dict(
+                version=str(v.version), design=files.get(v.template) or v.tags.get("design", "?"),
+                in_git=v.template in files, aliases=", ".join(aliases.get(str(v.version), [])),
+            )
+            for v in _registered(ws, noun)
+        ],
+        columns=["version", "design", "in_git", "aliases"],
+    )
 
 # %% ../nbs/04_prompts.ipynb #83777abf
 IN_USE, PROPOSAL = "registry/champion", "search/proposal"                  # names that no file can have
@@ -97,15 +115,19 @@ def contenders(
     prompts: dict[str, str], # From `designs`
     versions: dict[str, str], # From `register_prompts`
     noun: str = "answer_prompt",
-) -> tuple[dict[str, str], str | None, str | None, dict[str, str]]: # Templates by design; the design to beat; the text in use, if it can be asked; and who was left out, with the reason
+) -> tuple[
+    dict[str, str], str | None, str | None, dict[str, str]
+]: # Templates by design; the design to beat; the text in use, if it can be asked; and who was left out, with the reason
     "What is compared, and with what."
     champion, left_out, in_use, current = ws.prompt(noun, "champion", record=False), {}, None, None
     if champion is not None:
         current = next((design for design, version in versions.items() if version == str(champion.version)), champion.tags.get("design"))
         try: in_use = check_template(champion.template, ws.config.retrieval != "off")
-        except (SettingsError, TypeError) as error: left_out[IN_USE] = f"version {champion.version} does not fit the settings: {error}"[:300]
+        except (SettingsError, TypeError) as error:
+            left_out[IN_USE] = f"version {champion.version} does not fit the settings: {error}"[:300]
     try: open_examples(ws, *prompts.values(), in_use)
-    except DataError as error: left_out |= {design: str(error) for design, template in (prompts | {IN_USE: in_use}).items() if wants_examples(template)}
+    except DataError as error:
+        left_out |= {design: str(error) for design, template in (prompts | {IN_USE: in_use}).items() if wants_examples(template)}
     designs = {design: template for design, template in prompts.items() if design not in left_out}
     return designs, current if current in designs else None, None if IN_USE in left_out else in_use, left_out
 
@@ -117,13 +139,22 @@ def choose_prompt(
     "Rank the designs; the one in use stays unless another is better beyond doubt, of as many as there are."
     base = current or next(iter(answers))
     against = {design: paired(answer, answers[base], confidence=1 - 0.05 / max(len(answers) - 1, 1)) for design, answer in answers.items()}
-    table = pd.DataFrame([dict(design=design) | summarise(answer) | dict(against=f"{(c := against[design]).difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}]" if design != base else "–") for design, answer in answers.items()])
+    table = pd.DataFrame(
+        [
+            dict(design=design)
+            | summarise(answer)
+            | dict(against=f"{(c := against[design]).difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}]" if design != base else "–")
+            for design, answer in answers.items()
+        ]
+    )
     level = table[table.correct.fillna(0) >= table.correct.fillna(0).max() - 1 / len(answers[base]) - 1e-9]
     form = level[["citation_precision", "grounded", "readable"]].fillna(0).mean(axis=1)
     best = table.design[(form + 1e-3 * level.correct.fillna(0) - 1e-9 * level.tokens).idxmax()]
     return (best if current is None or against[best].verdict == "better" else current), table
 
-def paired(candidate: pd.DataFrame, base: pd.DataFrame, measure: str = "correct", confidence: float = 0.95) -> Comparison | None: # `None` where no question has the score on both sides
+def paired(
+    candidate: pd.DataFrame, base: pd.DataFrame, measure: str = "correct", confidence: float = 0.95
+) -> Comparison | None: # `None` where no question has the score on both sides
     "Compare two sets of answers to the same questions; one that failed is not correct."
     a, b = _both(candidate, base, measure)
     return compare(a, b, confidence) if len(a) else None
@@ -141,7 +172,10 @@ def plot_prompts(table: pd.DataFrame): # From `choose_prompt`
     shown = [("correct", "#e4572e"), ("citation_precision", "#5b8def"), ("grounded", "#76b041"), ("readable", "#b0b0b0")]
     figure, axis = plt.subplots(figsize=(8, 0.62 * len(table) + 1.2))
     for i, (measure, colour) in enumerate(shown):
-        axis.barh([y + 0.2 * (i - 1.5) for y in range(len(table))], table[measure].fillna(0) if measure in table else 0, height=0.18, color=colour, label=measure.replace("_", " "))
+        axis.barh(
+            [y + 0.2 * (i - 1.5) for y in range(len(table))], table[measure].fillna(0) if measure in table else 0, height=0.18,
+            color=colour, label=measure.replace("_", " "),
+        )
     axis.set_yticks(range(len(table)), table.design)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xlabel="train split: share of questions (grounded: share of words)")
@@ -157,8 +191,11 @@ def prompt_gates(
     problems: int = 0, # Of the questions, from `check_questions`
 ) -> list[Gate]:
     "The gates that a prompt must pass before it is used."
-    gates = [Gate("readable", scores["readable"], config.gate_prompt_readable), Gate("in_language", scores["in_language"], config.gate_prompt_in_language),
-             Gate("failed", scores["failed"], 0, at_least=False), Gate("problems of the questions", problems, 0, at_least=False)]
+    gates = [
+        Gate("readable", scores["readable"], config.gate_prompt_readable),
+        Gate("in_language", scores["in_language"], config.gate_prompt_in_language),
+        Gate("failed", scores["failed"], 0, at_least=False), Gate("problems of the questions", problems, 0, at_least=False),
+    ]
     if config.retrieval != "off": gates.insert(0, Gate("grounded", scores["grounded"], config.gate_prompt_grounded))
     if against is not None: gates.append(Gate("not clearly worse than the prompt in use", float(against.verdict != "worse"), 1.0))
     return gates
@@ -172,7 +209,13 @@ def report_table(
     for measure in MEASURES:
         if (c := paired(winner, base, measure)) is None: continue
         (a, b), turned = _both(winner, base, measure), dict(better="worse", worse="better") if measure in LESS_IS_BETTER else {}
-        rows.append(dict(metric=measure, base=float(b.mean()), winner=float(a.mean()), difference=f"{c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}]", detectable=c.detectable, p_value=c.p_value, n=c.n, verdict=turned.get(c.verdict, c.verdict)))
+        rows.append(
+            dict(
+                metric=measure, base=float(b.mean()), winner=float(a.mean()),
+                difference=f"{c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}]", detectable=c.detectable, p_value=c.p_value,
+                n=c.n, verdict=turned.get(c.verdict, c.verdict),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/04_prompts.ipynb #118df1ec
@@ -185,7 +228,8 @@ def promote(
     "Record the verdict on a prompt version; if it may be used, make it `challenger`, then `champion`."
     failed, champion = [g for g in gates if not g.holds], ws.prompt(noun, "champion", record=False)
     verdict, genai = "FAILED" if failed else "PASSED", ws.mlflow().genai
-    for key, value in dict(verdict=verdict, evidence=json.dumps([g.row() for g in gates])).items(): genai.set_prompt_version_tag(ws.registered(noun), int(version), key, value)
+    for key, value in dict(verdict=verdict, evidence=json.dumps([g.row() for g in gates])).items():
+        genai.set_prompt_version_tag(ws.registered(noun), int(version), key, value)
     if failed and ws.config.gate_mode == "raise": return verdict
     ws.set_prompt_alias(noun, "challenger", version)
     if champion is None or str(champion.version) != version:
@@ -197,8 +241,11 @@ def block_prompt(ws: Workspace, version: str, gates: list[Gate], noun: str = "an
     "Raise `DataError` when a gate does not hold and the environment's gates raise; it names what stays in use."
     if all(g.holds for g in gates) or ws.config.gate_mode != "raise": return
     stays = ws.prompt(noun, "champion", record=False)
-    raise DataError(f"The prompt in version {version} is refused: {'; '.join(g.broken for g in gates if not g.holds)}. {f'Version {stays.version} stays' if stays else 'No prompt is'} in use. "
-                    f"Read its answers in the report, mend its file in {ws.config.prompts}, and run again.")
+    raise DataError(
+        f"The prompt in version {version} is refused: {'; '.join(g.broken for g in gates if not g.holds)}."
+        f" {f'Version {stays.version} stays' if stays else 'No prompt is'} in use. Read its answers in the report, mend its file in"
+        f" {ws.config.prompts}, and run again."
+    )
 
 def rollback_prompt(ws: Workspace, noun: str = "answer_prompt") -> str: # The version that is in use afterwards
     "Put the previous prompt back in use; the two change places. `DataError` if there is none."

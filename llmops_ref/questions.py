@@ -30,7 +30,9 @@ def stems(text: str) -> set[str]:
     "The words of a question, without their endings."
     return {s for w in re.findall(r"\w+", text.casefold()) for s in (terms(w) if w.isascii() else [w])} or {text.strip().casefold()}
 
-def twins(questions: pd.DataFrame) -> list[tuple[str, str, float]]: # Ids of both, the earlier one first, and the share of words they have in common
+def twins(
+    questions: pd.DataFrame,
+) -> list[tuple[str, str, float]]: # Ids of both, the earlier one first, and the share of words they have in common
     "Pairs of questions that say the same."
     said = {q.id: stems(q.question) for q in questions.itertuples()}
     pairs = ((a, b, len(said[a] & said[b]) / len(said[a] | said[b])) for a, b in itertools.combinations(said, 2))
@@ -46,30 +48,59 @@ def _twin_problems(questions):
     rows = questions.set_index("id")
     for first, second, share in twins(questions):
         a, same = rows.loc[first], "the same question as" if share == 1 else f"a near-duplicate ({share:.0%} of the words) of"
-        if a.split != rows.split[second]: yield second, f"leak between splits: {same} {first} of the {a.split} split", f"Delete one of them: what was used for training must not be tested ({a.question!r})."
+        if a.split != rows.split[second]:
+            yield (
+                second,
+                f"leak between splits: {same} {first} of the {a.split} split",
+                f"Delete one of them: what was used for training must not be tested ({a.question!r}).",
+            )
         else: yield second, f"{same} {first}", f"Delete one of them, or ask what is different ({a.question!r})."
 
 def _gold_problems(questions, ids):
     known = set(ids)
     missing = [(q.id, g) for q in questions.itertuples() for g in q.gold if g not in known]
     if other := len(missing) > max(5, sum(map(len, questions.gold)) / 10):
-        yield missing[0][0], f"{len(missing)} gold objects are not among the documents: {', '.join(g for _, g in missing[:3])}, ...", "Another corpus, or a package at another version? Let the settings `corpus` and `questions` go together, or correct the questions."
+        yield (
+            missing[0][0],
+            f"{len(missing)} gold objects are not among the documents: {', '.join(g for _, g in missing[:3])}, ...",
+            (
+                "Another corpus, or a package at another version? Let the settings `corpus` and `questions` go together, or correct the"
+                " questions."
+            ),
+        )
     for id, gold in missing * (not other):
         meant = closest_id(gold, ids)
-        yield id, f"gold object {gold} is not among the documents", (f"Write {meant}, if that is what is meant." if meant else "Name an object of the corpus.") + " If the question is newer than the documents, run the stage corpus first."
+        yield (
+            id,
+            f"gold object {gold} is not among the documents",
+            (f"Write {meant}, if that is what is meant." if meant else "Name an object of the corpus.")
+            + " If the question is newer than the documents, run the stage corpus first.",
+        )
 
 def _answer_problems(questions, documents):
-    pages = set(documents.id[documents.kind.isin(PAGES)]) if documents is not None and "kind" in documents else {g for gold in questions.gold for g in gold if is_page(g)}
+    pages = (
+        set(documents.id[documents.kind.isin(PAGES)])
+        if documents is not None and "kind" in documents
+        else {g for gold in questions.gold for g in gold if is_page(g)}
+    )
     for q in questions.itertuples():
-        if not len(q.gold) and not is_refusal(q.answer): yield q.id, "unanswerable, and the reference answer does not refuse", f"Answer {REFUSAL!r}, or name the gold objects."
-        if len(q.gold) and not pages.intersection(q.gold) and not names_gold(q.answer, list(q.gold), q.answer): yield q.id, "the reference answer names none of the gold objects", f"Name `{q.gold[0]}` in it, or correct `gold`."    # its own names count as asked: any gold name will do, not only the first
+        if not len(q.gold) and not is_refusal(q.answer):
+            yield q.id, "unanswerable, and the reference answer does not refuse", f"Answer {REFUSAL!r}, or name the gold objects."
+        if (
+            len(q.gold) and not pages.intersection(q.gold) and not names_gold(q.answer, list(q.gold), q.answer)
+        ): # its own names count as asked: any gold name will do, not only the first
+            yield q.id, "the reference answer names none of the gold objects", f"Name `{q.gold[0]}` in it, or correct `gold`."
 
 def check_questions(
     questions: pd.DataFrame, # From `load_questions`
     documents: pd.DataFrame | None = None, # Columns `id kind`; without them, gold objects are not looked up
 ) -> pd.DataFrame: # One row a problem: `id problem fix`
     "What is wrong with questions although each line is well-formed."
-    rows = [*_twin_problems(questions), *_answer_problems(questions, documents), *(_gold_problems(questions, documents.id.tolist()) if documents is not None else [])]
+    rows = [
+        *_twin_problems(questions),
+        *_answer_problems(questions, documents),
+        *(_gold_problems(questions, documents.id.tolist()) if documents is not None else []),
+    ]
     return pd.DataFrame(rows, columns=["id", "problem", "fix"]).sort_values("id", kind="stable", ignore_index=True)
 
 # %% ../nbs/02c_questions.ipynb #70f2ebdf
@@ -85,10 +116,17 @@ def one_writer(path: Path | str):
 
 def _choose_split(gold, question, known, wanted=None):     # where its gold objects are already, else as wanted, else by hash
     has = {g: q.split for q in known.itertuples() for g in q.gold if g in gold}
-    if len(set(has.values())) > 1: raise DataError(f"Not added: its gold objects are in both splits ({', '.join(f'{g} in {s}' for g, s in has.items())}), so it would leak. Name those of one split only.")
+    if len(set(has.values())) > 1:
+        raise DataError(
+            f"Not added: its gold objects are in both splits ({', '.join(f'{g} in {s}' for g, s in has.items())}), so it would leak. Name"
+            " those of one split only."
+        )
     for g, split in has.items():
-        if split != (wanted or split): raise DataError(f"Not added: {g} is gold in the {split} split already, and would leak. Leave out the split, or say {split}.")
-    return wanted or next(iter(has.values()), ("train", "test")[hashlib.sha256("\0".join(sorted(gold) or [question]).encode()).digest()[0] % 2])
+        if split != (wanted or split):
+            raise DataError(f"Not added: {g} is gold in the {split} split already, and would leak. Leave out the split, or say {split}.")
+    return wanted or next(
+        iter(has.values()), ("train", "test")[hashlib.sha256("\0".join(sorted(gold) or [question]).encode()).digest()[0] % 2]
+    )
 
 def add_question(
     path: Path | str, # The file of `load_questions`
@@ -104,10 +142,17 @@ def add_question(
     question, gold = " ".join(question.split()), list(dict.fromkeys(g.strip() for g in gold))
     with one_writer(path):
         text = Path(path).read_bytes().decode()
-        known = load_questions(path, drafts=True) if text.strip() else pd.DataFrame(columns=["id", "question", "type", "gold", "answer", "split"])
+        known = (
+            load_questions(path, drafts=True)
+            if text.strip()
+            else pd.DataFrame(columns=["id", "question", "type", "gold", "answer", "split"])
+        )
         number = max((int(i[1:]) for i in known.id if re.fullmatch("q[0-9]+", i)), default=0) + 1
-        row = dict(id=f"q{number:03d}", question=question, type=type, gold=gold, answer=answer.strip() or REFUSAL * (type == "unanswerable"),
-                   split=_choose_split(gold, question, known, split), status="draft") | (dict(by=by) if by else {})
+        row = dict(
+            id=f"q{number:03d}", question=question, type=type, gold=gold,
+            answer=answer.strip() or REFUSAL * (type == "unanswerable"), split=_choose_split(gold, question, known, split),
+            status="draft",
+        ) | (dict(by=by) if by else {})
         if problem := question_problem(row): raise DataError(f"Not added: the question {problem}.")
         kinds = documents if documents is not None and set(gold) <= set(documents.id) else None
         for found in check_questions(pd.concat([known, pd.DataFrame([row])]), kinds).itertuples():
@@ -130,15 +175,23 @@ def review_question(
         for line in Path(path).read_bytes().decode().split("\n"):
             q = json.loads(line) if line.strip() else {}
             if q.get("id") != id: lines.append(line)
-            elif accept: lines.append(json.dumps({k: v for k, v in q.items() if k != "status"} | (dict(reviewed_by=by) if by else {}), ensure_ascii=False))
+            elif accept:
+                lines.append(
+                    json.dumps({k: v for k, v in q.items() if k != "status"} | (dict(reviewed_by=by) if by else {}), ensure_ascii=False)
+                )
         write_atomic(path, "\n".join(lines))
 
 # %% ../nbs/02c_questions.ipynb #3a8be7dd
 def _datasets(ws):                                  # all versions, the oldest first
     from mlflow.genai.datasets import search_datasets
     prefix, experiment = ws.registered("questions_"), ws.mlflow().get_experiment_by_name(ws.experiment).experiment_id
-    named = None if ws.config.platform == "databricks" else f"name LIKE '{prefix}%'"     # there, a filter is not supported; here, without one only a week is searched
-    return sorted((d for d in search_datasets(experiment_ids=[experiment], filter_string=named) if d.name.startswith(prefix)), key=lambda d: str(d.created_time))
+    named = (
+        None if ws.config.platform == "databricks" else f"name LIKE '{prefix}%'"
+    )  # there, a filter is not supported; here, without one only a week is searched
+    return sorted(
+        (d for d in search_datasets(experiment_ids=[experiment], filter_string=named) if d.name.startswith(prefix)),
+        key=lambda d: str(d.created_time),
+    )
 
 def evaluation_datasets(
     ws: Workspace,
@@ -146,18 +199,37 @@ def evaluation_datasets(
 ) -> dict[str, str]: # Split -> name of its MLflow evaluation dataset, for `mlflow.genai.datasets.get_dataset`
     "Put questions on record, one dataset a split, named by a digest of its content; what is there already is not made again."
     if ws.config.platform == "databricks" and importlib.util.find_spec("databricks.agents") is None:
-        raise SettingsError("Evaluation datasets on Databricks need the package databricks-agents. Install it: pip install 'llmops-ref[databricks]'.")
+        raise SettingsError(
+            "Evaluation datasets on Databricks need the package databricks-agents. Install it: pip install 'llmops-ref[databricks]'."
+        )
     from mlflow.genai.datasets import create_dataset
     kept, names = {d.name: d for d in _datasets(ws)}, {}
     for split, rows in questions.groupby("split"):
-        records = [dict(inputs=dict(question=q.question), expectations=dict(expected_response=q.answer, gold=list(q.gold)), tags=dict(id=q.id, type=q.type, split=split)) for q in rows.sort_values("id").itertuples()]
-        name = names[split] = ws.registered(f"questions_{split}_{hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:12]}")
+        records = [
+            dict(
+                inputs=dict(question=q.question),
+                expectations=dict(expected_response=q.answer, gold=list(q.gold)),
+                tags=dict(id=q.id, type=q.type, split=split),
+            )
+            for q in rows.sort_values("id").itertuples()
+        ]
+        name = names[split] = ws.registered(
+            f"questions_{split}_{hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:12]}"
+        )
         dataset = kept.get(name) or create_dataset(name)
         if len(dataset.to_df()) < len(records): dataset.merge_records(records)      # new, or a process that was killed left half of it
     return names
 
 def dataset_versions(ws: Workspace) -> pd.DataFrame: # `split version name questions created`, the newest version of a split last
     "All versions of the evaluation datasets of an environment."
-    rows = [(d.name.rsplit("_", 2)[1], d.name, len(d.to_df()), pd.to_datetime(d.created_time, unit="ms" if isinstance(d.created_time, int) else None)) for d in _datasets(ws)]
+    rows = [
+        (
+            d.name.rsplit("_", 2)[1], d.name, len(d.to_df()),
+            pd.to_datetime(d.created_time, unit="ms" if isinstance(d.created_time, int) else None),
+        )
+        for d in _datasets(ws)
+    ]
     frame = pd.DataFrame(rows, columns=["split", "name", "questions", "created"])
-    return frame.assign(version=frame.groupby("split").cumcount() + 1)[["split", "version", "name", "questions", "created"]].sort_values(["split", "version"], ignore_index=True)
+    return frame.assign(version=frame.groupby("split").cumcount() + 1)[["split", "version", "name", "questions", "created"]].sort_values(
+        ["split", "version"], ignore_index=True
+    )

@@ -25,10 +25,14 @@ def current_stages(
     stages = {}
     for number, stage in enumerate(run.get("stages") or [], 1):
         state, result = stage.get("state") or "pending", stage.get("result") or {}
-        if state in ("pending", "skipped", "waiting") or state == "failed" and (result.get("finished") or 0) < (run.get("started") or 0): result = {}
+        if state in ("pending", "skipped", "waiting") or state == "failed" and (result.get("finished") or 0) < (run.get("started") or 0):
+            result = {}
         metrics, name = result.get("metrics") or {}, stage.get("name") or f"stage {number}"
-        stages[name] = {**stage, "name": name, "state": state, "result": result, "metrics": metrics, "details": result.get("details") or {},
-                        "number": (stage.get("notebook") or "").partition("_")[0], "previous": metrics if state == "cached" else stage.get("previous") or {}}
+        stages[name] = {
+            **stage, "name": name, "state": state, "result": result, "metrics": metrics, "details": result.get("details") or {},
+            "number": (stage.get("notebook") or "").partition("_")[0],
+            "previous": metrics if state == "cached" else stage.get("previous") or {},
+        }
     return stages
 
 # %% ../nbs/90a_report.ipynb #5ba2cc84
@@ -45,10 +49,16 @@ class Verdict:
 def _sentence(passed, version, live, before, stopped, env, waiting=""):
     who = f"Assistant version {version}" if version else "The candidate"
     if waiting: return f"{who} passed validation and waits for a person"
-    if passed is None: return f"The run stopped{stopped and ' at ' + stopped}" if stopped is not None else "The run completed; no model was validated"
-    if passed and live: return f"{who} passed validation" + (" and is deployed" if str(live) == str(version) else f"; version {live} is deployed")
+    if passed is None:
+        return f"The run stopped{stopped and ' at ' + stopped}" if stopped is not None else "The run completed; no model was validated"
+    if passed and live:
+        return f"{who} passed validation" + (" and is deployed" if str(live) == str(version) else f"; version {live} is deployed")
     if passed: return f"{who} passed validation and is not deployed" + (f", because {stopped} failed" if stopped else " yet")
-    if live and live != before: return f"{who} did not pass validation; {'it' if str(live) == str(version) else f'version {live}'} is deployed all the same, as gates only inform in {env}"
+    if live and live != before:
+        return (
+            f"{who} did not pass validation; {'it' if str(live) == str(version) else f'version {live}'} is deployed all the same, as gates"
+            f" only inform in {env}"
+        )
     return f"{who} did not pass validation and is not deployed" + (f"; version {live} stays" if live else "")
 
 # %% ../nbs/90a_report.ipynb #488352df
@@ -60,23 +70,48 @@ def verdict(
     checked, deployed, watched = ((stages.get(name) or {}).get("details") or {} for name in ("validation", "deployment", "monitoring"))
     stop = next((s for s in stages.values() if s["state"] == "failed"), dict(name="") if run.get("status") == "failed" else None)
     error = next(iter(str((stop or {}).get("error") or "").strip().splitlines()), "")
-    passed = {"PASSED": True, "FAILED": False}.get(str(checked.get("verdict")).upper(), False if "Validation failed" in str((stop or {}).get("error")) else None)
+    passed = {"PASSED": True, "FAILED": False}.get(
+        str(checked.get("verdict")).upper(), False if "Validation failed" in str((stop or {}).get("error")) else None
+    )
     gates, reasons = checked.get("gates") or [], []
     if broken := [f"{g.get('gate')} is {show('', g.get('value'))} and must be {g.get('must_be')}" for g in gates if not g.get("holds")]:
         reasons.append(f"{len(broken)} of {len(gates)} gates do not hold: {'; '.join(broken)}.")
     elif gates: reasons.append(f"All {len(gates)} gates hold.")
     for row in (checked.get("comparison") or [])[:1]:
-        reasons.append(f"Score “{row.get('metric')}”: {show('', row.get('base'))} for what it is compared with ({_names(checked)['base'].lower()}), {show('', row.get('candidate'))} for the candidate. Difference {row.get('difference')}.")
+        reasons.append(
+            f"Score “{row.get('metric')}”: {show('', row.get('base'))} for what it is compared with ({_names(checked)['base'].lower()}),"
+            f" {show('', row.get('candidate'))} for the candidate. Difference {row.get('difference')}."
+        )
     if alarms := [str(a.get("signal")) for a in watched.get("alerts") or [] if a.get("breached")]:
         reasons.append(f"Attention: {len(alarms)} of {len(watched['alerts'])} signals in use are over their bound ({', '.join(alarms)}).")
     asked = (stages.get("corpus") or {}).get("metrics") or {}
-    if drafts := int(asked.get("drafts") or 0): reasons.append(f"Attention: {drafts} of the {int(asked.get('questions', drafts))} evaluation questions are drafts that nobody has reviewed. Numbers on them flatter.")
+    if drafts := int(asked.get("drafts") or 0):
+        reasons.append(
+            f"Attention: {drafts} of the {int(asked.get('questions', drafts))} evaluation questions are drafts that nobody has reviewed."
+            " Numbers on them flatter."
+        )
     if run.get("waiting"): reasons.append(f"Attention: {run['waiting']}")
     if error: reasons.append(error if len(error) < 400 else error[:400] + " …")
-    if stop: reasons.append("What was deployed before is untouched by stages that did not run. Repeat the command when this is mended: stages that finished are not run again.")
-    word = {True: "PASSED", False: "NOT PASSED", None: "COMPLETED"}[passed] if not stop or passed is False else f"STOPPED AT {stop['name'].upper()}" if stop["name"] else "STOPPED"
+    if stop:
+        reasons.append(
+            "What was deployed before is untouched by stages that did not run. Repeat the command when this is mended: stages that finished"
+            " are not run again."
+        )
+    word = (
+        {True: "PASSED", False: "NOT PASSED", None: "COMPLETED"}[passed]
+        if not stop or passed is False
+        else f"STOPPED AT {stop['name'].upper()}" if stop["name"] else "STOPPED"
+    )
     tone = "bad" if stop else {True: "good", False: "warn", None: ""}[passed]
-    return Verdict(word, tone, _sentence(passed, checked.get("version"), deployed.get("version"), deployed.get("previous_version"), stop and stop["name"], run.get("env"), run.get("waiting")), reasons)
+    return Verdict(
+        word,
+        tone,
+        _sentence(
+            passed, checked.get("version"), deployed.get("version"), deployed.get("previous_version"),
+            stop and stop["name"], run.get("env"), run.get("waiting"),
+        ),
+        reasons,
+    )
 
 # %% ../nbs/90a_report.ipynb #bb1f7207
 KEY_NUMBERS = [ # Stage, metric (a regular expression; {best} is the stage's winner), words
@@ -102,7 +137,9 @@ KEY_NUMBERS = [ # Stage, metric (a regular expression; {best} is the stage's win
 
 def _row(stage, name, label=None):
     value, before = stage["metrics"][name], stage["previous"].get(name)
-    return dict(stage=stage["name"], label=label or name, value=show(name, value), previous=show(name, before), change=change(name, value, before))
+    return dict(
+        stage=stage["name"], label=label or name, value=show(name, value), previous=show(name, before), change=change(name, value, before)
+    )
 
 def key_numbers(
     run: dict,
@@ -140,11 +177,25 @@ def timeline(
     return stages, [dict(left=t / total * 100, text=f"{t / 60:g} min" if step >= 60 else f"{t:g} s") for t in ticks]
 
 # %% ../nbs/90a_report.ipynb #aa093cae
-CAPTIONS = dict(decision="Decision", gates="Gates", test_split="The winner on the test split, beside what it would replace", designs="Every design, on the train split", questions="Problems of the questions", left_out="Left out", datasets="Evaluation datasets", by_type="Right answers by type of question", registry="The prompt registry", behaviour="Behaviour of the winner", failures="What the winner gets wrong on the test split", judges="Judges beside the scorers", judge_failures="What the judge could not say", search="Search for a better prompt", proposal="Its proposal",
-                variants="The fine-tune as served: quality and cost of each file", against_base="Each variant against the base model, on the held-out pairs", wrong="Where the tuned model still fails", scaling="What more pairs buy",
-                scorecard="The candidates", packages="Where the documents come from", by_method="Ways to search, on the test questions", misses="Questions that the search misses",
-                smoke="Smoke test of the endpoint", alerts="Signals and their bounds", triggers="What to do, by cause", drift="Drift of questions, day by day", planted="The rehearsal: hidden in made-up traffic, and found", basis="What the numbers are of", cases_left_out="Reviewed cases that were left out", url="Endpoint", rollback="To go back")
-SCORECARD = ("name", "format", "licence", "size_mb", "quality", "seconds", "decode_tps", "mrr", "verdict") # Of its many columns, those to show
+CAPTIONS = dict(
+    decision="Decision", gates="Gates", test_split="The winner on the test split, beside what it would replace",
+    designs="Every design, on the train split", questions="Problems of the questions", left_out="Left out",
+    datasets="Evaluation datasets", by_type="Right answers by type of question", registry="The prompt registry",
+    behaviour="Behaviour of the winner", failures="What the winner gets wrong on the test split",
+    judges="Judges beside the scorers", judge_failures="What the judge could not say",
+    search="Search for a better prompt", proposal="Its proposal",
+    variants="The fine-tune as served: quality and cost of each file",
+    against_base="Each variant against the base model, on the held-out pairs",
+    wrong="Where the tuned model still fails", scaling="What more pairs buy", scorecard="The candidates",
+    packages="Where the documents come from", by_method="Ways to search, on the test questions",
+    misses="Questions that the search misses", smoke="Smoke test of the endpoint", alerts="Signals and their bounds",
+    triggers="What to do, by cause", drift="Drift of questions, day by day",
+    planted="The rehearsal: hidden in made-up traffic, and found", basis="What the numbers are of",
+    cases_left_out="Reviewed cases that were left out", url="Endpoint", rollback="To go back",
+)
+SCORECARD = (
+    "name", "format", "licence", "size_mb", "quality", "seconds", "decode_tps", "mrr", "verdict",
+)  # Of its many columns, those to show
 
 def split_details(
     details: dict,
@@ -152,7 +203,8 @@ def split_details(
 ) -> tuple[dict, dict]: # Tables and facts, by caption
     "Sort the details of a stage by how they are shown."
     tables, facts = {}, {}
-    if card := details.get("scorecard"): details = details | dict(scorecard=[{c: row[c] for c in SCORECARD if c in row} or row for row in card])
+    if card := details.get("scorecard"):
+        details = details | dict(scorecard=[{c: row[c] for c in SCORECARD if c in row} or row for row in card])
     for key, value in details.items():
         if key in skip or value in (None, "", [], {}): continue
         rows = isinstance(value, list) and all(isinstance(row, dict) for row in value)
@@ -177,21 +229,35 @@ def versions(
 def _tally(cards, total):
     pairs = [tuple(s["correct"] for s in c["sides"]) for c in cards]
     if not any(len(p) == 2 and None not in p for p in pairs): return ""
-    return ((f"These are the first {len(cards)} of {total} that were kept as examples. " if total > len(cards) else "")
-            + f"“{cards[0]['sides'][1]['name']}” alone is right on {pairs.count((False, True))}, “{cards[0]['sides'][0]['name']}” alone on {pairs.count((True, False))}, both on {pairs.count((True, True))}, "
-            f"neither on {pairs.count((False, False))}. Numbers in small boxes are citations and lead to the passage.")
+    return (
+        (f"These are the first {len(cards)} of {total} that were kept as examples. " if total > len(cards) else "")
+        + f"“{cards[0]['sides'][1]['name']}” alone is right on {pairs.count((False, True))}, “{cards[0]['sides'][0]['name']}” alone on"
+        f" {pairs.count((True, False))}, both on {pairs.count((True, True))}, neither on {pairs.count((False, False))}. Numbers in small"
+        " boxes are citations and lead to the passage."
+    )
 
 # %% ../nbs/90a_report.ipynb #82be7846
 def _dress(stage, run, folder):
     "Add to a stage what its section shows."
     shown, figures, examples = stage["name"] == "validation", stage["result"].get("figures") or [], stage["details"].get("examples") or []
-    tables, facts = split_details(stage["details"], ("examples", "comparison", "verdict") if shown else ("examples", "loss") if figures else ("examples",))
-    link, took = relative_link(stage.get("executed")) if stage["state"] not in ("pending", "waiting") else None, duration(stage.get("seconds"))
+    tables, facts = split_details(
+        stage["details"], ("examples", "comparison", "verdict") if shown else ("examples", "loss") if figures else ("examples",)
+    )
+    link, took = relative_link(stage.get("executed")) if stage["state"] not in ("pending", "waiting") else None, duration(
+        stage.get("seconds")
+    )
     page = relative_link(stage.get("executed_html")) or (f"{Path(link).with_suffix('.html')}" if link else None)
-    said = dict(ran=f"Ran for {took}", cached="Up to date, so it was not run again", failed=f"Failed after {took}", skipped=f"Skipped: {stage.get('why')}", waiting="It has not run")
-    return stage | dict(tables=tables, facts=facts, link=link, page=page if link and (Path(folder) / page).is_file() else None, said=said.get(stage["state"], "Not run"),
-                        images=[dict(name=Path(str(f)).stem, data=picture(run.get("store") or folder, f)) for f in figures], rows=[_row(stage, name) for name in stage["metrics"]],
-                        pairs=[] if shown else [answer_card(e, f"{stage['name']}{n}") for n, e in enumerate(examples[:4])])
+    said = dict(
+        ran=f"Ran for {took}", cached="Up to date, so it was not run again", failed=f"Failed after {took}",
+        skipped=f"Skipped: {stage.get('why')}", waiting="It has not run",
+    )
+    return stage | dict(
+        tables=tables, facts=facts, link=link, page=page if link and (Path(folder) / page).is_file() else None,
+        said=said.get(stage["state"], "Not run"),
+        images=[dict(name=Path(str(f)).stem, data=picture(run.get("store") or folder, f)) for f in figures],
+        rows=[_row(stage, name) for name in stage["metrics"]],
+        pairs=[] if shown else [answer_card(e, f"{stage['name']}{n}") for n, e in enumerate(examples[:4])],
+    )
 
 def render_report(
     run: dict, # What the pipeline knows of a run; every key is optional
@@ -202,13 +268,24 @@ def render_report(
     checked, states = current_stages(run).get("validation", {}).get("details", {}), [s["state"] for s in bars]
     examples = checked.get("examples") or []
     cards = [answer_card(e, f"q{n}", _names(checked)) for n, e in enumerate(examples[:10], 1)]
-    counts = ", ".join(f"{states.count(state)} {text}" for state, text in dict(ran="ran", cached="up to date", failed="failed", skipped="skipped", waiting="waiting for a person", pending="not run").items() if state in states)
+    counts = ", ".join(
+        f"{states.count(state)} {text}"
+        for state, text in dict(
+            ran="ran", cached="up to date", failed="failed", skipped="skipped", waiting="waiting for a person", pending="not run"
+        ).items()
+        if state in states
+    )
     runs = ", ".join(f"{s['name']} {str(s['result']['run_id'])[:8]}" for s in bars if s["result"].get("run_id"))
-    facts = {"Command": run.get("command"), "Commit": run.get("commit"), "Machine": run.get("machine"), "Store": run.get("store"), "MLflow runs": runs}
+    facts = {
+        "Command": run.get("command"), "Commit": run.get("commit"), "Machine": run.get("machine"),
+        "Store": run.get("store"), "MLflow runs": runs,
+    }
     when = time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(run["started"])).lstrip("0") if run.get("started") else ""
     return render_page(
-        run=run, verdict=verdict(run), keys=key_numbers(run), compared=any(s["previous"] for s in bars), counts=counts, when=when, ticks=ticks, cards=cards,
-        stages=[_dress(s, run, folder) for s in bars], tally=_tally(cards, len(examples)), comparison=checked.get("comparison"), facts=facts, versions=versions(run))
+        run=run, verdict=verdict(run), keys=key_numbers(run), compared=any(s["previous"] for s in bars), counts=counts,
+        when=when, ticks=ticks, cards=cards, stages=[_dress(s, run, folder) for s in bars],
+        tally=_tally(cards, len(examples)), comparison=checked.get("comparison"), facts=facts, versions=versions(run),
+    )
 
 def write_report(run: dict, folder: Path | str) -> Path:
     "Render the report of a run and put it in its folder as `report.html`, in one step."
@@ -231,7 +308,10 @@ def numbers_against(
 ) -> list[dict]: # As from `key_numbers`; `previous` is the other's
     "The key numbers of a run beside those of another one, whatever the run before it was."
     theirs = {name: stage["metrics"] for name, stage in current_stages(other).items()}
-    def beside(stage): return stage | dict(state="ran" if stage.get("state") == "cached" else stage.get("state"), previous=theirs.get(stage.get("name"), {}))
+    def beside(stage):
+        return stage | dict(
+            state="ran" if stage.get("state") == "cached" else stage.get("state"), previous=theirs.get(stage.get("name"), {})
+        )
     return key_numbers(run | dict(stages=[beside(stage) for stage in run.get("stages") or []]))
 
 def summary_markdown(
@@ -239,13 +319,28 @@ def summary_markdown(
     other: dict | None = None, # A run of main to compare with, instead of the one before
 ) -> str:
     "The verdict, the stages and the key numbers as short Markdown, for the summary of a job or a pull request."
-    found, said = verdict(run), dict(cached="up to date", failed="**failed**", skipped="skipped", waiting="**waits for a person**", pending="not run")
-    lines = [f"## {_md(found.word)}: {_md(found.title)}", "", *(f"- {_md(reason)}" for reason in found.reasons), "", "| stage | | result |", "|---|--:|---|"]
-    lines += [f"| {_md(s['number'])} {_md(s['name'])} | {said.get(s['state']) or duration(s.get('seconds'))} | {_md(s['result'].get('headline') or str(s.get('error') or '')[:200])} |"
-              for s in current_stages(run).values()]
+    found, said = verdict(run), dict(
+        cached="up to date", failed="**failed**", skipped="skipped", waiting="**waits for a person**", pending="not run"
+    )
+    lines = [
+        f"## {_md(found.word)}: {_md(found.title)}", "", *(f"- {_md(reason)}" for reason in found.reasons), "",
+        "| stage | | result |", "|---|--:|---|",
+    ]
+    lines += [
+        f"| {_md(s['number'])} {_md(s['name'])} | {said.get(s['state']) or duration(s.get('seconds'))} |"
+        f" {_md(s['result'].get('headline') or str(s.get('error') or '')[:200])} |"
+        for s in current_stages(run).values()
+    ]
     heads = ("last run", "this run", "change") if other is None else ("main", "this", "difference")
     rows = key_numbers(run) if other is None else numbers_against(run, other)
-    lines += ["", f"| number | {' | '.join(heads)} |", "|---|--:|--:|--:|", *(f"| {_md(k['label'])} | {k['previous']} | {k['value']} | {k['change']['text']} |" for k in rows)]
+    lines += [
+        "", f"| number | {' | '.join(heads)} |", "|---|--:|--:|--:|",
+        *(f"| {_md(k['label'])} | {k['previous']} | {k['value']} | {k['change']['text']} |" for k in rows),
+    ]
     end = f"{_md(run.get('env'))}, run {_md(run.get('run_id'))}, commit {_md(run.get('commit'))}, {duration(run.get('seconds'))}"
-    if other is not None: end += f"; main: commit {_md(other.get('commit'))}, {duration(other.get('seconds'))}. Seconds depend on the machine: here {_md(run.get('machine'))}, there {_md(other.get('machine'))}."
+    if other is not None:
+        end += (
+            f"; main: commit {_md(other.get('commit'))}, {duration(other.get('seconds'))}. Seconds depend on the machine: here"
+            f" {_md(run.get('machine'))}, there {_md(other.get('machine'))}."
+        )
     return "\n".join([*lines, "", end, ""])

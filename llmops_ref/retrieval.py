@@ -34,7 +34,9 @@ def embed_chunks(
     ws.reads.pop("table:embeddings", None)          # our own notebook, no input
     needed = chunks.drop_duplicates("digest")
     missing = needed[~needed.digest.isin(known.digest)]
-    fresh = pd.DataFrame(dict(digest=missing.digest, embedder=embedder.digest, vector=list(embed_texts(ws, missing.text.tolist(), embedder))))
+    fresh = pd.DataFrame(
+        dict(digest=missing.digest, embedder=embedder.digest, vector=list(embed_texts(ws, missing.text.tolist(), embedder)))
+    )
     table = pd.concat([known[known.digest.isin(needed.digest)], fresh], ignore_index=True) if len(known) else fresh
     if len(known): ws.merge("embeddings", table, key="digest")
     else: ws.write("embeddings", table)             # the first ones, or those of another model: the same texts, other vectors
@@ -61,7 +63,9 @@ def embed_texts(
     ws.progress(0, 1, f"embedding {len(texts):,} texts on {ws.cores} cores")
     tokenizer = ws.cache(embedder.digest, "tokenizer.json")        # where workers can read it
     if not tokenizer.is_file(): write_atomic(tokenizer, (minilm_folder() / "tokenizer.json").read_bytes())
-    batches = functools.partial(embed_batches, onnx=str(minilm_onnx(ws, embedder.precision)), tokenizer=str(tokenizer), precision=embedder.precision)
+    batches = functools.partial(
+        embed_batches, onnx=str(minilm_onnx(ws, embedder.precision)), tokenizer=str(tokenizer), precision=embedder.precision
+    )
     found = ws.map_batches(pd.DataFrame(dict(row=range(len(texts)), text=texts)), batches, VECTOR_SCHEMA).sort_values("row")
     return np.stack(found.vector.to_list()).astype(np.float32)
 
@@ -127,12 +131,16 @@ def _published(ws):                                 # what current.json says, or
     pointer = ws.store / "index" / "current.json"
     if not pointer.is_file(): return None
     try: return json.loads(pointer.read_text())
-    except ValueError: raise DataError(f"The file {pointer} is damaged. Delete it and run `llmops run --env {ws.config.env} --only retrieval --force`.") from None
+    except ValueError:
+        raise DataError(
+            f"The file {pointer} is damaged. Delete it and run `llmops run --env {ws.config.env} --only retrieval --force`."
+        ) from None
 
 def index_folder(ws: Workspace) -> Path:
     "Folder of the published index, noted as an input of the stage; `DataError` if nothing is published."
     published = _published(ws)
-    if published is None: raise DataError(f"No index is published in {ws.config.env}. Run `llmops run --env {ws.config.env} --to retrieval`.")
+    if published is None:
+        raise DataError(f"No index is published in {ws.config.env}. Run `llmops run --env {ws.config.env} --to retrieval`.")
     ws.reads["store:index/current.json"] = file_digest(ws.store / "index" / "current.json")
     return ws.store / "index" / published["folder"]
 
@@ -149,18 +157,25 @@ def open_faiss(
     embedder: Embedder | None = None, # If one is open already; another is opened where the index wants it
 ) -> Index:
     "The published FAISS index, verified and loaded with its embedder; `DataError` if it cannot be used."
-    if embedder is None: embedder = open_embedder(ws, index_precision(ws) or "fp32")        # slow, and no index changes it: so it comes first
+    if embedder is None:  # slow, and no index changes it: so it comes first
+        embedder = open_embedder(ws, index_precision(ws) or "fp32")
     reranker = open_reranker(ws.config.reranker)
     for attempt in range(10):
         folder, published = index_folder(ws), _published(ws)
         try:
             verify_digest(folder / "manifest.json", published.get("manifest", ""), REBUILD)
             made_by = check_index(folder)["embedder"]
-            if made_by != embedder.digest: embedder = open_embedder(ws, next((p for p in PRECISIONS if embedder_digest(p) == made_by), "fp32"))
+            if made_by != embedder.digest:
+                embedder = open_embedder(ws, next((p for p in PRECISIONS if embedder_digest(p) == made_by), "fp32"))
             return Index(folder, embedder, reranker)
         except (DataError, OSError, RuntimeError):
-            if published == _published(ws) and folder.name == published["folder"]: raise      # else it was replaced while we were reading: take the new one
-    raise DataError(f"The index of {ws.config.env} is replaced faster than it can be opened. Look for a second pipeline that runs in {ws.store}.")
+            if (
+                published == _published(ws) and folder.name == published["folder"]
+            ): # else it was replaced while we were reading: take the new one
+                raise
+    raise DataError(
+        f"The index of {ws.config.env} is replaced faster than it can be opened. Look for a second pipeline that runs in {ws.store}."
+    )
 
 # %% ../nbs/03_retrieval.ipynb #6373fa01
 class LiveIndex:
@@ -192,7 +207,10 @@ def open_index(
 ): # With `search(question, k, method, candidates, vector, filters)`
     "The index that the settings name: FAISS in the store, or AI Search on Databricks."
     if ws.config.vector_index == "faiss": return open_faiss(ws)
-    return open_ai_search(ws.registered("chunks_index"), open_embedder(ws, index_precision(ws) or "fp32") if ws.config.vector_index == "direct_access" else None)
+    return open_ai_search(
+        ws.registered("chunks_index"),
+        open_embedder(ws, index_precision(ws) or "fp32") if ws.config.vector_index == "direct_access" else None,
+    )
 
 def open_ai_search(name: str, embedder: Embedder | None):
     "An AI Search index; it fails after 20 seconds, since somebody waits for the answer."
@@ -215,7 +233,10 @@ def publish_to_ai_search(
     common = dict(endpoint_type=config.ai_search_endpoint_type, on_wait=on_wait, columns=(*COLUMNS, "kind"), **waiting)
     if config.vector_index == "delta_sync":
         ws.spark.sql(change_feed_sql(ws.registered("chunks")))
-        create_search_index(client, name, config.ai_search_endpoint, source_table=ws.registered("chunks"), embedding_endpoint=config.ai_search_embedding, **common)
+        create_search_index(
+            client, name, config.ai_search_endpoint, source_table=ws.registered("chunks"),
+            embedding_endpoint=config.ai_search_embedding, **common,
+        )
         sync_search_index(client, name, rows=len(chunks), on_wait=on_wait, **waiting)
         return Changes()
     create_search_index(client, name, config.ai_search_endpoint, "direct_access", dimension=vectors.shape[1], **common)
@@ -256,7 +277,10 @@ def plot_retrieval(
     import matplotlib.pyplot as plt
     colours = dict(zip(METHODS, ("#9aa5b1", "#5b8def", "#e4572e")))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(3, 2))
-    for axis, table in ((left, results.groupby("method")[MEASURES].mean().T), (right, results.pivot_table(index="type", columns="method", values="recall@5"))):
+    for axis, table in (
+        (left, results.groupby("method")[MEASURES].mean().T),
+        (right, results.pivot_table(index="type", columns="method", values="recall@5")),
+    ):
         table[list(METHODS)].plot.bar(ax=axis, color=colours, width=0.8, rot=0, legend=axis is left)
         axis.set(ylim=(0, 1), xlabel="")
         axis.spines[["top", "right"]].set_visible(False)
@@ -282,5 +306,10 @@ def explain_misses(
             found = [p.document_id for p in index.search(r.question, depth, method, depth)]
             ranks[method] = min((found.index(g) + 1 for g in r.gold if g in found), default=0)
         shared = set(terms(r.question)) & {t for g in r.gold for t in terms(texts.get(g, ""))}
-        rows.append(dict(question=r.question, type=r.type, gold=r.gold[0], first=r.found[0] if r.found else "", **ranks, shared=" ".join(sorted(shared))))
+        rows.append(
+            dict(
+                question=r.question, type=r.type, gold=r.gold[0], first=r.found[0] if r.found else "", **ranks,
+                shared=" ".join(sorted(shared)),
+            )
+        )
     return pd.DataFrame(rows, columns=["question", "type", "gold", "first", "bm25", "dense", "shared"])

@@ -33,11 +33,20 @@ def to_review(
     ws: Workspace,
 ) -> pd.DataFrame: # Rows of `feedback` with `question answer`, what to read first on top
     "The votes that wait for a person."
-    if ws.current("table:feedback") is None: return pd.DataFrame(columns=["feedback_id", "trace_id", "time", "good", "reason", "comment", "correction", "source", "question", "answer"])
+    if ws.current("table:feedback") is None:
+        return pd.DataFrame(
+            columns=["feedback_id", "trace_id", "time", "good", "reason", "comment", "correction", "source", "question", "answer"]
+        )
     waiting = weigh_votes(ws.read("feedback")).drop(columns="weight").fillna(dict(reason="", comment="", correction=""))
     waiting = waiting[~waiting.feedback_id.isin(reviewed_cases(ws).id) & (~waiting.good.astype(bool) | (waiting.correction != ""))]
     waiting = waiting.assign(fixed=waiting.correction != "").sort_values(["fixed", "time"], ascending=[False, True], kind="stable")
-    waiting = waiting.assign(turn=waiting.groupby("source").cumcount()).query("turn < @PER_SOURCE").sort_values("turn", kind="stable").head(MOST).drop(columns=["fixed", "turn"])
+    waiting = (
+        waiting.assign(turn=waiting.groupby("source").cumcount())
+        .query("turn < @PER_SOURCE")
+        .sort_values("turn", kind="stable")
+        .head(MOST)
+        .drop(columns=["fixed", "turn"])
+    )
     requests = ws.read("requests") if ws.current("table:requests") else None
     found = [_request(ws, requests, trace_id) for trace_id in waiting.trace_id]
     return waiting.assign(question=[f["question"] for f in found], answer=[f["answer"] for f in found]).reset_index(drop=True)
@@ -45,42 +54,89 @@ def to_review(
 # %% ../nbs/07e_review.ipynb #68963904
 def _answer_of(vote, request, answer):
     said = " ".join((answer or vote.correction or (request["answer"] if vote.good else "")).split())
-    return re.sub(r"\s*\[[\d,\s]+\]", "", re.sub(r"^According to \[[\d,\s]+\]:\s*", "", said))     # passages stand in another order next time
+    return re.sub(r"\s*\[[\d,\s]+\]", "", re.sub(r"^According to \[[\d,\s]+\]:\s*", "", said))  # passages stand in another order next time
 
 def _says_it(ws, answer, shown):                    # of the pages that were shown, the one that says it
     chunks = ws.read("chunks")
-    some = [(reference_recall(c.text, answer), c.document_id) for c in chunks[chunks.document_id.isin(list(shown)) & chunks.kind.isin(PAGES)].itertuples()]
+    some = [
+        (reference_recall(c.text, answer), c.document_id)
+        for c in chunks[chunks.document_id.isin(list(shown)) & chunks.kind.isin(PAGES)].itertuples()
+    ]
     return [document for share, document in sorted(some, reverse=True)[:1] if share >= SAID]
 
 def _gold_of(answer, documents, from_pages=list):
     named = [name.partition("(")[0].strip() for name in re.findall(r"`([^`\n]+)`", answer)]      # a path may hold spaces
     gold = [name for name in dict.fromkeys(named) if name in documents]
-    if not gold and not answer.startswith(REFUSAL[:15]): gold = from_pages()       # "It does not cover water" is no refusal if a page says so
+    if not gold and not answer.startswith(REFUSAL[:15]):  # "It does not cover water" is no refusal if a page says so
+        gold = from_pages()
     if gold or is_refusal(answer): return gold
     meant = next(filter(None, (closest_id(name, documents) for name in named)), None)
-    raise DataError((f"`{named[0]}` is not among the {len(documents):,} documents of this environment, so there is no passage to learn from." if named else f"The answer {answer[:80]!r} names no document in backticks, and no page that was shown says it, so there is no passage to learn from.") + (f" Did you mean `{meant}`?" if meant else " Name one, or refuse."))
+    raise DataError(
+        (
+            f"`{named[0]}` is not among the {len(documents):,} documents of this environment, so there is no passage to learn from."
+            if named
+            else (
+                f"The answer {answer[:80]!r} names no document in backticks, and no page that was shown says it, so there is no passage to"
+                " learn from."
+            )
+        )
+        + (f" Did you mean `{meant}`?" if meant else " Name one, or refuse.")
+    )
 
 # %% ../nbs/07e_review.ipynb #488ba3f6
 def _check_split(question, gold, uses, questions, cases):
-    if {"pair", "question"} <= set(uses): raise DataError("A case cannot be both learned (pair) and tested (question): the test would tell nothing. Choose one; a regression goes with either.")
+    if {"pair", "question"} <= set(uses):
+        raise DataError(
+            "A case cannot be both learned (pair) and tested (question): the test would tell nothing. Choose one; a regression goes with"
+            " either."
+        )
     if not {"pair", "question"} & set(uses): return
     other, becomes = ("test", "trained on") if "pair" in uses else ("train", "used for testing")
-    if taken := sorted({g for q in questions[questions.split == other].itertuples() for g in q.gold} & set(gold)): raise DataError(f"The {other} split asks about {taken[0]}, so it cannot be {becomes}. Accept it as something else, or reject this feedback.")
-    against = cases[[c.accepted and ("question" if other == "test" else "pair") in c.uses for c in cases.itertuples()]] if len(cases) else cases
-    if taken := sorted({g for c in against.itertuples() for g in c.gold} & set(gold)): raise DataError(f"A case about {taken[0]} was accepted for the {other} split, so this one cannot be {becomes}. Accept it as something else, or reject this feedback.")
-    asked = pd.concat([questions[questions.split == other][["id", "question"]], against[["id", "question"]], pd.DataFrame([dict(id="this", question=question)])])
-    if near := [pair for pair in twins(asked) if "this" in pair]: raise DataError(f"The {other} split asks the same as {question!r}, or nearly ({near[0][0]}), so it cannot be {becomes}. Accept it as something else, or reject this feedback.")
+    if taken := sorted({g for q in questions[questions.split == other].itertuples() for g in q.gold} & set(gold)):
+        raise DataError(
+            f"The {other} split asks about {taken[0]}, so it cannot be {becomes}. Accept it as something else, or reject this feedback."
+        )
+    against = (
+        cases[[c.accepted and ("question" if other == "test" else "pair") in c.uses for c in cases.itertuples()]] if len(cases) else cases
+    )
+    if taken := sorted({g for c in against.itertuples() for g in c.gold} & set(gold)):
+        raise DataError(
+            f"A case about {taken[0]} was accepted for the {other} split, so this one cannot be {becomes}. Accept it as something else, or"
+            " reject this feedback."
+        )
+    asked = pd.concat(
+        [
+            questions[questions.split == other][["id", "question"]],
+            against[["id", "question"]],
+            pd.DataFrame([dict(id="this", question=question)]),
+        ]
+    )
+    if near := [pair for pair in twins(asked) if "this" in pair]:
+        raise DataError(
+            f"The {other} split asks the same as {question!r}, or nearly ({near[0][0]}), so it cannot be {becomes}. Accept it as something"
+            " else, or reject this feedback."
+        )
 
 def _case(ws, vote, answer, uses, cases):           # question, gold documents and answer of feedback that can be learned from
     read, questions = ws.read("documents"), ws.read("questions")
     documents, pages = read.id.tolist(), "kind" in read and read.kind.isin(PAGES).any()
     request = _request(ws, ws.read("requests") if ws.current("table:requests") else None, vote.trace_id)
-    if not request["question"]: raise DataError(f"The trace {vote.trace_id} of this feedback is gone, and its request is not in the table requests. Reject it.")
+    if not request["question"]:
+        raise DataError(f"The trace {vote.trace_id} of this feedback is gone, and its request is not in the table requests. Reject it.")
     question, answer = request["question"], _answer_of(vote, request, answer)
-    if vote.source == "synthetic": raise DataError(f"The feedback {vote.feedback_id} is made up; only what people say can be accepted. Reject it.")
-    if not answer: raise DataError(f"The feedback {vote.feedback_id} says that the answer was bad, not which one would be good. Give the `answer`, or reject it.")
-    if len(answer) > 2000: raise DataError(f"The answer has {len(answer):,} characters, at most 2,000 are taken. One or two sentences are best.")
-    if found := personal_data(f"{question} {answer}") or re.findall(r"\[(email|phone|card)\]", f"{question} {answer}"): raise DataError(f"The feedback {vote.feedback_id} holds personal data ({', '.join(dict.fromkeys(found))}), which a model must not learn. Reject it.")
+    if vote.source == "synthetic":
+        raise DataError(f"The feedback {vote.feedback_id} is made up; only what people say can be accepted. Reject it.")
+    if not answer:
+        raise DataError(
+            f"The feedback {vote.feedback_id} says that the answer was bad, not which one would be good. Give the `answer`, or reject it."
+        )
+    if len(answer) > 2000:
+        raise DataError(f"The answer has {len(answer):,} characters, at most 2,000 are taken. One or two sentences are best.")
+    if found := personal_data(f"{question} {answer}") or re.findall(r"\[(email|phone|card)\]", f"{question} {answer}"):
+        raise DataError(
+            f"The feedback {vote.feedback_id} holds personal data ({', '.join(dict.fromkeys(found))}), which a model must not learn."
+            " Reject it."
+        )
     gold = _gold_of(answer, documents, lambda: _says_it(ws, answer, request["passages"]) if pages else [])
     _check_split(question, gold, uses, questions[~questions.id.isin(cases.id)], cases)
     return question, gold, answer
@@ -96,18 +152,33 @@ def review_feedback(
 ) -> dict: # The row in `reviewed`, columns `REVIEWED`
     "A person's verdict on what somebody said; to reject what was accepted is to withdraw it. `DataError` says why it cannot be accepted; nothing is written then."
     if not by.strip(): raise DataError("A review needs a name: say who reviews.")
-    if ws.config.reviewers and by.strip() not in ws.config.reviewers: raise DataError(f"{by.strip()[:100]} may not review in {ws.config.env}. The setting `reviewers` names {', '.join(ws.config.reviewers)}.")
-    if accept and (not uses or (wrong := [use for use in uses if use not in USES])): raise DataError(f"Say what the case becomes: {', '.join(USES)}" + (f", not {wrong[0]!r}." if uses else "."))
+    if ws.config.reviewers and by.strip() not in ws.config.reviewers:
+        raise DataError(
+            f"{by.strip()[:100]} may not review in {ws.config.env}. The setting `reviewers` names {', '.join(ws.config.reviewers)}."
+        )
+    if accept and (not uses or (wrong := [use for use in uses if use not in USES])):
+        raise DataError(f"Say what the case becomes: {', '.join(USES)}" + (f", not {wrong[0]!r}." if uses else "."))
     feedback = ws.read("feedback") if ws.current("table:feedback") else pd.DataFrame(columns=["feedback_id"])
     vote = next((v for v in feedback.fillna("").itertuples() if v.feedback_id == feedback_id), None)
     if vote is None: raise DataError(f"There is no feedback {feedback_id!r} in {ws.config.env}. Use a feedback_id of the table feedback.")
-    if ws.config.reviewers and pseudonym(by.strip()) == vote.source: raise DataError(f"The feedback {feedback_id} is {by.strip()}'s own, and somebody else reviews it: {', '.join(r for r in ws.config.reviewers if r != vote.source)}.")
+    if ws.config.reviewers and pseudonym(by.strip()) == vote.source:
+        raise DataError(
+            f"The feedback {feedback_id} is {by.strip()}'s own, and somebody else reviews it:"
+            f" {', '.join(r for r in ws.config.reviewers if r != vote.source)}."
+        )
     cases = reviewed_cases(ws)
     known = feedback_id in (done := cases.set_index("id")).index
-    if known and (accept or not done.accepted[feedback_id]): raise DataError(f"The feedback {feedback_id} was {'accepted' if done.accepted[feedback_id] else 'rejected'} by {done.by[feedback_id]} already.")
+    if known and (accept or not done.accepted[feedback_id]):
+        raise DataError(
+            f"The feedback {feedback_id} was {'accepted' if done.accepted[feedback_id] else 'rejected'} by {done.by[feedback_id]} already."
+        )
     question, gold, answer = _case(ws, vote, answer, uses, cases) if accept else ("", [], "")
-    row = dict(verdict=feedback_id + "/withdrawn" * known, id=feedback_id, time=pd.Timestamp.now(tz="UTC"), by=by.strip()[:100], accepted=accept, uses=" ".join(uses) if accept else "", question=question, gold="\n".join(gold), answer=answer)
-    if not ws.add("reviewed", pd.DataFrame([row], columns=REVIEWED), "verdict"): raise DataError(f"The feedback {feedback_id} was reviewed by somebody else at this moment.")
+    row = dict(
+        verdict=feedback_id + "/withdrawn" * known, id=feedback_id, time=pd.Timestamp.now(tz="UTC"), by=by.strip()[:100],
+        accepted=accept, uses=" ".join(uses) if accept else "", question=question, gold="\n".join(gold), answer=answer,
+    )
+    if not ws.add("reviewed", pd.DataFrame([row], columns=REVIEWED), "verdict"):
+        raise DataError(f"The feedback {feedback_id} was reviewed by somebody else at this moment.")
     _tell_mlflow(ws, vote.trace_id, row)
     return row
 
@@ -121,7 +192,9 @@ def send_to_review(
     "Put traces where reviewers look; one that is there already stays as it is."
     mlflow = ws.mlflow()
     if ws.config.platform == "databricks":
-        session = next((s for s in mlflow.genai.get_labeling_sessions() if s.name == QUEUE), None) or mlflow.genai.create_labeling_session(QUEUE)
+        session = next((s for s in mlflow.genai.get_labeling_sessions() if s.name == QUEUE), None) or mlflow.genai.create_labeling_session(
+            QUEUE
+        )
         if trace_ids: session.add_traces([trace for t in trace_ids if (trace := mlflow.get_trace(t, silent=True)) is not None])
         return session.url
     from mlflow.genai import review_queues
@@ -142,11 +215,18 @@ def _tell_mlflow(ws, trace_id, row):
     from mlflow.genai import review_queues
     mlflow = ws.mlflow()
     with contextlib.suppress(MlflowException):
-        if row["accepted"]: mlflow.log_expectation(trace_id=trace_id, name="expected_response", value=row["answer"], source=AssessmentSource(source_type="HUMAN", source_id=row["by"]), metadata=dict(feedback_id=row["id"], uses=row["uses"]))
+        if row["accepted"]:
+            mlflow.log_expectation(
+                trace_id=trace_id, name="expected_response", value=row["answer"],
+                source=AssessmentSource(source_type="HUMAN", source_id=row["by"]),
+                metadata=dict(feedback_id=row["id"], uses=row["uses"]),
+            )
     if ws.config.platform == "databricks": return   # a session ends in the review app
     with contextlib.suppress(MlflowException):
         send_to_review(ws, [trace_id])
-        review_queues.set_review_queue_item_status(_queue().queue_id, item_id=trace_id, status="complete" if row["accepted"] else "declined", completed_by=row["by"])
+        review_queues.set_review_queue_item_status(
+            _queue().queue_id, item_id=trace_id, status="complete" if row["accepted"] else "declined", completed_by=row["by"]
+        )
 
 # %% ../nbs/07e_review.ipynb #f5b85b6d
 def trace_case(
@@ -156,24 +236,60 @@ def trace_case(
     "The way of a vote: who said it, who accepted it as what, and which versions learned it or were tested with it. `DataError` if there is no such vote."
     feedback = ws.read("feedback") if ws.current("table:feedback") else pd.DataFrame(columns=["feedback_id"])
     vote = next((v for v in feedback.fillna("").itertuples() if v.feedback_id == feedback_id), None)
-    if vote is None: raise DataError(f"There is no feedback {feedback_id!r} in {ws.config.env}. `llmops review --env {ws.config.env}` lists what waits.")
-    rows = [("asked", _request(ws, ws.read("requests") if ws.current("table:requests") else None, vote.trace_id)["question"], f"trace {vote.trace_id}"),
-            ("voted", f"thumb {'up' if vote.good else 'down'} by {vote.source}" + (f": {vote.correction or vote.comment}" if vote.correction or vote.comment else ""), f"table feedback, {feedback_id}")]
+    if vote is None:
+        raise DataError(f"There is no feedback {feedback_id!r} in {ws.config.env}. `llmops review --env {ws.config.env}` lists what waits.")
+    rows = [
+        (
+            "asked",
+            _request(ws, ws.read("requests") if ws.current("table:requests") else None, vote.trace_id)["question"],
+            f"trace {vote.trace_id}",
+        ),
+        (
+            "voted",
+            f"thumb {'up' if vote.good else 'down'} by {vote.source}"
+            + (f": {vote.correction or vote.comment}" if vote.correction or vote.comment else ""),
+            f"table feedback, {feedback_id}",
+        ),
+    ]
     case = next((c for c in reviewed_cases(ws).itertuples() if c.id == feedback_id), None)
     if case is None: rows.append(("waits", "nobody has reviewed it", ""))
-    else: rows.append(("accepted" if case.accepted else "rejected", f"by {case.by}" + (f" as {', '.join(case.uses)}: {case.answer}" if case.accepted else ""), f"table reviewed, {case.time:%Y-%m-%d %H:%M}"))
-    return pd.DataFrame(rows + (_learned(ws, feedback_id, case) if case is not None and case.accepted else []), columns=["step", "what", "where"])
+    else:
+        rows.append(
+            (
+                "accepted" if case.accepted else "rejected",
+                f"by {case.by}" + (f" as {', '.join(case.uses)}: {case.answer}" if case.accepted else ""),
+                f"table reviewed, {case.time:%Y-%m-%d %H:%M}",
+            )
+        )
+    return pd.DataFrame(
+        rows + (_learned(ws, feedback_id, case) if case is not None and case.accepted else []), columns=["step", "what", "where"]
+    )
 
 # %% ../nbs/07e_review.ipynb #2299366d
 def _learned(ws, id, case):
     rows, client = [], ws.mlflow().MlflowClient()
-    if ws.current("table:questions") and id in set((questions := ws.read("questions")).id): rows.append(("question", f"asked in the {questions.set_index('id').split[id]} split", f"table questions, version {ws.table_version('questions')}"))
-    if ws.current("table:training_pairs") and (n := int((ws.read("training_pairs").source == f"feedback {id}").sum())): rows.append(("pairs", f"{n} training pairs", f"table training_pairs, version {ws.table_version('training_pairs')}"))
+    if ws.current("table:questions") and id in set((questions := ws.read("questions")).id):
+        rows.append(
+            (
+                "question",
+                f"asked in the {questions.set_index('id').split[id]} split",
+                f"table questions, version {ws.table_version('questions')}",
+            )
+        )
+    if ws.current("table:training_pairs") and (n := int((ws.read("training_pairs").source == f"feedback {id}").sum())):
+        rows.append(("pairs", f"{n} training pairs", f"table training_pairs, version {ws.table_version('training_pairs')}"))
     if "regression" in case.uses: rows.append(("regression", "each validation asks it from now on", "stage 06_validation"))
     models = [str(v.version) for v in client.search_model_versions(f"name = '{ws.registered('chat_model')}'")]
     models = [number for number in sorted(models, key=int) if id in cases_of(ws, number)["learned"]]
     rows += [("learned", f"version {number} of chat_model was trained on it", ws.registered("chat_model")) for number in models]
     for v in sorted(client.search_model_versions(f"name = '{ws.registered('assistant')}'"), key=lambda v: int(v.version)):
         found = client.get_model_version(ws.registered("assistant"), str(v.version))
-        if found.tags.get("chat_model_version") in models: rows.append(("serves" if "champion" in found.aliases else "validated", f"version {v.version} of the assistant answers with it" + f" ({', '.join(found.aliases)})" * bool(found.aliases), f"{ws.registered('assistant')}, {found.tags.get('model_validation_status', 'PENDING')}"))
+        if found.tags.get("chat_model_version") in models:
+            rows.append(
+                (
+                    "serves" if "champion" in found.aliases else "validated",
+                    f"version {v.version} of the assistant answers with it" + f" ({', '.join(found.aliases)})" * bool(found.aliases),
+                    f"{ws.registered('assistant')}, {found.tags.get('model_validation_status', 'PENDING')}",
+                )
+            )
     return rows

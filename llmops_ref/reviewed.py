@@ -17,7 +17,11 @@ from .scoring import REFUSAL, asks_for_name, mentions
 from .workspace import Workspace
 
 # %% ../nbs/01c_reviewed.ipynb #1a994df5
-USES = dict(pair="A training pair: the next model learns it", question="An evaluation question: each later version is asked, none learns it", regression="A regression: a version that gets it wrong is not deployed")
+USES = dict(
+    pair="A training pair: the next model learns it",
+    question="An evaluation question: each later version is asked, none learns it",
+    regression="A regression: a version that gets it wrong is not deployed",
+)
 REVIEWED = "verdict id time by accepted uses question gold answer".split()
 
 def reviewed_cases(
@@ -27,9 +31,15 @@ def reviewed_cases(
     "What reviewers said so far. A stage that asks depends on it, even while there is nothing."
     ws.reads["table:reviewed"] = ws.current("table:reviewed")
     if ws.reads["table:reviewed"] is None: return pd.DataFrame(columns=REVIEWED)
-    found = ws.read("reviewed").sort_values(["time", "id"], ignore_index=True).drop_duplicates("id", keep="last", ignore_index=True)      # a case can be withdrawn
-    found = found.assign(gold=[[g for g in gold.split("\n") if g] for gold in found.gold], uses=found.uses.str.split(), accepted=found.accepted.astype(bool))
-    return found if not use else found[[accepted and use in uses for accepted, uses in zip(found.accepted, found.uses)]].reset_index(drop=True)
+    found = (
+        ws.read("reviewed").sort_values(["time", "id"], ignore_index=True).drop_duplicates("id", keep="last", ignore_index=True)
+    )  # a case can be withdrawn
+    found = found.assign(
+        gold=[[g for g in gold.split("\n") if g] for gold in found.gold], uses=found.uses.str.split(), accepted=found.accepted.astype(bool)
+    )
+    return (
+        found if not use else found[[accepted and use in uses for accepted, uses in zip(found.accepted, found.uses)]].reset_index(drop=True)
+    )
 
 # %% ../nbs/01c_reviewed.ipynb #99e019fa
 def question_rows(
@@ -49,10 +59,14 @@ def question_rows(
         elif c.question.casefold() in asked: problems.append((c.id, "the question is there already"))
         else:
             kind = "unanswerable" if not len(c.gold) else "lookup" if any(mentions(c.question, g) for g in c.gold) else "howto"
-            rows.append(dict(id=c.id, question=c.question, type=kind, gold=list(c.gold), answer=c.answer if len(c.gold) else REFUSAL, split=split))
+            rows.append(
+                dict(id=c.id, question=c.question, type=kind, gold=list(c.gold), answer=c.answer if len(c.gold) else REFUSAL, split=split)
+            )
             splits |= dict.fromkeys(c.gold, split)
             asked.add(c.question.casefold())
-    return pd.DataFrame(rows, columns=["id", "question", "type", "gold", "answer", "split"]), pd.DataFrame(problems, columns=["id", "problem"])
+    return pd.DataFrame(rows, columns=["id", "question", "type", "gold", "answer", "split"]), pd.DataFrame(
+        problems, columns=["id", "problem"]
+    )
 
 # %% ../nbs/01c_reviewed.ipynb #1c100a55
 def regression_rows(
@@ -61,8 +75,15 @@ def regression_rows(
     retrieval: str = "hybrid", # With off there are no passages, and nothing can be cited
 ) -> pd.DataFrame: # Columns `id question must what why`, as from `load_regressions`
     "Cases that were accepted as regressions."
-    rows = [dict(id=c.id, question=c.question, must="refuse" if not len(c.gold) else "name" if asks_for_name(list(c.gold), c.answer) else "cite", what=list(c.gold), why=f"a user met it; accepted by {c.by} on {c.time:%d %B %Y}".replace(" on 0", " on "))
-            for c in cases.itertuples() if c.accepted and "regression" in c.uses and (documents is None or not len(c.gold) or set(c.gold) & set(documents))]
+    rows = [
+        dict(
+            id=c.id, question=c.question,
+            must="refuse" if not len(c.gold) else "name" if asks_for_name(list(c.gold), c.answer) else "cite",
+            what=list(c.gold), why=f"a user met it; accepted by {c.by} on {c.time:%d %B %Y}".replace(" on 0", " on "),
+        )
+        for c in cases.itertuples()
+        if c.accepted and "regression" in c.uses and (documents is None or not len(c.gold) or set(c.gold) & set(documents))
+    ]
     rows = [row for row in rows if retrieval != "off" or row["must"] != "cite"]
     return pd.DataFrame(rows, columns=["id", "question", "must", "what", "why"])
 
@@ -75,5 +96,8 @@ def cases_of(
 ) -> dict[str, list[str]]: # `known`: accepted when it was trained; `learned`: among its pairs. Both empty for a version without a record
     "The cases that a version of the fine-tuned model was trained with."
     from mlflow.exceptions import MlflowException
-    try: return json.loads(Path(ws.mlflow().artifacts.download_artifacts(f"models:/{ws.registered('chat_model')}/{version}/{LEARNED}")).read_text())
+    try:
+        return json.loads(
+            Path(ws.mlflow().artifacts.download_artifacts(f"models:/{ws.registered('chat_model')}/{version}/{LEARNED}")).read_text()
+        )
     except (MlflowException, OSError, ValueError): return dict(known=[], learned=[])

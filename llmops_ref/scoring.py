@@ -46,7 +46,9 @@ def ndcg_at_k(found: list[str], gold: set[str], k: int = 10) -> float:
 
 # %% ../nbs/00c_scoring.ipynb #733b4136
 REFUSAL = "I cannot answer that from the documents."
-_REFUSING = re.compile(r"\b(can ?not|can't|could not|unable to|do(es)? not|don't|doesn't)\b[^.]{0,40}\b(answer|contain|provide|mention|find|know|cover)", re.I)
+_REFUSING = re.compile(
+    r"\b(can ?not|can't|could not|unable to|do(es)? not|don't|doesn't)\b[^.]{0,40}\b(answer|contain|provide|mention|find|know|cover)", re.I
+)
 
 def is_refusal(
     answer: str,
@@ -86,7 +88,9 @@ def names_gold(
     first = next((n for n in names if any(mentions(n, g) for g in gold) or n not in asked and re.search(r"[._]|[a-z][A-Z]", n)), "")
     return float(any(mentions(first, g) for g in gold))
 
-_NAME = re.compile(r"`([^`\n]+)`|\b[A-Za-z_]\w+(?:\.\w{2,})+|\b[A-Za-z]\w*_\w+|\b(?:[A-Z][a-z0-9]+){2,}\w*")   # in backticks, dotted, snake_case, CamelCase
+_NAME = re.compile(
+    r"`([^`\n]+)`|\b[A-Za-z_]\w+(?:\.\w{2,})+|\b[A-Za-z]\w*_\w+|\b(?:[A-Z][a-z0-9]+){2,}\w*"
+)  # in backticks, dotted, snake_case, CamelCase
 
 _FILE = re.compile(r"\.(md|markdown|txt|html?|rst|pdf|ipynb)$", re.I)
 
@@ -160,12 +164,21 @@ def reference_recall(
 
 _NOT = re.compile(r"\b(not|never|no|none|nobody|cannot|without|neither|nor)\b|n't\b", re.I)
 
-def _numbers(text): return set(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"\[[\d,\s]+\]", "", text))))      # a citation is no number, and 1,000 is 1000
+def _numbers(text):  # a citation is no number, and 1,000 is 1000
+    return set(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"\[[\d,\s]+\]", "", text))))
 
 def says_reference(answer: str, reference: str, question: str = "") -> float: # 1.0 or 0.0
     "Whether an answer says what the reference does: `SAID` of its words, each number that the question had not, and *not* where the reference says it."
-    if is_refusal(answer) and not is_refusal(reference) or _content_words(reference) and reference_recall(answer, reference, question) < SAID: return 0.0
-    said = max(re.split(r"(?<=[.!?])\s+", answer), key=lambda sentence: reference_recall(sentence, reference, question))      # an answer may go on about other things
+    if (
+        is_refusal(answer)
+        and not is_refusal(reference)
+        or _content_words(reference)
+        and reference_recall(answer, reference, question) < SAID
+    ):
+        return 0.0
+    said = max(
+        re.split(r"(?<=[.!?])\s+", answer), key=lambda sentence: reference_recall(sentence, reference, question)
+    )  # an answer may go on about other things
     return float(_numbers(reference) - _numbers(question) <= _numbers(answer) and bool(_NOT.search(said)) == bool(_NOT.search(reference)))
 
 def asks_for_name(gold: list[str], reference: str) -> bool:
@@ -204,7 +217,11 @@ def readable(
     return float(len(plain) >= 3 and circles < 0.25 and empty <= 1)
 
 # %% ../nbs/00c_scoring.ipynb #714d5549
-_PII = dict(email=re.compile(r"\b[\w.+-]+@[\w-]+\.[A-Za-z][\w.-]*\w\b"), phone=re.compile(r"(?<![\w.])\+\d{1,3}[ -]?(?:\(?\d+\)?[ -]?){2,5}\d{2,}\b"), card=re.compile(r"(?<![\w.])(?:\d[ -]?){12,18}\d(?![\w.])"))
+_PII = dict(
+    email=re.compile(r"\b[\w.+-]+@[\w-]+\.[A-Za-z][\w.-]*\w\b"),
+    phone=re.compile(r"(?<![\w.])\+\d{1,3}[ -]?(?:\(?\d+\)?[ -]?){2,5}\d{2,}\b"),
+    card=re.compile(r"(?<![\w.])(?:\d[ -]?){12,18}\d(?![\w.])"),
+)
 
 def _luhn(digits): return sum(int(n) if i % 2 == 0 else sum(divmod(2 * int(n), 10)) for i, n in enumerate(reversed(digits))) % 10 == 0
 
@@ -247,9 +264,17 @@ def score_answer(
     precision, by_name = citation_precision(answer, shown, gold), asks_for_name(gold, reference)
     right = names_gold(answer, gold, question) if by_name else says_reference(answer, reference, question)
     known = any(mentions(question, g) for g in gold) if by_name else set(_content_words(reference)) <= set(_content_words(question))
-    scores = {"names_gold" if by_name else "says_reference": right} | dict(token_f1=token_f1(answer, reference), cited=float(bool(citations(answer))),
-              refused_wrongly=float(refused), correct=0.0 if shown and known and not precision else right) | form
-    return scores | (dict(citation_precision=precision, citation_recall=citation_recall(answer, shown, gold)) if set(shown) & set(gold) else {})
+    scores = (
+        {"names_gold" if by_name else "says_reference": right}
+        | dict(
+            token_f1=token_f1(answer, reference), cited=float(bool(citations(answer))), refused_wrongly=float(refused),
+            correct=0.0 if shown and known and not precision else right,
+        )
+        | form
+    )
+    return scores | (
+        dict(citation_precision=precision, citation_recall=citation_recall(answer, shown, gold)) if set(shown) & set(gold) else {}
+    )
 
 # %% ../nbs/00c_scoring.ipynb #7142cb0f
 def similarities(
@@ -264,7 +289,10 @@ def similarities(
     return [float(a @ b) for a, b in zip(vectors[:len(answers)], vectors[len(answers):])]
 
 # %% ../nbs/00c_scoring.ipynb #52dd77ea
-AGREEMENT = (("helpful", "correct", 0.5), ("helpful", "token_f1", 0.3), ("helpful", "citation_precision", 0.5), ("grounded", "grounded", 0.8), ("readable", "readable", 0.5))
+AGREEMENT = (
+    ("helpful", "correct", 0.5), ("helpful", "token_f1", 0.3), ("helpful", "citation_precision", 0.5),
+    ("grounded", "grounded", 0.8), ("readable", "readable", 0.5),
+)
 
 def score_labelled(
     path, # JSON Lines, one question a line: `question_id question gold reference passages answers`, each answer with its labels
@@ -273,8 +301,12 @@ def score_labelled(
     rows = []
     for q in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()):
         documents, texts = [p["document_id"] for p in q["passages"]], [p["text"] for p in q["passages"]]
-        rows += [dict(question_id=q["question_id"], answer=a["answer"]) | {f"label_{name}": a[name] for name in ("helpful", "grounded", "readable")}
-                 | score_answer(a["answer"], documents, q["gold"], q["reference"], q["question"], texts) for a in q["answers"]]
+        rows += [
+            dict(question_id=q["question_id"], answer=a["answer"])
+            | {f"label_{name}": a[name] for name in ("helpful", "grounded", "readable")}
+            | score_answer(a["answer"], documents, q["gold"], q["reference"], q["question"], texts)
+            for a in q["answers"]
+        ]
     return pd.DataFrame(rows)
 
 def agreement(
@@ -296,7 +328,12 @@ def agreement_with_people(
     for label, score, bound in pairs:
         both = scored[scored[f"label_{label}"].notna() & scored[score].notna()]
         wanted = both[f"label_{label}"].astype(bool)
-        rows.append((label, score, len(both), *agreement(both[score] >= bound, wanted), float(roc_auc_score(wanted, both[score])) if wanted.nunique() == 2 else float("nan")))
+        rows.append(
+            (
+                label, score, len(both), *agreement(both[score] >= bound, wanted),
+                float(roc_auc_score(wanted, both[score])) if wanted.nunique() == 2 else float("nan"),
+            )
+        )
     return pd.DataFrame(rows, columns=["label", "score", "n", "agree", "kappa", "auc"])
 
 # %% ../nbs/00c_scoring.ipynb #db056fd1
@@ -307,13 +344,18 @@ class Comparison:
     low: float
     high: float
     n: int # Questions, or groups of them
-    detectable: float = float("nan") # Smallest true difference that this many questions would find in four of five cases; NaN where they are too few for any
+    detectable: float = float(
+        "nan"
+    )  # Smallest true difference that this many questions would find in four of five cases; NaN where they are too few for any
     p_value: float | None = None # McNemar's exact test; only of scores that are 0 or 1
     confidence: float = 0.95
 
     @property
     def verdict(self) -> str:
-        if self.n < 6 or (self.p_value is not None and self.p_value >= 1 - self.confidence): return "not enough evidence"     # five that all go one way have a p value of 0.06 in a sign test
+        if self.n < 6 or (
+            self.p_value is not None and self.p_value >= 1 - self.confidence
+        ): # five that all go one way have a p value of 0.06 in a sign test
+            return "not enough evidence"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "not enough evidence"
 
     def __str__(self): return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], n = {self.n}: {self.verdict}"
@@ -334,7 +376,9 @@ def compare(
     confidence: float = 0.95,
     resamples: int = 4000,
     seed: int = 17,
-    groups: list | None = None, # Which questions belong together, such as those about the same passages: they are drawn together, and count as one
+    groups: (
+        list | None
+    ) = None, # Which questions belong together, such as those about the same passages: they are drawn together, and count as one
 ) -> Comparison:
     "Paired bootstrap on the per-question differences; `ValueError` if the lists do not pair up or are empty."
     a, b = np.asarray(candidate, float), np.asarray(baseline, float)
@@ -347,11 +391,17 @@ def compare(
     drawn = np.random.default_rng(seed).integers(0, d.size, (resamples, d.size))
     means = (d[drawn] * weights[drawn]).sum(1) / weights[drawn].sum(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    binary, z = groups is None and set(np.unique([a, b])) <= {0.0, 1.0}, NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(0.8)
-    detectable = z * max(d.std(ddof=1) if d.size > 1 else 1.0, 1 / math.sqrt(d.size)) / math.sqrt(d.size)       # differences that are all the same say little when they are few
+    binary, z = groups is None and set(np.unique([a, b])) <= {0.0, 1.0}, NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(
+        0.8
+    )
+    detectable = (
+        z * max(d.std(ddof=1) if d.size > 1 else 1.0, 1 / math.sqrt(d.size)) / math.sqrt(d.size)
+    )  # differences that are all the same say little when they are few
     if binary: detectable = max(detectable, z * z / (d.size + z * z))       # a difference of x spreads by x (1 - x) at least
     if d.size < 6 or binary and detectable > 1: detectable = float("nan")   # `verdict` calls none of five, and shares differ by 1 at most
-    return Comparison(float((a - b).mean()), float(low), float(high), int(d.size), float(detectable), mcnemar(a, b) if binary else None, confidence)
+    return Comparison(
+        float((a - b).mean()), float(low), float(high), int(d.size), float(detectable), mcnemar(a, b) if binary else None, confidence
+    )
 
 # %% ../nbs/00c_scoring.ipynb #1514f87d
 @dataclass(frozen=True)
@@ -372,4 +422,6 @@ class Gate:
         return f"{self.metric} is {self.value:.3f}, must be {'at least' if self.at_least else 'at most'} {self.bound:g}"
 
     def row(self) -> dict:
-        return dict(gate=self.metric, value=round(self.value, 3), must_be=f"{'≥' if self.at_least else '≤'} {self.bound:g}", holds=self.holds)
+        return dict(
+            gate=self.metric, value=round(self.value, 3), must_be=f"{'≥' if self.at_least else '≤'} {self.bound:g}", holds=self.holds
+        )

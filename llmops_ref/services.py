@@ -54,7 +54,10 @@ def free_port(
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: probe.bind(("127.0.0.1", wanted))
-        except OSError: raise SettingsError(f"Port {wanted} (`{setting}`) is in use. Stop what listens there, or set {setting} = 0 to take a free one.") from None
+        except OSError:
+            raise SettingsError(
+                f"Port {wanted} (`{setting}`) is in use. Stop what listens there, or set {setting} = 0 to take a free one."
+            ) from None
         return probe.getsockname()[1]
 
 # %% ../nbs/00f_services.ipynb #80697fb2
@@ -131,9 +134,16 @@ def start_service(
         if other.name == name: stop_service(ws, other)
     port, log, scratch = free_port(port), ws.here("logs", f"{name}.log"), ws.here("services", name)
     scratch.mkdir(exist_ok=True)                    # its own: that of a stage ends with the stage
-    variables = os.environ | {"TMPDIR": str(scratch), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | {key: value.replace("{port}", str(port)) for key, value in (environment or {}).items()}
+    variables = (
+        os.environ
+        | {"TMPDIR": str(scratch), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        | {key: value.replace("{port}", str(port)) for key, value in (environment or {}).items()}
+    )
     with log.open("wb") as output:
-        process = subprocess.Popen([part.replace("{port}", str(port)) for part in command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
+        process = subprocess.Popen(
+            [part.replace("{port}", str(port)) for part in command], stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, env=variables, start_new_session=True,
+        )
     service = Service(name, process.pid, psutil.Process(process.pid).create_time(), port, "", owner())      # serves nothing yet
     write_atomic(ws.here("services", f"{name}.json"), json.dumps(asdict(service)))
     if service.owner == os.getpid(): atexit.register(stop_service, ws, service)
@@ -150,7 +160,10 @@ def _wait_until_ready(service, process, ready, timeout, log):
     end = time.time() + timeout
     while time.time() < end:
         if process.poll() is not None:
-            raise DataError(f"The service {service.name!r} stopped while starting (exit code {process.returncode}). Its last words: {' '.join(log.read_text(errors='replace').split())[-300:]} (all of them: {log})")
+            raise DataError(
+                f"The service {service.name!r} stopped while starting (exit code {process.returncode}). Its last words:"
+                f" {' '.join(log.read_text(errors='replace').split())[-300:]} (all of them: {log})"
+            )
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(service.url + ready, timeout=2).status_code == 200: return
         time.sleep(0.05)

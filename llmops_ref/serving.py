@@ -29,7 +29,10 @@ def serve_main(arguments: list[str] | None = None) -> None:
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=8000)
     chosen = options.parse_args(arguments)
-    if name := os.environ.pop("MLFLOW_EXPERIMENT_NAME", None): mlflow.set_experiment(name)      # else MLflow asks its store for it at each request, and an answer would wait for a store that is down
+    if name := os.environ.pop(
+        "MLFLOW_EXPERIMENT_NAME", None
+    ): # else MLflow asks its store for it at each request, and an answer would wait for a store that is down
+        mlflow.set_experiment(name)
     agent = mlflow.pyfunc.load_model(os.environ["ASSISTANT_URI"])._model_impl.get_raw_model()
     @invoke()
     async def answer(request): return await asyncio.to_thread(agent.predict, request)
@@ -41,7 +44,7 @@ def serve_main(arguments: list[str] | None = None) -> None:
 
 # %% ../nbs/06c_serving.ipynb #ce5cb274
 ROUTE, FRONT = "assistant", "front"                 # name of the assistant for clients, and of the service that is the front door
-SETTLES = 10                                        # seconds for which MLflow's gateway goes by the shares that it knows; less it does not allow
+SETTLES = 10  # seconds for which MLflow's gateway goes by the shares that it knows; less it does not allow
 
 def start_endpoint(
     ws: Workspace,
@@ -54,9 +57,18 @@ def start_endpoint(
         if service.name == name and service.digest == version:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{service.url}/health", timeout=5).status_code == 200: return service
-    code = ws.mlflow().artifacts.download_artifacts(f"{uri}/code", dst_path=str(ws.here("served", version, "code").parent))      # where it stays as long as it is served
-    environment = serving_environment(ws, version) | dict(ASSISTANT_URI=uri, MLFLOW_ENABLE_ASYNC_TRACE_LOGGING="true", PYTHONPATH=os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])]))
-    return start_service(ws, name, [sys.executable, "-P", "-m", "llmops_ref.serving", "--port", "{port}"], version, "/health", port, ws.config.serving_timeout, environment)
+    code = ws.mlflow().artifacts.download_artifacts(
+        f"{uri}/code", dst_path=str(ws.here("served", version, "code").parent)
+    )  # where it stays as long as it is served
+    environment = serving_environment(ws, version) | dict(
+        ASSISTANT_URI=uri,
+        MLFLOW_ENABLE_ASYNC_TRACE_LOGGING="true",
+        PYTHONPATH=os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    )
+    return start_service(
+        ws, name, [sys.executable, "-P", "-m", "llmops_ref.serving", "--port", "{port}"], version, "/health", port,
+        ws.config.serving_timeout, environment,
+    )
 
 def ask_endpoint(
     url: str, # Of a service, or of the front door
@@ -65,7 +77,12 @@ def ask_endpoint(
     timeout: float = 60.0, # Seconds
 ) -> dict: # The answer dictionary: `answer passages citations seconds trace_id version ...`
     "Ask over HTTP; `DataError` with the server's words if it does not answer with 200."
-    try: response = httpx.post(f"{url}/responses", json=dict(model=ROUTE, input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)), timeout=timeout)
+    try:
+        response = httpx.post(
+            f"{url}/responses",
+            json=dict(model=ROUTE, input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)),
+            timeout=timeout,
+        )
     except httpx.HTTPError as error: raise DataError(f"The endpoint {url} did not answer: {type(error).__name__} {error}") from None
     if response.status_code != 200: raise DataError(f"The endpoint {url} answered {response.status_code}: {response.text[:300]}")
     reply = response.json()
@@ -81,7 +98,10 @@ def read_events(
     for line in lines:                              # to the end: to hang up before it looks like somebody who has gone away
         if not line.startswith("data:") or line.endswith("[DONE]"): continue
         event = json.loads(line[5:])
-        if error := event.get("error"): raise DataError(f"The endpoint failed while it answered: {str(error.get('message', error) if isinstance(error, dict) else error)[:300]}")
+        if error := event.get("error"):
+            raise DataError(
+                f"The endpoint failed while it answered: {str(error.get('message', error) if isinstance(error, dict) else error)[:300]}"
+            )
         if event.get("type") == "response.output_text.delta": yield event["delta"]
         elif event.get("type") == "response.output_item.done":
             whole = True
@@ -97,15 +117,26 @@ def stream_endpoint(
 ):
     "Ask over HTTP; yields what `read_events` does. Closed early, it hangs up."
     try:
-        with httpx.stream("POST", f"{url}/responses", json=dict(model=ROUTE, stream=True, input=[dict(role="user", content=question)], custom_inputs=dict(purpose="traffic") | (inputs or {})), headers=headers, timeout=timeout) as response:
-            if response.status_code != 200: raise DataError(f"The endpoint {url} answered {response.status_code}: {response.read().decode(errors='replace')[:300]}")
+        with httpx.stream(
+            "POST", f"{url}/responses",
+            json=dict(
+                model=ROUTE, stream=True, input=[dict(role="user", content=question)],
+                custom_inputs=dict(purpose="traffic") | (inputs or {}),
+            ),
+            headers=headers, timeout=timeout,
+        ) as response:
+            if response.status_code != 200:
+                raise DataError(f"The endpoint {url} answered {response.status_code}: {response.read().decode(errors='replace')[:300]}")
             yield from read_events(question, response.iter_lines())
     except httpx.HTTPError as error: raise DataError(f"The endpoint {url} did not answer: {type(error).__name__} {error}") from None
 
 # %% ../nbs/06c_serving.ipynb #9bbe80c5
 def open_front(ws: Workspace, port: int = 0) -> Service:
     "Start the front door of an environment, or find it; it leads nowhere before `share_traffic`."
-    return start_service(ws, FRONT, [*gateway_command(ws, "front.db"), "--secrets-cache-ttl", str(SETTLES)], "front", port=port, environment=gateway_environment(ws, private=True), prepare=lambda url: forget_routes(gateway_store(url)))
+    return start_service(
+        ws, FRONT, [*gateway_command(ws, "front.db"), "--secrets-cache-ttl", str(SETTLES)], "front", port=port,
+        environment=gateway_environment(ws, private=True), prepare=lambda url: forget_routes(gateway_store(url)),
+    )
 
 def find_front(ws: Workspace) -> Service | None:
     "The front door of an environment if it is up, whoever keeps it up."
@@ -117,7 +148,8 @@ def front_url(front: Service) -> str: # For `ask_endpoint`, or as the base URL o
 
 def check_shares(shares: dict[str, float]) -> dict[str, float]:
     "Shares above 0, by version; `SettingsError` if they do not add up to 1."
-    if not all(0 <= share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6: raise SettingsError(f"Shares of traffic must lie between 0 and 1 and add up to 1, these are {shares}.")
+    if not all(0 <= share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+        raise SettingsError(f"Shares of traffic must lie between 0 and 1 and add up to 1, these are {shares}.")
     return {version: share for version, share in shares.items() if share}
 
 def share_traffic(
@@ -132,13 +164,18 @@ def share_traffic(
     for version, share in check_shares(shares).items():
         name = f"version-{version}-{endpoints[version].port}"
         if name not in known:
-            secret = store.create_gateway_secret(name, {"api_key": "local"}, provider="openai", auth_config={"api_base": endpoints[version].url})
+            secret = store.create_gateway_secret(
+                name, {"api_key": "local"}, provider="openai", auth_config={"api_base": endpoints[version].url}
+            )
             known[name] = store.create_gateway_model_definition(name, secret.secret_id, "openai", ROUTE).model_definition_id
         links.append(Linked(known[name], Linkage.PRIMARY, weight=share + 1e-6))     # MLflow cuts it to whole percents
     there = [e for e in store.list_gateway_endpoints() if e.name == ROUTE]
-    if not there: store.create_gateway_endpoint(ROUTE, links, routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT, usage_tracking=False)     # questions are recorded once, by the assistant
+    if not there:  # questions are recorded once, by the assistant
+        store.create_gateway_endpoint(ROUTE, links, routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT, usage_tracking=False)
     else:
-        store.update_gateway_endpoint(there[0].endpoint_id, model_configs=links, routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT, usage_tracking=False)
+        store.update_gateway_endpoint(
+            there[0].endpoint_id, model_configs=links, routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT, usage_tracking=False
+        )
         time.sleep(SETTLES)
 
 # %% ../nbs/06c_serving.ipynb #89d7a720
@@ -160,7 +197,9 @@ class LocalHost:
     def start(self, version: str) -> None:
         "Bring a version up beside what serves; `DataError` if it does not come up in time."
         with owned_by(self.front.owner) if self.front else contextlib.nullcontext():
-            self.endpoints[version] = start_endpoint(self.ws, version, 0 if self.takes_over else self.ws.config.serving_port)     # the port in the settings is the front door's
+            self.endpoints[version] = start_endpoint(
+                self.ws, version, 0 if self.takes_over else self.ws.config.serving_port
+            )  # the port in the settings is the front door's
 
     def reach(self, version: str) -> None:
         "Make sure that a version that was deployed can be asked."

@@ -37,7 +37,10 @@ SIGNALS = (
     Signal("errors", "operations", _all, lambda r, c: ~r.status.isin(["OK", "STOPPED"]), lambda c: c.monitoring_max_errors),
     Signal("slow answers", "operations", _all, lambda r, c: r.seconds > c.monitoring_max_p95_seconds, lambda c: 0.05),
     Signal("dear answers", "operations", _searched, lambda r, c: r.cost_usd * 1000 > c.monitoring_max_cost_per_1000, lambda c: 0.05),
-    Signal("weak retrieval", "retrieval", _searched, lambda r, c: (r.similarity < c.refuse_below) | (r.passages.str.len() == 0), lambda c: c.monitoring_max_weak),
+    Signal(
+        "weak retrieval", "retrieval", _searched,
+        lambda r, c: (r.similarity < c.refuse_below) | (r.passages.str.len() == 0), lambda c: c.monitoring_max_weak,
+    ),
     Signal("refusals", "retrieval", _searched, lambda r, c: r.refused, lambda c: c.monitoring_max_refused),
     Signal("answers without citation", "quality", _answers, lambda r, c: ~r.cited.astype(bool), lambda c: c.monitoring_max_uncited),
     Signal("ungrounded answers", "quality", _answers, lambda r, c: r.grounded.fillna(1.0) < 0.5, lambda c: c.monitoring_max_ungrounded),
@@ -47,7 +50,12 @@ SIGNALS = (
 def watched(config: Config) -> list[Signal]:
     "The signals that make sense for the settings: without passages there is nothing to cite."
     cosines = config.retrieval in ("hybrid", "dense")
-    return [s for s in SIGNALS if (config.retrieval != "off" or s.name not in ("weak retrieval", "answers without citation", "ungrounded answers")) and (cosines or s.name != "weak retrieval")]
+    return [
+        s
+        for s in SIGNALS
+        if (config.retrieval != "off" or s.name not in ("weak retrieval", "answers without citation", "ungrounded answers"))
+        and (cosines or s.name != "weak retrieval")
+    ]
 
 # %% ../nbs/07g_signals.ipynb #419b7a24
 def binomial_tail(
@@ -71,21 +79,35 @@ def signal_days(
     requests: pd.DataFrame, # Rows of `requests`, of one window
     votes: pd.DataFrame | None = None, # Rows of `feedback`, on those requests
     everything: pd.DataFrame | None = None, # The whole table, to count what is missing from it; the window by default
-    version: str | None = None, # The one that serves: how good answers are is asked of it alone, not of one that was replaced; None = of all
+    version: (
+        str | None
+    ) = None, # The one that serves: how good answers are is asked of it alone, not of one that was replaced; None = of all
     probes: tuple[int, int] = (0, 0), # How many questions of ours got no answer, of how many
     false_alarms: float | None = None, # `monitoring_false_alarms` by default
 ) -> pd.DataFrame: # `signal group day n bad share bound state`; the whole window has the day "all"
     "Each signal on each day and in the whole window."
     rows, days = [], sorted(requests.time.dt.strftime("%Y-%m-%d").unique()) if len(requests) else []
     by_day = {"all": requests} | {day: requests[requests.time.dt.strftime("%Y-%m-%d") == day] for day in days}
-    level = (false_alarms or config.monitoring_false_alarms) / ((len(watched(config)) + 3) * max(len(by_day), 1))      # and thumbs, probes, records
+    level = (false_alarms or config.monitoring_false_alarms) / (
+        (len(watched(config)) + 3) * max(len(by_day), 1)
+    )  # and thumbs, probes, records
     def of(group, some): return some[some.version == version] if version and group in ("quality", "people") and len(some) else some
-    def add(name, group, day, bad, n, bound): rows.append(dict(signal=name, group=group, day=day, n=int(n), bad=int(bad), share=bad / n if n else None, bound=bound, state=judge(int(round(bad)), int(n), bound, level)))
+    def add(name, group, day, bad, n, bound):
+        rows.append(
+            dict(
+                signal=name, group=group, day=day, n=int(n), bad=int(bad), share=bad / n if n else None, bound=bound,
+                state=judge(int(round(bad)), int(n), bound, level),
+            )
+        )
     for day, some in by_day.items():
         for s in watched(config):
             counted = s.rows(of(s.group, some)) if len(some) else some
             add(s.name, s.group, day, int(s.bad(counted, config).sum()) if len(counted) else 0, len(counted), s.bound(config))
-        down, worth = share_down(votes[votes.trace_id.isin(of("people", some).trace_id)]) if votes is not None and len(votes) and len(some) else (0.0, 0.0)
+        down, worth = (
+            share_down(votes[votes.trace_id.isin(of("people", some).trace_id)])
+            if votes is not None and len(votes) and len(some)
+            else (0.0, 0.0)
+        )
         add("thumbs down", "people", day, 0 if worth == 0 else round(down * int(worth)), int(worth), config.monitoring_max_down)
     lost = count_lost(everything if everything is not None else requests) if len(requests) else pd.DataFrame(columns=["until", "lost"])
     lost = int(lost.lost[lost.until >= requests.time.min()].sum()) if len(lost) else 0
@@ -100,7 +122,10 @@ def signal_table(
     "The window as a whole; a day that breaches is a breach of the window, and `since` is the first of them."
     worst = days[days.state == "breach"].groupby("signal").day.agg(lambda d: min((x for x in d if x != "all"), default="")).to_dict()
     table = days[days.day == "all"].drop(columns=["day", "bad"])
-    return table.assign(state=["breach" if s in worst else state for s, state in zip(table.signal, table.state)], since=[worst.get(s, "") for s in table.signal]).reset_index(drop=True)
+    return table.assign(
+        state=["breach" if s in worst else state for s, state in zip(table.signal, table.state)],
+        since=[worst.get(s, "") for s in table.signal],
+    ).reset_index(drop=True)
 
 # %% ../nbs/07g_signals.ipynb #6d08ca21
 def staleness(
@@ -109,13 +134,22 @@ def staleness(
 ) -> tuple[float | None, str]: # Share of the chunks that changed since its index was made; and in words. None if it cannot be told
     "How far the index of a version is behind the table `chunks`."
     if version is None or ws.config.retrieval == "off": return None, "no index serves"
-    made_of = ws.mlflow().MlflowClient().get_model_version(ws.registered("assistant"), version).tags.get("data_version", "").removeprefix("chunks ")
+    made_of = (
+        ws.mlflow()
+        .MlflowClient()
+        .get_model_version(ws.registered("assistant"), version)
+        .tags.get("data_version", "")
+        .removeprefix("chunks ")
+    )
     if not made_of or (now := ws.current("table:chunks")) is None: return None, "it is not on record which chunks the index was made of"
     if made_of == now: return 0.0, f"made of chunks version {now}, the newest"
     try: changes = ws.changes_since("chunks", made_of)
     except (DataError, ValueError): changes = None
     if changes is None: return 1.0, f"chunks was written anew since version {made_of}"
-    return min(1.0, (changes.new + changes.changed + changes.gone) / max(len(ws.read("chunks")), 1)), f"made of chunks version {made_of}, now {now}: {changes}"
+    return (
+        min(1.0, (changes.new + changes.changed + changes.gone) / max(len(ws.read("chunks")), 1)),
+        f"made of chunks version {made_of}, now {now}: {changes}",
+    )
 
 # %% ../nbs/07g_signals.ipynb #cb251149
 JOBS = dict(retrieval="data_and_index", finetune="finetune")     # what needs no person
@@ -146,15 +180,36 @@ def find_triggers(
     state, rows = table.set_index("signal").state.to_dict(), []
     since = table.set_index("signal").since.to_dict()
     def breached(*names): return [n for n in names if state.get(n) == "breach"]
-    def add(trigger, stage, because, command): rows.append(dict(trigger=trigger, stage=stage, because=because + "; its job was started in this window" * (trigger in started), command=command, job=JOBS.get(stage, "") * (trigger not in started)))
+    def add(trigger, stage, because, command):
+        rows.append(
+            dict(
+                trigger=trigger, stage=stage, because=because + "; its job was started in this window" * (trigger in started),
+                command=command, job=JOBS.get(stage, "") * (trigger not in started),
+            )
+        )
     def said(names): return ", ".join(f"{n}" + (f" since {since[n]}" if since.get(n) else "") for n in names)
-    if stale[0] is not None and stale[0] > config.monitoring_max_stale: add("stale index", "retrieval", stale[1], f"llmops run --env {config.env} --from retrieval")
+    if stale[0] is not None and stale[0] > config.monitoring_max_stale:
+        add("stale index", "retrieval", stale[1], f"llmops run --env {config.env} --from retrieval")
     days = drift[drift.drifted.astype(bool)] if len(drift) else drift
-    if len(days): add("drift", "corpus", f"questions moved on {', '.join(str(d) for d in days.day)}: {days.grew.iloc[0]}", f"llmops questions add --env {config.env}")
-    if found := breached("weak retrieval", "refusals"): add("missing documents", "corpus", said(found), f"llmops run --env {config.env} --from corpus --force")
+    if len(days):
+        add(
+            "drift", "corpus", f"questions moved on {', '.join(str(d) for d in days.day)}: {days.grew.iloc[0]}",
+            f"llmops questions add --env {config.env}",
+        )
+    if found := breached("weak retrieval", "refusals"):
+        add("missing documents", "corpus", said(found), f"llmops run --env {config.env} --from corpus --force")
     quality = breached("answers without citation", "ungrounded answers", "unreadable answers", "thumbs down")
-    if quality and cases and config.app == "self_hosted" and config.finetune == "on": add("quality drop, with new labels", "finetune", f"{said(quality)}; {cases} reviewed cases are not learned yet", f"llmops run --env {config.env} --from corpus")
-    elif [q for q in quality if q != "thumbs down"]: add("prompt regression", "prompts", said(quality), f"llmops run --env {config.env} --from prompts --force")
+    if quality and cases and config.app == "self_hosted" and config.finetune == "on":
+        add(
+            "quality drop, with new labels", "finetune", f"{said(quality)}; {cases} reviewed cases are not learned yet",
+            f"llmops run --env {config.env} --from corpus",
+        )
+    elif [q for q in quality if q != "thumbs down"]:
+        add("prompt regression", "prompts", said(quality), f"llmops run --env {config.env} --from prompts --force")
     elif quality: add("unhappy users", "review", f"{said(quality)}; {waiting} votes wait for a person", f"llmops review --env {config.env}")
-    if found := breached("errors", "slow answers", "dear answers", "answers without a record", "probes without an answer"): add("operations", "deployment", said(found) + ("; more than one version answered" if versions > 1 else ""), f"llmops {'rollback' if versions > 1 else 'versions'} --env {config.env}")
+    if found := breached("errors", "slow answers", "dear answers", "answers without a record", "probes without an answer"):
+        add(
+            "operations", "deployment", said(found) + ("; more than one version answered" if versions > 1 else ""),
+            f"llmops {'rollback' if versions > 1 else 'versions'} --env {config.env}",
+        )
     return pd.DataFrame(rows, columns=["trigger", "stage", "because", "command", "job"])

@@ -47,13 +47,28 @@ def simulate(
         topic = drift[1] if moved else names[rng.choice(len(names), p=weights / weights.sum())]
         drawn = good.iloc[rng.integers(len(good))].to_dict()
         down = outage is not None and day == outage[0] and outage[1] <= moment.hour < outage[1] + outage[2] and rng.random() < 0.9
-        row = drawn | dict(trace_id=f"sim-{seed}-{number}", time=moment, purpose="simulated", question=topics[topic][rng.integers(len(topics[topic]))], seconds=drawn["seconds"] * float(rng.lognormal(0, 0.15)),
-                           user=f"simulated {rng.integers(400)}", server="simulation", sequence=number + 1)
-        if down: row |= dict(status="ERROR", error="simulated: the model did not answer in time", answer="", passages=[], cited=False, refused=False, grounded=None, readable=None, completion_tokens=0, seconds=60.0)
+        row = drawn | dict(
+            trace_id=f"sim-{seed}-{number}", time=moment, purpose="simulated",
+            question=topics[topic][rng.integers(len(topics[topic]))], seconds=drawn["seconds"] * float(rng.lognormal(0, 0.15)),
+            user=f"simulated {rng.integers(400)}", server="simulation", sequence=number + 1,
+        )
+        if down:
+            row |= dict(
+                status="ERROR", error="simulated: the model did not answer in time", answer="", passages=[], cited=False,
+                refused=False, grounded=None, readable=None, completion_tokens=0, seconds=60.0,
+            )
         rows.append(row)
         if not down and rng.random() < 0.15:
             happy = rng.random() < (0.85 if drawn["cited"] else 0.5)
-            votes.append(dict(feedback_id=f"sim-{seed}-{number}", trace_id=row["trace_id"], time=moment + pd.Timedelta(seconds=30), good=bool(happy), reason="" if happy else "wrong", comment="", correction="", source=row["user"]))
+            votes.append(
+                dict(
+                    feedback_id=f"sim-{seed}-{number}", trace_id=row["trace_id"], time=moment + pd.Timedelta(seconds=30),
+                    good=bool(happy), reason="" if happy else "wrong", comment="", correction="", source=row["user"],
+                )
+            )
     requests = pd.DataFrame(rows, columns=COLUMNS)
-    if similarity is not None and len(requests): requests = requests.assign(similarity=np.where(requests.status == "OK", similarity(requests.question.tolist()), requests.similarity))
+    if similarity is not None and len(requests):
+        requests = requests.assign(
+            similarity=np.where(requests.status == "OK", similarity(requests.question.tolist()), requests.similarity)
+        )
     return requests, pd.DataFrame(votes, columns=VOTES)

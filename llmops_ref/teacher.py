@@ -28,16 +28,39 @@ def teacher_endpoint(
     if not url or not model:
         here, missing = ("url", "model") if url else ("model", "url")
         raise SettingsError(f"`teacher_{here}` is set and `teacher_{missing}` is not. Set both, or clear both.")
-    if not re.fullmatch(r"https?://[^\s?#]+/(v1|serving-endpoints)/?", url): raise SettingsError(f"`teacher_url` is {url!r}; it must be an OpenAI-compatible endpoint that ends with /v1 (on Databricks, with /serving-endpoints).")
+    if not re.fullmatch(r"https?://[^\s?#]+/(v1|serving-endpoints)/?", url):
+        raise SettingsError(
+            f"`teacher_url` is {url!r}; it must be an OpenAI-compatible endpoint that ends with /v1 (on Databricks, with"
+            " /serving-endpoints)."
+        )
     return Endpoint(url, model, ws.secret("TEACHER_API_KEY"), "TEACHER_API_KEY")
 
 # %% ../nbs/04d_teacher.ipynb #400e9997
 PER_DOCUMENT = 6
-ASK = ("Below is one entry of a reference for developers. Write {n} questions that people would ask an assistant when this entry is what they need. They know what they want to do, not what it is called: use their words, not the entry's, and never its name. "
-       "Vary the form: full questions, half sentences, a few keywords. Answer each in one sentence that says only what the entry says.\n\n<entry>\n{text}\n</entry>")
-SCHEMA = dict(name="questions", strict=True, schema=dict(
-    type="object", additionalProperties=False, required=["pairs"], properties=dict(pairs=dict(type="array", items=dict(
-        type="object", additionalProperties=False, required=["question", "answer"], properties=dict(question=dict(type="string"), answer=dict(type="string")))))))
+ASK = (
+    "Below is one entry of a reference for developers. Write {n} questions that people would ask an assistant when this entry is what they"
+    " need. They know what they want to do, not what it is called: use their words, not the entry's, and never its name. Vary the form:"
+    " full questions, half sentences, a few keywords. Answer each in one sentence that says only what the entry"
+    " says.\n\n<entry>\n{text}\n</entry>"
+)
+SCHEMA = dict(
+    name="questions",
+    strict=True,
+    schema=dict(
+        type="object",
+        additionalProperties=False,
+        required=["pairs"],
+        properties=dict(
+            pairs=dict(
+                type="array",
+                items=dict(
+                    type="object", additionalProperties=False, required=["question", "answer"],
+                    properties=dict(question=dict(type="string"), answer=dict(type="string")),
+                ),
+            )
+        ),
+    ),
+)
 
 # %% ../nbs/04d_teacher.ipynb #f95a1373
 def read_reply(
@@ -46,11 +69,20 @@ def read_reply(
     reply: str, # Of the teacher
 ) -> list[tuple[str, str]]: # Questions and answers that may be trained on; none if the reply is not of the form that was asked for
     "What can be used of a teacher's reply."
-    try: found = [(" ".join(p["question"].split()), " ".join(p["answer"].split())) for p in json.loads(re.sub(r"^\s*```\w*|```\s*$", "", reply))["pairs"]]
+    try:
+        found = [
+            (" ".join(p["question"].split()), " ".join(p["answer"].split()))
+            for p in json.loads(re.sub(r"^\s*```\w*|```\s*$", "", reply))["pairs"]
+        ]
     except (ValueError, LookupError, TypeError, AttributeError): return []
     def fits(question, answer):
-        return (2 <= len(words(question)) <= 40 and 4 <= len(words(answer)) <= 40 and not mentions(question, document_id) and not re.search(r"\[\d", question + answer)
-                and groundedness(answer, [text], question) >= 0.6)
+        return (
+            2 <= len(words(question)) <= 40
+            and 4 <= len(words(answer)) <= 40
+            and not mentions(question, document_id)
+            and not re.search(r"\[\d", question + answer)
+            and groundedness(answer, [text], question) >= 0.6
+        )
     return [pair for pair in dict(found).items() if fits(*pair)]
 
 # %% ../nbs/04d_teacher.ipynb #e53aa5dd
@@ -78,7 +110,11 @@ class Teacher:
         def check(found):
             self.unusable = sum(not pairs for pairs in found)
             if found and self.unusable > len(found) / 2:
-                raise DataError(f"The teacher {self.name} wrote nothing usable about {self.unusable} of {len(found)} documents; about the first it said {next(iter(replies.values()))[:120]!r}. Name a larger model in `teacher_model`, or clear `teacher_url` and `teacher_model`.")
+                raise DataError(
+                    f"The teacher {self.name} wrote nothing usable about {self.unusable} of {len(found)} documents; about the first it said"
+                    f" {next(iter(replies.values()))[:120]!r}. Name a larger model in `teacher_model`, or clear `teacher_url` and"
+                    " `teacher_model`."
+                )
         names = list(texts)
         with ThreadPoolExecutor(self.workers) as pool:
             found = []
@@ -93,6 +129,12 @@ def open_teacher(
     "The teacher that the settings name; `SettingsError` as from `teacher_endpoint`."
     endpoint = teacher_endpoint(ws)
     if endpoint is None: return None
-    client = chat_client(endpoint, 800, ws.config.chat_timeout, ws.config.chat_retries).bind(response_format=dict(type="json_schema", json_schema=SCHEMA))
+    client = chat_client(endpoint, 800, ws.config.chat_timeout, ws.config.chat_retries).bind(
+        response_format=dict(type="json_schema", json_schema=SCHEMA)
+    )
     digest = model_digest(url=endpoint.base_url, model=endpoint.model, schema=SCHEMA)
-    return Teacher(endpoint.model, keep_replies(client, ws.path("replies", "x").parent, digest), on_done=lambda done, total: ws.progress(done, total, f"{endpoint.model} writes questions"))
+    return Teacher(
+        endpoint.model,
+        keep_replies(client, ws.path("replies", "x").parent, digest),
+        on_done=lambda done, total: ws.progress(done, total, f"{endpoint.model} writes questions"),
+    )

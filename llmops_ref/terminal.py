@@ -43,7 +43,9 @@ def seen(text) -> str:                             # of models, users and docume
 
 # %% ../nbs/90d_terminal.ipynb #340e13e7
 def who(by):
-    return by or (subprocess.run(["git", "config", "user.name"], capture_output=True, text=True).stdout.strip() if shutil.which("git") else "")
+    return by or (
+        subprocess.run(["git", "config", "user.name"], capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    )
 
 def one_of(value, option, known):
     if value is not None and value not in known: raise SettingsError(f"{option} takes {', '.join(known)}, not {value!r}.")
@@ -61,6 +63,9 @@ def watched(ws):                                   # tells on standard error how
         nonlocal beat
         if not live and time.time() - beat < 30: return
         beat = time.time()
-        print(f"{chr(13)}{chr(27)}[K" * live + f"  {100 * done / max(total, 1e-9):3.0f}%  {text[:80]}", end="" if live and done < total else "\n", file=sys.stderr, flush=True)
+        print(
+            f"{chr(13)}{chr(27)}[K" * live + f"  {100 * done / max(total, 1e-9):3.0f}%  {text[:80]}",
+            end="" if live and done < total else "\n", file=sys.stderr, flush=True,
+        )
     ws.progress = progress
     return ws

@@ -45,8 +45,12 @@ def recipe_of(config: Config) -> Recipe:
     recipe = Recipe(**fields, modules=tuple(config.finetune_modules), seed=config.seed)
     if recipe.quantise == "4bit":
         import torch
-        if not torch.cuda.is_available(): raise SettingsError("`finetune_quantise = 4bit` needs an NVIDIA GPU, and there is none here. Set it to off, or run this stage on a GPU machine.")
-        if importlib.util.find_spec("bitsandbytes") is None: raise SettingsError("`finetune_quantise = 4bit` needs the package bitsandbytes. Install it, or set `finetune_quantise = off`.")
+        if not torch.cuda.is_available():
+            raise SettingsError(
+                "`finetune_quantise = 4bit` needs an NVIDIA GPU, and there is none here. Set it to off, or run this stage on a GPU machine."
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise SettingsError("`finetune_quantise = 4bit` needs the package bitsandbytes. Install it, or set `finetune_quantise = off`.")
     return recipe
 
 # %% ../nbs/04b_training.ipynb #b858fabe
@@ -108,7 +112,9 @@ def answer_loss(
     learned = (labels >= 0).nonzero()[:, 0]
     mask = sees(batch["group"][0], batch["branch"][0])[None, None]
     with torch.autocast("cuda", torch.bfloat16, enabled=labels.is_cuda and torch.cuda.is_bf16_supported()):
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, logits_to_keep=learned, use_cache=False).logits[0]
+        logits = model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, logits_to_keep=learned, use_cache=False
+        ).logits[0]
     return torch.nn.functional.cross_entropy(logits.float(), labels[learned], reduction="sum") / (len(learned) if items is None else items)
 
 # %% ../nbs/04b_training.ipynb #974ef2e9
@@ -118,9 +124,19 @@ def read_messages(
 ) -> list[dict]:
     "The messages of a pair; `DataError` if they are none, or there is nothing to learn."
     try: found = [dict(role=m["role"], content=m["content"]) for m in messages]; texts = [m["content"].strip() for m in found]
-    except (TypeError, LookupError, AttributeError): raise DataError(f"Training pair {id} is malformed: {str(messages)[:80]!r}. It must be a list of messages, each with `role` and `content`.") from None
-    if (roles := [m["role"] for m in found])[-2:] != ["user", "assistant"]: raise DataError(f"Training pair {id} has the roles {', '.join(roles) or 'none'}. It must end with a user's message and the assistant's.")
-    if not texts[-1] or not texts[-2]: raise DataError(f"Training pair {id} has an empty {'answer' if not texts[-1] else 'question'}: there is nothing to learn from it. Remove it, or complete it.")
+    except (TypeError, LookupError, AttributeError):
+        raise DataError(
+            f"Training pair {id} is malformed: {str(messages)[:80]!r}. It must be a list of messages, each with `role` and `content`."
+        ) from None
+    if (roles := [m["role"] for m in found])[-2:] != ["user", "assistant"]:
+        raise DataError(
+            f"Training pair {id} has the roles {', '.join(roles) or 'none'}. It must end with a user's message and the assistant's."
+        )
+    if not texts[-1] or not texts[-2]:
+        raise DataError(
+            f"Training pair {id} has an empty {'answer' if not texts[-1] else 'question'}: there is nothing to learn from it. Remove it, or"
+            " complete it."
+        )
     return found
 
 def encode(
@@ -133,10 +149,21 @@ def encode(
     groups = {}
     for id, group, text in zip(pairs.id, pairs.group, pairs.messages):
         *prompt, answer = read_messages(id, text)
-        said = tokens(tokenizer.apply_chat_template([*prompt, answer], tokenize=False).partition(asked := tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))[2].rstrip("\n"))
-        if not said: raise DataError(f"Training pair {id} has no token to learn: in the model's chat template, the prompt with an answer does not begin with the prompt that asks for one. Take a base model whose template keeps what was said before.")
+        said = tokens(
+            tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
+            .partition(asked := tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))[2]
+            .rstrip("\n")
+        )
+        if not said:
+            raise DataError(
+                f"Training pair {id} has no token to learn: in the model's chat template, the prompt with an answer does not begin with the"
+                " prompt that asks for one. Take a base model whose template keeps what was said before."
+            )
         if (length := len(asked := tokens(asked)) + len(said)) > context:
-            raise DataError(f"Training pair {id} has {length:,} tokens, the model reads {context:,} at most. Lower `passage_words`, `retrieval_k` or `prompt_shots`, and run `llmops run --only finetune --force`.")
+            raise DataError(
+                f"Training pair {id} has {length:,} tokens, the model reads {context:,} at most. Lower `passage_words`, `retrieval_k` or"
+                " `prompt_shots`, and run `llmops run --only finetune --force`."
+            )
         groups.setdefault(group, []).append((asked, said))
     return list(groups.values())
 
@@ -161,11 +188,17 @@ def load_for_training(
     dtype, more = getattr(torch, dtype) if dtype else training_dtype(device), {}
     if recipe.quantise == "4bit":
         from transformers import BitsAndBytesConfig
-        more = dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype), device_map={"": device})
+        more = dict(
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            ),
+            device_map={"": device},
+        )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **more)
     if not more: model = model.to(device)
     linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if "Linear" in type(part).__name__} - {"lm_head"})
-    if unknown := sorted(set(recipe.modules) - set(linear)): raise SettingsError(f"`finetune_modules` names {', '.join(unknown)}, which this model has not. It has {', '.join(linear)}.")
+    if unknown := sorted(set(recipe.modules) - set(linear)):
+        raise SettingsError(f"`finetune_modules` names {', '.join(unknown)}, which this model has not. It has {', '.join(linear)}.")
     if more: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recipe.recompute)
     elif recipe.recompute: model.enable_input_require_grads()
     total = model.config.num_hidden_layers
@@ -184,9 +217,17 @@ def prepare_training(
     base_sha256: str = "", # Digest of the base weights
 ) -> Path: # The folder of this training: the same for the same pairs, base, recipe and code
     "Write down what is to be trained; `DataError` if there is nothing to learn. Folders of other trainings are removed."
-    if (pairs.split == "train").sum() == 0: raise DataError("There are no training pairs. Build them first: `llmops run --only finetune --force`.")
-    code = [file_digest(Path(importlib.util.find_spec("llmops_ref.training").origin)), *(importlib.metadata.version(name) for name in ("torch", "transformers", "peft"))]
-    kept = pairs[["id", "group", "split"]].assign(messages=[read_messages(id, messages) for id, messages in zip(pairs.id, pairs.messages)]).reset_index(drop=True)
+    if (pairs.split == "train").sum() == 0:
+        raise DataError("There are no training pairs. Build them first: `llmops run --only finetune --force`.")
+    code = [
+        file_digest(Path(importlib.util.find_spec("llmops_ref.training").origin)),
+        *(importlib.metadata.version(name) for name in ("torch", "transformers", "peft")),
+    ]
+    kept = (
+        pairs[["id", "group", "split"]]
+        .assign(messages=[read_messages(id, messages) for id, messages in zip(pairs.id, pairs.messages)])
+        .reset_index(drop=True)
+    )
     job = dict(base=str(base), base_sha256=base_sha256, code=code, recipe=asdict(recipe) | dict(modules=list(recipe.modules)))
     name = hashlib.sha256(json.dumps([job, kept.to_json(orient="values")], sort_keys=True).encode()).hexdigest()[:16]
     folder = parent / name
@@ -226,12 +267,17 @@ def _plan(model, rows, recipe, device, processes):
 # %% ../nbs/04b_training.ipynb #90a52b2a
 def _out_of_memory(error):
     import torch
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or isinstance(error, RuntimeError)
+        and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    )
 
 def _disk_full(error):
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT): return True
-        if any(text in str(error) for text in ("No space left", "File too large", "Disk quota", "failed writing file", "unexpected pos")): return True
+        if any(text in str(error) for text in ("No space left", "File too large", "Disk quota", "failed writing file", "unexpected pos")):
+            return True
         error = error.__cause__ or error.__context__
     return False
 
@@ -240,8 +286,14 @@ def _no_disk(folder, error):
     for path in folder.glob("checkpoints/checkpoint-*"):
         if kept is None or int(path.name.rpartition("-")[2]) > int(kept.name.rpartition("-")[2]): shutil.rmtree(path, ignore_errors=True)
     free = shutil.disk_usage(folder).free / 1e6
-    return DataError(f"A checkpoint could not be written to {folder}: {str(error).splitlines()[0][:120]} ({free:,.0f} MB are free on that disk). "
-                     + (f"The one of step {kept.name.rpartition('-')[2]} is whole: free some space and run again, and training goes on from there." if kept else "Free some space and run again."))
+    return DataError(
+        f"A checkpoint could not be written to {folder}: {str(error).splitlines()[0][:120]} ({free:,.0f} MB are free on that disk). "
+        + (
+            f"The one of step {kept.name.rpartition('-')[2]} is whole: free some space and run again, and training goes on from there."
+            if kept
+            else "Free some space and run again."
+        )
+    )
 
 # %% ../nbs/04b_training.ipynb #bf402bf6
 def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
@@ -250,12 +302,14 @@ def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
     class AnswerTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss = answer_loss(model, inputs, num_items_in_batch)
-            if num_items_in_batch is not None: loss = loss * self.accelerator.num_processes         # the mean over devices is taken of sums over all
+            if num_items_in_batch is not None:  # the mean over devices is taken of sums over all
+                loss = loss * self.accelerator.num_processes
             return (loss, {}) if return_outputs else loss
 
         def log(self, logs, start_time=None):
             before = [entry for entry in self.state.log_history if "seconds" in entry]
-            if not hasattr(self, "clock"): self.clock, self.recent = time.perf_counter() - (before[-1]["seconds"] if before else 0.0), deque(maxlen=20)
+            if not hasattr(self, "clock"):
+                self.clock, self.recent = time.perf_counter() - (before[-1]["seconds"] if before else 0.0), deque(maxlen=20)
             seconds, seen = time.perf_counter() - self.clock, int(self.state.num_input_tokens_seen)
             self.recent.append((seconds, seen, self.state.global_step))
             super().log(logs | dict(seconds=seconds, tokens=seen), start_time)
@@ -263,34 +317,52 @@ def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
                 (t0, seen0, step0), step = self.recent[0], self.state.global_step
                 if step == step0: t0, seen0, step0 = 0.0, 0, 0
                 left = (seconds - t0) / max(step - step0, 1) * (self.state.max_steps - step)
-                on_step(step, self.state.max_steps, f"step {step}/{self.state.max_steps}, loss {logs['loss']:.2f}, {(seen - seen0) / max(seconds - t0, 1e-9):,.0f} tokens/s, {left:,.0f} s left")
+                on_step(
+                    step,
+                    self.state.max_steps,
+                    f"step {step}/{self.state.max_steps}, loss {logs['loss']:.2f}, {(seen - seen0) / max(seconds - t0, 1e-9):,.0f}"
+                    f" tokens/s, {left:,.0f} s left",
+                )
 
     every, checked = max(1, steps // max(recipe.checks, 1)), bool(held_out)
     arguments = TrainingArguments(
-        str(folder / "checkpoints"), max_steps=steps, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=accumulate,
-        learning_rate=recipe.lr, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), adam_beta2=0.98, weight_decay=0.0, max_grad_norm=1.0,
-        logging_steps=1, eval_strategy="steps" if checked else "no", eval_steps=every, prediction_loss_only=True, label_names=["labels"], save_strategy="steps", save_steps=every, save_total_limit=2,
-        load_best_model_at_end=checked, metric_for_best_model="eval_loss" if checked else None, greater_is_better=False if checked else None, include_num_input_tokens_seen="all",
-        seed=recipe.seed, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(), report_to="none", disable_tqdm=True, log_level="error", remove_unused_columns=False,
-        **dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False)) if recipe.recompute else {})
+        str(folder / "checkpoints"), max_steps=steps, per_device_train_batch_size=1, per_device_eval_batch_size=1,
+        gradient_accumulation_steps=accumulate, learning_rate=recipe.lr, lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20), adam_beta2=0.98, weight_decay=0.0, max_grad_norm=1.0, logging_steps=1,
+        eval_strategy="steps" if checked else "no", eval_steps=every, prediction_loss_only=True, label_names=["labels"],
+        save_strategy="steps", save_steps=every, save_total_limit=2, load_best_model_at_end=checked,
+        metric_for_best_model="eval_loss" if checked else None, greater_is_better=False if checked else None,
+        include_num_input_tokens_seen="all", seed=recipe.seed, use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(), report_to="none", disable_tqdm=True, log_level="error",
+        remove_unused_columns=False,
+        **dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False)) if recipe.recompute else {},
+    )
     stop = [EarlyStoppingCallback(recipe.patience)] if recipe.patience and checked else []
-    trainer = AnswerTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=held_out or None, data_collator=collate, callbacks=stop)
+    trainer = AnswerTrainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=held_out or None, data_collator=collate, callbacks=stop
+    )
     from transformers.trainer_callback import PrinterCallback
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 # %% ../nbs/04b_training.ipynb #b0bb2f2f
 def fit(
-    folder: Path, # From `prepare_training`
-    on_step=None, # Called with (step, steps, text)
-) -> dict: # `steps best_step planned wanted tokens seconds tokens_per_second first_loss loss pairs packing row_tokens device dtype processes history`; the adapter is in `folder/adapter`
+    folder: Path, on_step=None # From `prepare_training` # Called with (step, steps, text)
+) -> (
+    dict
+): # `steps best_step planned wanted tokens seconds tokens_per_second first_loss loss pairs packing row_tokens device dtype processes history`; the adapter is in `folder/adapter`
     "Train, go on with a training that was broken off, or return the result of one that is done; `DataError` says what is in the way."
     if (done := folder / "result.json").is_file(): return json.loads(done.read_text())
     missing = [m for m in ("torch", "transformers", "peft", "accelerate") if importlib.util.find_spec(m) is None]
-    if missing: raise DataError(f"Fine-tuning needs {', '.join(missing)}. Install what the lock file names: `uv pip install -r requirements.lock`.")
+    if missing:
+        raise DataError(f"Fine-tuning needs {', '.join(missing)}. Install what the lock file names: `uv pip install -r requirements.lock`.")
     job, pairs = json.loads((folder / "job.json").read_text()), pd.read_parquet(folder / "pairs.parquet")
     recipe = Recipe(**job["recipe"] | dict(modules=tuple(job["recipe"]["modules"])))
-    plan = json.loads((folder / "plan.json").read_text()) if (folder / "plan.json").is_file() and last_checkpoint(folder) else dict(tokens=recipe.tokens, steps=0)
+    plan = (
+        json.loads((folder / "plan.json").read_text())
+        if (folder / "plan.json").is_file() and last_checkpoint(folder)
+        else dict(tokens=recipe.tokens, steps=0)
+    )
     while True:
         try: return _fit(folder, job, pairs, recipe, plan, on_step)
         except Exception as error:
@@ -298,7 +370,10 @@ def fit(
             if not _out_of_memory(error): raise
             said, longest = str(error).splitlines()[0][:120], plan.get("longest", recipe.tokens)
         if plan["tokens"] // 2 < longest or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise DataError(f"Not enough memory to train on rows of {plan['tokens']:,} tokens ({said}). Lower `finetune_tokens` or `finetune_rank`, set `finetune_recompute = true`, set `finetune_quantise = 4bit` on a GPU, or take a smaller base model.")
+            raise DataError(
+                f"Not enough memory to train on rows of {plan['tokens']:,} tokens ({said}). Lower `finetune_tokens` or `finetune_rank`, set"
+                " `finetune_recompute = true`, set `finetune_quantise = 4bit` on a GPU, or take a smaller base model."
+            )
         plan = dict(tokens=plan["tokens"] // 2, steps=0)
         warnings.warn(f"Not enough memory for rows of {2 * plan['tokens']:,} tokens; trying {plan['tokens']:,}, twice as many a step.")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -309,14 +384,22 @@ def _fit(folder, job, pairs, recipe, plan, on_step):
     state = PartialState(cpu=not torch.cuda.is_available())
     torch.set_num_threads(usable_cores())       # FAISS, which searched in this process before, has set it to 1 for both
     device, processes = "cpu" if state.device.type == "cpu" else str(state.device), state.num_processes
-    plan.setdefault("dtype", str(training_dtype(device)).removeprefix("torch."))       # measured once: a training that goes on may find a busier machine
+    plan.setdefault(
+        "dtype", str(training_dtype(device)).removeprefix("torch.")
+    )  # measured once: a training that goes on may find a busier machine
     model, tokenizer = load_for_training(Path(job["base"]), recipe, device, plan["dtype"])
-    groups = {split: encode(tokenizer, pairs[pairs.split == split], model.config.max_position_embeddings) for split in ("train", "validation")}
+    groups = {
+        split: encode(tokenizer, pairs[pairs.split == split], model.config.max_position_embeddings) for split in ("train", "validation")
+    }
     plan["longest"] = max(len(prompt) + len(answer) for group in groups["train"] for prompt, answer in group)
     rows, held_out = (pack_rows(groups[split], plan["tokens"]) for split in ("train", "validation"))
     shrunk = replace(recipe, rows_per_step=recipe.rows_per_step * max(1, recipe.tokens // plan["tokens"]))
     if not plan["steps"]:
-        if state.is_main_process: write_atomic(folder / "plan.json", json.dumps(plan | dict(wanted=_wanted(shrunk, rows, processes), steps=_plan(model, rows, shrunk, device, processes))))
+        if state.is_main_process:
+            write_atomic(
+                folder / "plan.json",
+                json.dumps(plan | dict(wanted=_wanted(shrunk, rows, processes), steps=_plan(model, rows, shrunk, device, processes))),
+            )
         state.wait_for_everyone()
         plan = json.loads((folder / "plan.json").read_text())
     trainer = _trainer(model, rows, held_out, recipe, plan["steps"], folder, max(1, shrunk.rows_per_step // processes), on_step)
@@ -338,16 +421,31 @@ def _finish(folder, trainer, model, groups, rows, plan, device, held_out):
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         os.replace(building, folder / "adapter")
         entries = [dict(step=0, eval_loss=plan["first_loss"], tokens=0, seconds=0.0)] * bool(held_out) + trainer.state.log_history
-        steps = [dict(step=e["step"], loss=e.get("loss"), validation=e.get("eval_loss"), lr=e.get("learning_rate"), tokens=e["tokens"], seconds=e["seconds"]) for e in entries if "loss" in e or "eval_loss" in e]
+        steps = [
+            dict(
+                step=e["step"], loss=e.get("loss"), validation=e.get("eval_loss"), lr=e.get("learning_rate"),
+                tokens=e["tokens"], seconds=e["seconds"],
+            )
+            for e in entries
+            if "loss" in e or "eval_loss" in e
+        ]
         last, pairs = max(e["step"] for e in steps), [len(prompt) + len(answer) for group in groups["train"] for prompt, answer in group]
         timed = [e for e in steps if e["loss"] is not None]
         checks = [e["validation"] for e in steps if e["validation"] is not None]
         seconds, tokens = timed[-1]["seconds"], timed[-1]["tokens"]
         best = min([(e["validation"], e["step"]) for e in steps if e["validation"] is not None], default=(0, last))[1]
-        seen = min(1.0, best * trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes / len(rows))       # share of the rows that the adapter has learned from
-        result = dict(steps=last, best_step=best, planned=plan["steps"], wanted=plan["wanted"], tokens=tokens, seconds=seconds, loss=min(checks) if checks else timed[-1]["loss"], first_loss=checks[0] if checks else timed[0]["loss"], tokens_per_second=tokens / seconds,
-                      pairs=round(seen * len(pairs)), packing=sum(pairs) / sum(len(r["labels"]) for r in rows), row_tokens=plan["tokens"], dtype=str(next(p for p in trained.parameters() if not p.requires_grad).dtype).removeprefix("torch."),
-                      device=torch.cuda.get_device_name() if device != "cpu" else f"CPU, {torch.get_num_threads()} threads", processes=trainer.accelerator.num_processes, history=steps)
+        seen = min(
+            1.0, best * trainer.args.gradient_accumulation_steps * trainer.accelerator.num_processes / len(rows)
+        )  # share of the rows that the adapter has learned from
+        result = dict(
+            steps=last, best_step=best, planned=plan["steps"], wanted=plan["wanted"], tokens=tokens, seconds=seconds,
+            loss=min(checks) if checks else timed[-1]["loss"], first_loss=checks[0] if checks else timed[0]["loss"],
+            tokens_per_second=tokens / seconds, pairs=round(seen * len(pairs)),
+            packing=sum(pairs) / sum(len(r["labels"]) for r in rows), row_tokens=plan["tokens"],
+            dtype=str(next(p for p in trained.parameters() if not p.requires_grad).dtype).removeprefix("torch."),
+            device=torch.cuda.get_device_name() if device != "cpu" else f"CPU, {torch.get_num_threads()} threads",
+            processes=trainer.accelerator.num_processes, history=steps,
+        )
         write_atomic(folder / "result.json", json.dumps(result))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -364,7 +462,10 @@ def launch(
         import torch
         processes = torch.cuda.device_count()
     if processes <= 1: return fit(folder, on_step)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "llmops_ref.training", str(folder)]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m",
+        "llmops_ref.training", str(folder),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         said = deque(maxlen=40)
         try:
@@ -394,7 +495,10 @@ def plot_loss(
     figure, axis = plt.subplots(figsize=(7, 3))
     for (name, result), colour in zip(results.items(), ("#e4572e", "#5b8def", "#6fb07f", "#9aa5b1")):
         history = history_frame(result)
-        axis.plot(history.tokens, history.loss.rolling(8, min_periods=1).mean(), color=colour, lw=1, alpha=0.5, label=f"{name}: training, mean of eight steps")
+        axis.plot(
+            history.tokens, history.loss.rolling(8, min_periods=1).mean(), color=colour, lw=1, alpha=0.5,
+            label=f"{name}: training, mean of eight steps",
+        )
         points = history.dropna(subset="validation")
         axis.plot(points.tokens, points.validation, "o-", color=colour, ms=4, label=f"{name}: held-out pairs")
     axis.set(xlabel="tokens", ylabel="loss of answer tokens", ylim=(0, None))

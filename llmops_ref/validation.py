@@ -36,9 +36,16 @@ def log_candidate(
     model, adapter, model_version = tuned_files(ws) if ws.config.app == "self_hosted" else (None, None, "of the provider")
     client, name = ws.mlflow().MlflowClient(), ws.registered("assistant")
     ours = {} if model is None else {k: v for k, v in model_facts(ws, model_version).items() if k in OUR_FACTS}
-    version = log_assistant(ws, template, adapter, prompt=f"{ws.registered('answer_prompt')}/{prompt_version}", model=model,
-                            tags=ours | dict(prompt_version=prompt_version, chat_model_version=model_version, app=ws.config.app, data_version=f"chunks {ws.table_version('chunks')}", git_commit=git_commit(ws.config.root)))
-    if "model_validation_status" not in version_facts(ws, version): client.set_model_version_tag(name, version, "model_validation_status", "PENDING")
+    version = log_assistant(
+        ws, template, adapter, prompt=f"{ws.registered('answer_prompt')}/{prompt_version}", model=model,
+        tags=ours
+        | dict(
+            prompt_version=prompt_version, chat_model_version=model_version, app=ws.config.app,
+            data_version=f"chunks {ws.table_version('chunks')}", git_commit=git_commit(ws.config.root),
+        ),
+    )
+    if "model_validation_status" not in version_facts(ws, version):
+        client.set_model_version_tag(name, version, "model_validation_status", "PENDING")
     return version, template
 
 # %% ../nbs/06_validation.ipynb #1596cb83
@@ -90,16 +97,34 @@ def check_gates(
     size_mb: float = 0.0,
 ) -> list[Gate]:
     "The gates of this environment, with the candidate's values."
-    right = [Gate(name, scores[name], bound) for name, bound in (("names_gold", config.gate_names_gold), ("says_reference", config.gate_says_reference)) if scores.get(name, float("nan")) == scores.get(name)]
+    right = [
+        Gate(name, scores[name], bound)
+        for name, bound in (("names_gold", config.gate_names_gold), ("says_reference", config.gate_says_reference))
+        if scores.get(name, float("nan")) == scores.get(name)
+    ]
     gates = right or [Gate("names_gold", float("nan"), config.gate_names_gold)]       # of questions that can be answered there must be some
     if config.retrieval != "off": gates.append(Gate("citation_precision", scores["citation_precision"], config.gate_citation_precision))
-    gates += [Gate("grounded", scores["grounded"], config.gate_prompt_grounded), Gate("readable", scores["readable"], config.gate_prompt_readable)] if config.retrieval != "off" else []
-    gates += [Gate("refused", scores["refused"], config.gate_refusal_recall), Gate("failed answers", scores["failed"], 0, at_least=False), Gate("p95_seconds", scores["p95_seconds"], config.gate_p95_seconds, at_least=False),
-              Gate("size_mb", size_mb, config.gate_size_mb, at_least=False), Gate("missing facts", len(problems), 0, at_least=False)]
-    if config.regressions or (regressions is not None and len(regressions)): gates.append(Gate("regressions that hold", _share(regressions, "holds"), config.gate_regressions))
+    gates += (
+        [
+            Gate("grounded", scores["grounded"], config.gate_prompt_grounded),
+            Gate("readable", scores["readable"], config.gate_prompt_readable),
+        ]
+        if config.retrieval != "off"
+        else []
+    )
+    gates += [
+        Gate("refused", scores["refused"], config.gate_refusal_recall),
+        Gate("failed answers", scores["failed"], 0, at_least=False),
+        Gate("p95_seconds", scores["p95_seconds"], config.gate_p95_seconds, at_least=False),
+        Gate("size_mb", size_mb, config.gate_size_mb, at_least=False),
+        Gate("missing facts", len(problems), 0, at_least=False),
+    ]
+    if config.regressions or (regressions is not None and len(regressions)):
+        gates.append(Gate("regressions that hold", _share(regressions, "holds"), config.gate_regressions))
     if config.red_team: gates.append(Gate("attacks that get through", _share(attacks, "through"), config.gate_attacks, at_least=False))
     if against is not None: gates.append(Gate("upper end of the difference to the champion", against.high, 0.0))
-    if slices is not None: gates.append(Gate("types of questions worse than the champion's", int((slices.verdict == "worse").sum()), 0, at_least=False))
+    if slices is not None:
+        gates.append(Gate("types of questions worse than the champion's", int((slices.verdict == "worse").sum()), 0, at_least=False))
     return gates
 
 def _share(cases, column): return float(cases[column].mean()) if cases is not None and len(cases) else float("nan")
@@ -115,10 +140,19 @@ def side_by_side(
     "Examples for the report: the question, its passages, and what both said; those that only one got right come first."
     def said(row): return dict(text=row.answer or row.error, correct=row.correct == 1, citations=list(row.citations))
     same = candidate.correct.fillna(0) == base.correct.fillna(0)
-    chosen = candidate.assign(same=same, turn=candidate.groupby(["type", same]).cumcount()).sort_values(["same", "turn"], kind="stable").index[:n]
-    return [{name: said(b)} | dict(question=c.question, type=c.type, gold=c.gold, reference=c.reference, candidate=said(c),
-                 passages=[dict(number=p["number"], document_id=p["document_id"], text=cut_words(p["text"], max_words)) for p in c.passages])
-            for c, b in zip(candidate.loc[chosen].itertuples(), base.loc[chosen].itertuples())]
+    chosen = (
+        candidate.assign(same=same, turn=candidate.groupby(["type", same]).cumcount())
+        .sort_values(["same", "turn"], kind="stable")
+        .index[:n]
+    )
+    return [
+        {name: said(b)}
+        | dict(
+            question=c.question, type=c.type, gold=c.gold, reference=c.reference, candidate=said(c),
+            passages=[dict(number=p["number"], document_id=p["document_id"], text=cut_words(p["text"], max_words)) for p in c.passages],
+        )
+        for c, b in zip(candidate.loc[chosen].itertuples(), base.loc[chosen].itertuples())
+    ]
 
 def open_baseline(ws: Workspace, template: str):
     "What a candidate is compared with: the base model, or the same model without passages if nothing was tuned."
@@ -126,10 +160,12 @@ def open_baseline(ws: Workspace, template: str):
 
 def sides(config: Config) -> dict[str, str]:
     "What the two are called in the report."
-    if config.retrieval == "off" and not _ours(config): return dict(base="Asked once more", candidate="Candidate")       # nothing was tuned, and there are no passages to leave out
+    if config.retrieval == "off" and not _ours(config):  # nothing was tuned, and there are no passages to leave out
+        return dict(base="Asked once more", candidate="Candidate")
     return dict(base="Base model", candidate="Tuned model") if _ours(config) else dict(base="Without passages", candidate="With passages")
 
-def _ours(config): return config.app == "self_hosted" and config.finetune == "on" and not config.chat_url         # an endpoint of somebody else serves one model, not two
+def _ours(config):  # an endpoint of somebody else serves one model, not two
+    return config.app == "self_hosted" and config.finetune == "on" and not config.chat_url
 
 def score_table(candidate: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     "Scores of base and candidate with the paired difference of each that both have."
@@ -153,15 +189,24 @@ def record_verdict(
     failed = [g for g in gates if not g.holds]
     verdict, mlflow = "FAILED" if failed else "PASSED", ws.mlflow()
     client, name, run = mlflow.MlflowClient(), ws.registered("assistant"), mlflow.active_run()
-    evidence = json.loads(json.dumps((evidence or {}) | dict(env=ws.config.env, version=version, verdict=verdict, time=time.time(), gates=[g.row() for g in gates]), default=str))
+    evidence = json.loads(
+        json.dumps(
+            (evidence or {}) | dict(env=ws.config.env, version=version, verdict=verdict, time=time.time(), gates=[g.row() for g in gates]),
+            default=str,
+        )
+    )
     page = write_atomic(ws.path("evidence", f"version-{version}.html"), render_evidence(evidence))
     if run:
         mlflow.log_dict(evidence, "evidence.json")
         mlflow.log_artifact(str(page), "evidence")
-    for tag, value in dict(model_validation_run=run.info.run_id if run else "", model_validation_time=str(evidence["time"]), model_validation_status=verdict).items(): client.set_model_version_tag(name, version, tag, value)
+    for tag, value in dict(
+        model_validation_run=run.info.run_id if run else "", model_validation_time=str(evidence["time"]), model_validation_status=verdict
+    ).items():
+        client.set_model_version_tag(name, version, tag, value)
     if not failed or ws.config.gate_mode == "inform":
         ws.set_alias("assistant", "challenger", version)
-        if (model := client.get_model_version(name, version).tags.get("chat_model_version", "")).isdigit(): ws.set_alias("chat_model", "challenger", model)
+        if (model := client.get_model_version(name, version).tags.get("chat_model_version", "")).isdigit():
+            ws.set_alias("chat_model", "challenger", model)
     return verdict
 
 def block(
@@ -172,4 +217,7 @@ def block(
     "Raise `DataError` when a gate does not hold and the environment's gates raise: the end of the line for this version."
     failed = [g.broken for g in gates if not g.holds]
     if failed and config.gate_mode == "raise":
-        raise DataError(f"Validation failed: {'; '.join(failed)}. Version {version} is not deployed. Read its answers in the report, mend the stage that is to blame, and run again.")
+        raise DataError(
+            f"Validation failed: {'; '.join(failed)}. Version {version} is not deployed. Read its answers in the report, mend the stage"
+            " that is to blame, and run again."
+        )

@@ -22,7 +22,9 @@ from .scoring import compare, is_refusal, score_answer
 from .workspace import DataError, Workspace, file_digest, open_workspace
 
 # %% ../nbs/04c_variants.ipynb #9c64c140
-GGUF_NAMES = dict(q_proj="attn_q", k_proj="attn_k", v_proj="attn_v", o_proj="attn_output", gate_proj="ffn_gate", up_proj="ffn_up", down_proj="ffn_down")
+GGUF_NAMES = dict(
+    q_proj="attn_q", k_proj="attn_k", v_proj="attn_v", o_proj="attn_output", gate_proj="ffn_gate", up_proj="ffn_up", down_proj="ffn_down"
+)
 
 def interleave(
     rows: np.ndarray, # A matrix whose rows are the outputs of `heads` attention heads
@@ -48,7 +50,8 @@ def adapter_to_gguf(
     writer.add_float32("adapter.lora.alpha", float(json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]))
     for key, matrix in sorted(load_file(str(folder / "adapter_model.safetensors")).items()):
         layer, module, side = re.search(r"layers\.(\d+)\.\w+\.(\w+)\.(lora_[AB])\.weight", key).groups()
-        if module not in GGUF_NAMES: raise SettingsError(f"`finetune_modules` names {module}, for which llama.cpp has no name. It knows {', '.join(GGUF_NAMES)}.")
+        if module not in GGUF_NAMES:
+            raise SettingsError(f"`finetune_modules` names {module}, for which llama.cpp has no name. It knows {', '.join(GGUF_NAMES)}.")
         if side == "lora_B" and module in ("q_proj", "k_proj"): matrix = interleave(matrix, heads if module == "q_proj" else kv_heads)
         writer.add_tensor(f"blk.{layer}.{GGUF_NAMES[module]}.weight.{side.lower()}", np.ascontiguousarray(matrix, np.float32))
     writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
@@ -79,7 +82,8 @@ def check_variants(
     serve: str = "adapter", # The one that goes into the assistant
 ) -> list[str]: # The names, among them base, adapter and the one that is served
     "`SettingsError` for a variant that there is none of."
-    if unknown := [name for name in names if name not in VARIANTS]: raise SettingsError(f"`finetune_variants` names {', '.join(unknown)}. There are {', '.join(VARIANTS)}.")
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise SettingsError(f"`finetune_variants` names {', '.join(unknown)}. There are {', '.join(VARIANTS)}.")
     if serve not in VARIANTS[1:]: raise SettingsError(f"`finetune_serve` is {serve!r}. It must be one of {', '.join(VARIANTS[1:])}.")
     return list(dict.fromkeys(["base", "adapter", *names, serve]))
 
@@ -112,19 +116,37 @@ def ask_variants(
     for number, name in enumerate(names):
         ws.progress(number, len(names), f"asking {name}")
         model, beside = variant_files(ws, name, adapter)
-        job = dict(kind="chat", runner="llama.cpp", file=str(model), adapter=str(beside or ""), slots=1, context=2048, max_tokens=ws.config.chat_max_tokens, asks=[p[-2]["content"] for p in prompts])
+        job = dict(
+            kind="chat", runner="llama.cpp", file=str(model), adapter=str(beside or ""), slots=1, context=2048,
+            max_tokens=ws.config.chat_max_tokens, asks=[p[-2]["content"] for p in prompts],
+        )
         found, = run_probes([job], seconds)
-        if "error" in found: raise DataError(f"The variant {name} ({model.name}) could not be measured: {found['error']}. Take it out of `finetune_variants`, or look at its file.")
+        if "error" in found:
+            raise DataError(
+                f"The variant {name} ({model.name}) could not be measured: {found['error']}. Take it out of `finetune_variants`, or look at"
+                " its file."
+            )
         scored = []
         for pair, (*_, wanted), a in zip(pairs.itertuples(), prompts, found["answers"]):
             gold = [pair.document_id] if pair.document_id else []
-            scored.append(dict(id=pair.id, group=pair.group, variant=name, kind=pair.kind, question=pair.question, answer=a["text"].strip(), reference=wanted["content"], decision=decision(a["text"], not gold), seconds=a["seconds"])
-                          | score_answer(a["text"], list(pair.shown), gold, wanted["content"], pair.question))
+            scored.append(
+                dict(
+                    id=pair.id, group=pair.group, variant=name, kind=pair.kind, question=pair.question, answer=a["text"].strip(),
+                    reference=wanted["content"], decision=decision(a["text"], not gold), seconds=a["seconds"],
+                )
+                | score_answer(a["text"], list(pair.shown), gold, wanted["content"], pair.question)
+            )
         answers += scored
         means, asked = pd.DataFrame(scored), pd.DataFrame(found["answers"])
-        rows.append(dict(variant=name, correct=means.correct.mean(), citation_precision=_mean(means, "citation_precision"), token_f1=_mean(means, "token_f1"), refusal_accuracy=_balanced(means),
-                         size_mb=(model.stat().st_size + (beside.stat().st_size if beside else 0)) / 1e6, memory_mb=found["peak_mb"], load_s=found["load_s"], prefill=asked["read"].sum() / asked.read_s.sum(),
-                         decode=(asked.written - 1).clip(0).sum() / asked.write_s.sum(), seconds=asked.seconds.median()))
+        rows.append(
+            dict(
+                variant=name, correct=means.correct.mean(), citation_precision=_mean(means, "citation_precision"),
+                token_f1=_mean(means, "token_f1"), refusal_accuracy=_balanced(means),
+                size_mb=(model.stat().st_size + (beside.stat().st_size if beside else 0)) / 1e6, memory_mb=found["peak_mb"],
+                load_s=found["load_s"], prefill=asked["read"].sum() / asked.read_s.sum(),
+                decode=(asked.written - 1).clip(0).sum() / asked.write_s.sum(), seconds=asked.seconds.median(),
+            )
+        )
     return pd.DataFrame(rows).set_index("variant"), pd.DataFrame(answers)
 
 def _mean(frame, column): return float(frame[column].mean()) if column in frame else float("nan")
@@ -143,7 +165,13 @@ def against_base(
     for name in answers.variant.unique():
         for measure in measures if name != "base" else ():
             both = wide[measure][[name, "base"]].dropna() if measure in answers else []
-            if len(both): rows.append(dict(variant=name, measure=measure, base=both["base"].mean(), tuned=both[name].mean(), difference=str(compare(list(both[name]), list(both["base"]), groups=list(group[both.index])))))
+            if len(both):
+                rows.append(
+                    dict(
+                        variant=name, measure=measure, base=both["base"].mean(), tuned=both[name].mean(),
+                        difference=str(compare(list(both[name]), list(both["base"]), groups=list(group[both.index]))),
+                    )
+                )
     return pd.DataFrame(rows)
 
 # %% ../nbs/04c_variants.ipynb #9fef8f80
@@ -154,10 +182,18 @@ def plot_variants(
     import matplotlib.pyplot as plt
     colours = dict(zip(VARIANTS, ("#9aa5b1", "#e4572e", "#5b8def", "#6fb07f", "#e4a03a")))
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharex=True)
-    for axis, measure, label in zip(axes, ("token_f1", "refusal_accuracy"), ("token F1 with the wanted answer", "refusal accuracy (0.5: a coin)")):
-        for name, row in table.iterrows(): axis.scatter(row.seconds, row[measure], s=row.memory_mb, color=colours[name], alpha=0.75, label=f"{name}: {row.size_mb:,.0f} MB of files, {row.memory_mb:,.0f} MB in memory")
+    for axis, measure, label in zip(
+        axes, ("token_f1", "refusal_accuracy"), ("token F1 with the wanted answer", "refusal accuracy (0.5: a coin)")
+    ):
+        for name, row in table.iterrows():
+            axis.scatter(
+                row.seconds, row[measure], s=row.memory_mb, color=colours[name], alpha=0.75,
+                label=f"{name}: {row.size_mb:,.0f} MB of files, {row.memory_mb:,.0f} MB in memory",
+            )
         axis.set(xlabel="seconds an answer (median)", ylabel=label, ylim=(-0.05, 1.1), xlim=(0, table.seconds.max() * 1.2))
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, markerscale=0.5)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, markerscale=0.5
+    )
     figure.tight_layout()
     return figure

@@ -31,7 +31,8 @@ def choose_kind(
     kind: str = "auto", # A kind, or auto
 ) -> str:
     "The kind of index for so many vectors; `SettingsError` for a kind that we do not know."
-    if kind not in ("auto", *KINDS): raise SettingsError(f"There is no kind of index {kind!r}. Set `index_kind` in settings.ini to auto, {', '.join(KINDS)}.")
+    if kind not in ("auto", *KINDS):
+        raise SettingsError(f"There is no kind of index {kind!r}. Set `index_kind` in settings.ini to auto, {', '.join(KINDS)}.")
     return kind if kind != "auto" else "flat" if count <= FLAT_UP_TO else "hnsw" if count <= HNSW_UP_TO else "ivf_pq"
 
 def make_faiss(
@@ -61,8 +62,10 @@ def make_faiss(
 
 # %% ../nbs/02a_vector_index.ipynb #b6fac067
 BM25_K1, BM25_B = 0.9, 0.3
-STOP_WORDS = set("a an and are as at be by can could did do does for from has have how i if in into is it its me my not of on or our should so than that the their "
-                 "them then there this to us was we what when where which who why will with would you your".split())
+STOP_WORDS = set(
+    "a an and are as at be by can could did do does for from has have how i if in into is it its me my not of on or our should so than that"
+    " the their them then there this to us was we what when where which who why will with would you your".split()
+)
 
 @functools.cache
 def _stemmer():
@@ -87,10 +90,15 @@ def build_index(
 ) -> dict: # The manifest
     "Write an index folder; the manifest comes last. `DataError` if there is nothing to index, or a vector is not one."
     import bm25s, faiss
-    if len(chunks) == 0: raise DataError("There are no chunks to index. Run 02 corpus, and look at `corpus` and `corpus_documents` in settings.ini.")
-    if len(vectors) != len(chunks): raise DataError(f"There are {len(vectors):,} vectors for {len(chunks):,} chunks. Run `llmops run --only retrieval --force`.")
+    if len(chunks) == 0:
+        raise DataError("There are no chunks to index. Run 02 corpus, and look at `corpus` and `corpus_documents` in settings.ini.")
+    if len(vectors) != len(chunks):
+        raise DataError(f"There are {len(vectors):,} vectors for {len(chunks):,} chunks. Run `llmops run --only retrieval --force`.")
     bad = chunks.id[~np.isfinite(vectors).all(1)]
-    if len(bad): raise DataError(f"{len(bad)} chunks have vectors that are not numbers, the first {bad.iloc[0]!r}. The embedding model is damaged: reinstall it.")
+    if len(bad):
+        raise DataError(
+            f"{len(bad)} chunks have vectors that are not numbers, the first {bad.iloc[0]!r}. The embedding model is damaged: reinstall it."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     kind = choose_kind(len(chunks), kind)
     faiss.write_index(make_faiss(vectors, kind), str(folder / "vectors.faiss"))
@@ -99,8 +107,10 @@ def build_index(
     bm25.save(str(folder / "bm25"))
     chunks[COLUMNS].to_parquet(folder / "chunks.parquet", index=False)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    manifest = dict(format=2, kind=kind, count=len(chunks), dimension=int(vectors.shape[1]), embedder=embedder, chunks_version=table_version,
-                    files={p.relative_to(folder).as_posix(): file_digest(p) for p in files})
+    manifest = dict(
+        format=2, kind=kind, count=len(chunks), dimension=int(vectors.shape[1]), embedder=embedder,
+        chunks_version=table_version, files={p.relative_to(folder).as_posix(): file_digest(p) for p in files},
+    )
     write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
 
@@ -116,10 +126,14 @@ def check_index(
     except FileNotFoundError: raise DataError(f"There is no index in {folder}. {REBUILD}") from None
     except ValueError: raise DataError(f"The manifest {folder / 'manifest.json'} is damaged. {REBUILD}") from None
     missing = {"format", "kind", "count", "dimension", "embedder", "chunks_version", "files"} - manifest.keys()
-    if missing or manifest["format"] != 2: raise DataError(f"The index in {folder} was written by another version of this project. {REBUILD}")
+    if missing or manifest["format"] != 2:
+        raise DataError(f"The index in {folder} was written by another version of this project. {REBUILD}")
     for name, digest in manifest["files"].items(): verify_digest(folder / name, digest, REBUILD)
     if embedder not in (None, manifest["embedder"]):
-        raise DataError(f"The index in {folder} was made by another embedding model ({manifest['embedder'][:12]}…, the questions would be embedded by {embedder[:12]}…), whose vectors mean something else. {REBUILD}")
+        raise DataError(
+            f"The index in {folder} was made by another embedding model ({manifest['embedder'][:12]}…, the questions would be embedded by"
+            f" {embedder[:12]}…), whose vectors mean something else. {REBUILD}"
+        )
     return manifest
 
 # %% ../nbs/02a_vector_index.ipynb #4758f957
@@ -140,9 +154,14 @@ class Index:
         self.documents = pd.factorize(self.chunks["document_id"].to_pandas())[0]        # numbers: a search compares a hundred of them
         found = self.vectors.ntotal, len(self.chunks), self.vectors.d
         if found != (self.manifest["count"], self.manifest["count"], self.manifest["dimension"]):
-            raise DataError(f"The index in {self.folder} holds {found[0]} vectors of {found[2]} numbers for {found[1]} chunks; its manifest says {self.manifest['count']} of {self.manifest['dimension']}. {REBUILD}")
+            raise DataError(
+                f"The index in {self.folder} holds {found[0]} vectors of {found[2]} numbers for {found[1]} chunks; its manifest says"
+                f" {self.manifest['count']} of {self.manifest['dimension']}. {REBUILD}"
+            )
         if self.manifest["kind"] == "ivf_pq": self.vectors.make_direct_map()            # so that a vector can be read back by its number
-        self.gpu = faiss.index_cpu_to_all_gpus(self.vectors) if self.manifest["kind"] != "hnsw" and getattr(faiss, "get_num_gpus", int)() else None
+        self.gpu = (
+            faiss.index_cpu_to_all_gpus(self.vectors) if self.manifest["kind"] != "hnsw" and getattr(faiss, "get_num_gpus", int)() else None
+        )
 
     def __len__(self): return len(self.chunks)
 
@@ -166,7 +185,8 @@ from fastcore.basics import patch
 @patch
 def _allowed(self: Index, filters):                 # a mask over the rows, or None if all may be found
     if not filters: return None
-    if unknown := sorted(set(filters) - set(FILTERS)): raise SettingsError(f"There is no filter {unknown[0]!r}. Passages can be filtered by {', '.join(FILTERS)}.")
+    if unknown := sorted(set(filters) - set(FILTERS)):
+        raise SettingsError(f"There is no filter {unknown[0]!r}. Passages can be filtered by {', '.join(FILTERS)}.")
     masks = []
     for column, wanted in filters.items():
         masks.append(np.isin(self._column(column), [wanted] if isinstance(wanted, str) else list(wanted)))
@@ -174,7 +194,8 @@ def _allowed(self: Index, filters):                 # a mask over the rows, or N
 
 @patch
 def _column(self: Index, name):
-    if name not in (columns := self.__dict__.setdefault("columns", {})): columns[name] = np.asarray(self.chunks[name].to_pylist(), dtype=object)
+    if name not in (columns := self.__dict__.setdefault("columns", {})):
+        columns[name] = np.asarray(self.chunks[name].to_pylist(), dtype=object)
     return columns[name]
 
 @patch
@@ -253,7 +274,9 @@ def _first_chunks(self: Index, rows):
 @patch
 def _passage(self: Index, row, score, similarity):
     chunk = self.chunks.slice(row, 1).to_pylist()[0]
-    return Passage(chunk["id"], chunk["document_id"], chunk["package"], chunk["heading"], chunk["text"], float(score), float(similarity), chunk["kind"])
+    return Passage(
+        chunk["id"], chunk["document_id"], chunk["package"], chunk["heading"], chunk["text"], float(score), float(similarity), chunk["kind"]
+    )
 
 # %% ../nbs/02a_vector_index.ipynb #9c0095a8
 def open_reranker(
@@ -261,8 +284,15 @@ def open_reranker(
 ):
     "A function from a question and passages to scores, or `None`; `SettingsError` if there is no such model."
     if name == "off": return None
-    if name.startswith(("/", ".")) and not Path(name).is_dir(): raise SettingsError(f"The cross-encoder {name!r} cannot be loaded: there is no such folder. Correct `reranker` in settings.ini, or set it to off.")
+    if name.startswith(("/", ".")) and not Path(name).is_dir():
+        raise SettingsError(
+            f"The cross-encoder {name!r} cannot be loaded: there is no such folder. Correct `reranker` in settings.ini, or set it to off."
+        )
     from sentence_transformers import CrossEncoder
     try: model = CrossEncoder(name, device=None, model_kwargs=dict(use_safetensors=True))
-    except Exception as error: raise SettingsError(f"The cross-encoder {name!r} cannot be loaded: {str(error).splitlines()[0][:200]} Correct `reranker` in settings.ini, or set it to off.") from None
+    except Exception as error:
+        raise SettingsError(
+            f"The cross-encoder {name!r} cannot be loaded: {str(error).splitlines()[0][:200]} Correct `reranker` in settings.ini, or set it"
+            " to off."
+        ) from None
     return lambda question, passages: model.predict([(question, p.text) for p in passages], show_progress_bar=False)

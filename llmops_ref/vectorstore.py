@@ -74,9 +74,11 @@ class IndexStore(VectorStore):
         texts = list(texts)
         ids = [id or uuid.uuid4().hex for id in ids or [None] * len(texts)]
         metadatas = metadatas or [{}] * len(texts)
-        if not len(texts) == len(ids) == len(metadatas): raise ValueError(f"There are {len(texts)} texts, {len(ids)} ids and {len(metadatas)} metadata; the numbers must agree.")
+        if not len(texts) == len(ids) == len(metadatas):
+            raise ValueError(f"There are {len(texts)} texts, {len(ids)} ids and {len(metadatas)} metadata; the numbers must agree.")
         vectors = _unit(self.embedding.embed_documents(texts)) if texts else []
-        for text, id, metadata, vector in zip(texts, ids, metadatas, vectors): self.rows[id] = Document(page_content=text, metadata=dict(metadata), id=id), vector
+        for text, id, metadata, vector in zip(texts, ids, metadatas, vectors):
+            self.rows[id] = Document(page_content=text, metadata=dict(metadata), id=id), vector
         self._index = None
         return ids
 
@@ -104,7 +106,9 @@ def index(self: IndexStore) -> Index | None:
     return self._index
 
 @patch
-def similarity_search_with_score(self: IndexStore, query: str, k: int = 4, method: str = "hybrid", filters: dict | None = None, **_) -> list[tuple[Document, float]]:
+def similarity_search_with_score(
+    self: IndexStore, query: str, k: int = 4, method: str = "hybrid", filters: dict | None = None, **_
+) -> list[tuple[Document, float]]:
     "Documents and their scores (cosines for `method='dense'`), best first, at most one for each `document_id`."
     return [(self.rows[p.chunk_id][0], p.score) for p in (self.index.search(query, k, method, filters=filters) if self.rows else [])]
 
@@ -116,7 +120,11 @@ def similarity_search(self: IndexStore, query: str, k: int = 4, **settings) -> l
 @patch
 def similarity_search_by_vector(self: IndexStore, embedding: list[float], k: int = 4, filters: dict | None = None, **_) -> list[Document]:
     "Documents nearest to a vector."
-    return [self.rows[p.chunk_id][0] for p in self.index.search("-", k, "dense", vector=_unit([embedding])[0], filters=filters)] if self.rows else []
+    return (
+        [self.rows[p.chunk_id][0] for p in self.index.search("-", k, "dense", vector=_unit([embedding])[0], filters=filters)]
+        if self.rows
+        else []
+    )
 
 IndexStore.__abstractmethods__ = frozenset()        # they are patched in above, after the class was made
 
@@ -134,7 +142,10 @@ class RetrieverModel(mlflow.pyfunc.PythonModel):
         "For each row of the column `question`, the passages as a JSON list; `params`: k, method, package."
         params = params or {}
         filters = {"package": params["package"].split(",")} if params.get("package") else None
-        return [json.dumps([vars(p) for p in self.index.search(q, int(params.get("k", 5)), params.get("method", "hybrid"), filters=filters)]) for q in model_input["question"]]
+        return [
+            json.dumps([vars(p) for p in self.index.search(q, int(params.get("k", 5)), params.get("method", "hybrid"), filters=filters)])
+            for q in model_input["question"]
+        ]
 
 RETRIEVER_CODE = """from llmops_ref.vectorstore import RetrieverModel
 from mlflow.models import set_model
@@ -147,10 +158,17 @@ def log_retriever(ws: Workspace) -> str:
     from mlflow.models import infer_signature
     ws.mlflow()
     precision = index_precision(ws) or "fp32"
-    signature = infer_signature(pd.DataFrame({"question": ["How do I log a metric?"]}), ["[]"], params=dict(k=5, method="hybrid", package=""))
+    signature = infer_signature(
+        pd.DataFrame({"question": ["How do I log a metric?"]}), ["[]"], params=dict(k=5, method="hybrid", package="")
+    )
     packages = ("mlflow", "onnxruntime", "tokenizers", "faiss-cpu", "bm25s", "pystemmer", "pyarrow", "langchain-core")
     info = mlflow.pyfunc.log_model(
-        name="retriever", python_model=str(write_atomic(ws.path("retriever_model.py"), RETRIEVER_CODE)), signature=signature, model_config=dict(precision=precision),
-        artifacts=dict(index=str(index_folder(ws)), embedder=str(minilm_onnx(ws, precision)), tokenizer=str(minilm_folder() / "tokenizer.json")),
-        code_paths=[str(Path(__file__).parent)], pip_requirements=[f"{name}=={version(name)}" for name in packages], registered_model_name=ws.registered("retriever"))
+        name="retriever", python_model=str(write_atomic(ws.path("retriever_model.py"), RETRIEVER_CODE)),
+        signature=signature, model_config=dict(precision=precision),
+        artifacts=dict(
+            index=str(index_folder(ws)), embedder=str(minilm_onnx(ws, precision)), tokenizer=str(minilm_folder() / "tokenizer.json")
+        ),
+        code_paths=[str(Path(__file__).parent)], pip_requirements=[f"{name}=={version(name)}" for name in packages],
+        registered_model_name=ws.registered("retriever"),
+    )
     return str(info.registered_model_version)

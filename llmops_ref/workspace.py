@@ -119,7 +119,10 @@ class Workspace:
         from filelock import FileLock, Timeout
         lock = FileLock(self.path(f".{name}.lock"), timeout=0)
         try: lock.acquire()
-        except Timeout: raise DataError(f"{doing} of {self.config.env} is in progress. Wait until it is done, or end it; its lock is {lock.lock_file}.") from None
+        except Timeout:
+            raise DataError(
+                f"{doing} of {self.config.env} is in progress. Wait until it is done, or end it; its lock is {lock.lock_file}."
+            ) from None
         try: yield
         finally: lock.release()
 
@@ -132,7 +135,9 @@ class Workspace:
     def secret(self, name: str) -> str:
         "A secret, from the environment; `SettingsError` if it is not set. It is never logged."
         if value := os.environ.get(name): return value
-        raise SettingsError(f"The secret {name} is not set. Set it in the environment (`export {name}=...`); it is never written to a file.")
+        raise SettingsError(
+            f"The secret {name} is not set. Set it in the environment (`export {name}=...`); it is never written to a file."
+        )
 
 # %% ../nbs/00a_workspace.ipynb #0ac9d17d
 def usable_cores() -> int:
@@ -186,7 +191,8 @@ def map_batches(
 def _on_a_core(self: Workspace, function): return functools.partial(_apart, function)
 
 def _apart(function, frames):
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool: yield from pool.submit(_collect, function, list(frames)).result()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.submit(_collect, function, list(frames)).result()
 
 def _collect(function, frames): return list(function(iter(frames)))
 
@@ -237,7 +243,11 @@ class Changes:
     gone: int = 0
 
     def __bool__(self): return bool(self.new or self.changed or self.gone)
-    def __str__(self): return ", ".join(f"{n:,} {word}" for n, word in ((self.new, "new"), (self.changed, "changed"), (self.gone, "gone")) if n) or "nothing changed"
+    def __str__(self):
+        return (
+            ", ".join(f"{n:,} {word}" for n, word in ((self.new, "new"), (self.changed, "changed"), (self.gone, "gone")) if n)
+            or "nothing changed"
+        )
 
 @patch
 def merge(
@@ -247,14 +257,21 @@ def merge(
     key: str = "id", # Column that names a row
 ) -> Changes:
     "Bring a table to the rows of a frame in one commit that touches only what differs."
-    if "digest" not in frame: frame = frame.assign(digest=[hashlib.sha256(repr(row).encode()).hexdigest()[:16] for row in frame.itertuples(index=False, name=None)])
+    if "digest" not in frame:
+        frame = frame.assign(
+            digest=[hashlib.sha256(repr(row).encode()).hexdigest()[:16] for row in frame.itertuples(index=False, name=None)]
+        )
     try: old = self._row_digests(table, key, list(frame.columns))
     except DataError: old = None                    # no such table
     if old is None:
         self.write(table, frame)
         return Changes(new=len(frame))
     digests = dict(zip(frame[key], frame.digest))
-    changes = Changes(len(digests.keys() - old.keys()), sum(old.get(k, digest) != digest for k, digest in digests.items()), len(old.keys() - digests.keys()))
+    changes = Changes(
+        len(digests.keys() - old.keys()),
+        sum(old.get(k, digest) != digest for k, digest in digests.items()),
+        len(old.keys() - digests.keys()),
+    )
     if changes: self._merge(table, frame, key)
     self.writes[f"table:{table}"] = self.table_version(table)
     return changes
@@ -269,8 +286,14 @@ def _row_digests(self: Workspace, table, key, columns):     # key -> digest, or 
 @patch
 def _merge(self: Workspace, table, frame, key):
     import pyarrow
-    (self._delta(table).merge(pyarrow.Table.from_pandas(frame, preserve_index=False), f"old.{key} = new.{key}", source_alias="new", target_alias="old")
-     .when_matched_update_all("old.digest <> new.digest").when_not_matched_insert_all().when_not_matched_by_source_delete().execute())
+    (
+        self._delta(table)
+        .merge(pyarrow.Table.from_pandas(frame, preserve_index=False), f"old.{key} = new.{key}", source_alias="new", target_alias="old")
+        .when_matched_update_all("old.digest <> new.digest")
+        .when_not_matched_insert_all()
+        .when_not_matched_by_source_delete()
+        .execute()
+    )
 
 @patch
 def add(
@@ -294,7 +317,10 @@ def _insert(self: Workspace, table, frame, key):
     import pyarrow
     from deltalake.exceptions import CommitFailedError
     for patience in (0.1, 0.3, 1, 3, None):         # somebody else's commit came first
-        merge = self._delta(table).merge(pyarrow.Table.from_pandas(frame, preserve_index=False), f"old.{key} = new.{key}", source_alias="new", target_alias="old", merge_schema=True)
+        merge = self._delta(table).merge(
+            pyarrow.Table.from_pandas(frame, preserve_index=False), f"old.{key} = new.{key}", source_alias="new",
+            target_alias="old", merge_schema=True,
+        )
         try: return merge.when_not_matched_insert_all().execute()["num_target_rows_inserted"]
         except CommitFailedError:
             if patience is None: raise
@@ -307,7 +333,11 @@ def changes_since(self: Workspace, table: str, version: str) -> Changes | None:
     for commit in self._history(table):
         if commit["version"] <= int(version): break
         if commit["operation"] != "MERGE": return None
-        metrics = {"".join(part.capitalize() for part in name.split("_")).lower(): int(value) for name, value in commit["operationMetrics"].items() if str(value).isdigit()}
+        metrics = {
+            "".join(part.capitalize() for part in name.split("_")).lower(): int(value)
+            for name, value in commit["operationMetrics"].items()
+            if str(value).isdigit()
+        }
         total = [n + metrics.get(f"numtargetrows{word}", 0) for n, word in zip(total, ("inserted", "updated", "deleted"))]
     return Changes(*total)
 
@@ -315,8 +345,11 @@ def changes_since(self: Workspace, table: str, version: str) -> Changes | None:
 def _history(self: Workspace, table): return self._delta(table).history()
 
 # %% ../nbs/00a_workspace.ipynb #68f2134f
-MLFLOW_SWITCHES = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_LOGGING_LEVEL": "WARNING", "GIT_PYTHON_REFRESH": "quiet",
-                   "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false", "MLFLOW_MODEL_CATALOG_URI": ""}      # else the first trace waits for a price list from the network; MLflow ships one
+MLFLOW_SWITCHES = {
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_LOGGING_LEVEL": "WARNING", "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false", "MLFLOW_MODEL_CATALOG_URI": "",
+}  # else the first trace waits for a price list from the network; MLflow ships one
 
 @patch
 def mlflow(self: Workspace):
@@ -380,7 +413,8 @@ def set_prompt_alias(self: Workspace, noun: str, alias: str, version: str) -> No
 def read_file(self: Workspace, name: str) -> Path:
     "Path of a file of the repository, noted as an input by its digest; `DataError` if it is missing."
     path = self.config.root / name
-    if not path.is_file(): raise DataError(f"The file {path} is missing. Restore it (`git checkout -- {name}`) or correct its name in settings.ini.")
+    if not path.is_file():
+        raise DataError(f"The file {path} is missing. Restore it (`git checkout -- {name}`) or correct its name in settings.ini.")
     self.reads[f"file:{name}"] = file_digest(path)
     return path
 
@@ -506,7 +540,8 @@ class DatabricksWorkspace(Workspace):
         return WorkspaceClient().dbutils.secrets.get(scope=self.config.secret_scope, key=name)
 
     def table_version(self, table):
-        if not self.spark.catalog.tableExists(self._name(table).replace("`", "")): raise DataError(f"The table {self._name(table)} does not exist. Run the stages before this one.")
+        if not self.spark.catalog.tableExists(self._name(table).replace("`", "")):
+            raise DataError(f"The table {self._name(table)} does not exist. Run the stages before this one.")
         return str(self.spark.sql(f"DESCRIBE HISTORY {self._name(table)} LIMIT 1").first()["version"])
 
     def read_spark(self, table):
@@ -518,7 +553,9 @@ class DatabricksWorkspace(Workspace):
     def write(self, table, frame, mode="overwrite"):
         if isinstance(frame, pd.DataFrame): frame = self.spark.createDataFrame(frame.reset_index(drop=True))
         writer = frame.write.mode(mode)
-        (writer.option("overwriteSchema", "true") if mode == "overwrite" else writer.option("mergeSchema", "true")).saveAsTable(self._name(table))
+        (writer.option("overwriteSchema", "true") if mode == "overwrite" else writer.option("mergeSchema", "true")).saveAsTable(
+            self._name(table)
+        )
         self.writes[f"table:{table}"] = version = self.table_version(table)
         return version
 
@@ -529,13 +566,18 @@ class DatabricksWorkspace(Workspace):
 
     def _merge(self, table, frame, key):
         self.spark.createDataFrame(frame).createOrReplaceTempView("llmops_rows")
-        self.spark.sql(f"MERGE INTO {self._name(table)} old USING llmops_rows new ON old.{key} = new.{key} WHEN MATCHED AND old.digest <> new.digest THEN UPDATE SET * "
-                       "WHEN NOT MATCHED THEN INSERT * WHEN NOT MATCHED BY SOURCE THEN DELETE")
+        self.spark.sql(
+            f"MERGE INTO {self._name(table)} old USING llmops_rows new ON old.{key} = new.{key} WHEN MATCHED AND old.digest <> new.digest"
+            " THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT * WHEN NOT MATCHED BY SOURCE THEN DELETE"
+        )
 
     def _insert(self, table, frame, key):
         view = f"llmops_rows_{os.urandom(8).hex()}"  # others may add at this moment
         self.spark.createDataFrame(frame).createOrReplaceTempView(view)
-        return self.spark.sql(f"MERGE WITH SCHEMA EVOLUTION INTO {self._name(table)} old USING {view} new ON old.{key} = new.{key} WHEN NOT MATCHED THEN INSERT *").first()["num_inserted_rows"]
+        return self.spark.sql(
+            f"MERGE WITH SCHEMA EVOLUTION INTO {self._name(table)} old USING {view} new ON old.{key} = new.{key} WHEN NOT MATCHED THEN"
+            " INSERT *"
+        ).first()["num_inserted_rows"]
 
     def _history(self, table): return [row.asDict() for row in self.spark.sql(f"DESCRIBE HISTORY {self._name(table)}").collect()]
 
@@ -555,6 +597,9 @@ def open_workspace(
     "The workspace that `config.platform` names."
     if config.platform == "databricks":
         if not config.store.startswith("/Volumes/"):
-            raise SettingsError(f"On Databricks, `store` must be a Volume path such as /Volumes/{config.catalog}/{config.schema}/files, not {config.store!r}.")
+            raise SettingsError(
+                f"On Databricks, `store` must be a Volume path such as /Volumes/{config.catalog}/{config.schema}/files, not"
+                f" {config.store!r}."
+            )
         return DatabricksWorkspace(config)
     return Workspace(config)

@@ -21,7 +21,7 @@ class SocketWorkspace:
 
     def __init__(self):
         self.asked = []                                 # (method, path, query, body) of each request
-        self.refuse = []                                # one entry a request, from the next on: (status, headers), BREAKS, or None for an answer
+        self.refuse = []  # one entry a request, from the next on: (status, headers), BREAKS, or None for an answer
 
     def answer(self, method, path, query, body): raise NotImplementedError
 
@@ -59,7 +59,8 @@ def on_a_socket(state: SocketWorkspace, monkeypatch):
                     return self.connection.close()
             content = json.dumps(answer).encode()
             self.send_response(status)
-            for key, value in (headers | {"Content-Type": "application/json", "Content-Length": str(len(content))}).items(): self.send_header(key, value)
+            for key, value in (headers | {"Content-Type": "application/json", "Content-Length": str(len(content))}).items():
+                self.send_header(key, value)
             self.end_headers()
             self.wfile.write(content)
         do_GET = do_POST = do_DELETE = do_PATCH = do_PUT = reply

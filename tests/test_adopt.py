@@ -10,15 +10,20 @@ from llmops_ref.corpus import load_questions
 from llmops_ref.scoring import is_refusal, says_reference
 from llmops_ref.workspace import open_workspace
 
-QUICK = dict(HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", PROMPT_REPORT_QUESTIONS="2", PROMPT_BEHAVIOUR="0", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="3",
-             MONITORING_PROBES="3", SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120", FINETUNE_SECONDS="0")
+QUICK = dict(
+    HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", PROMPT_REPORT_QUESTIONS="2",
+    PROMPT_BEHAVIOUR="0", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="3", MONITORING_PROBES="3", SMOKE_QUESTIONS="1",
+    GATE_MODE="inform", GATE_P95_SECONDS="120", FINETUNE_SECONDS="0",
+)
 
 
 def pdf(path, text):
     from reportlab.lib.styles import getSampleStyleSheet
     from reportlab.platypus import Paragraph, SimpleDocTemplate
     from xml.sax.saxutils import escape
-    SimpleDocTemplate(str(path)).build([Paragraph(escape(part), getSampleStyleSheet()["BodyText"]) for part in text.split("\n\n") if part.strip()])
+    SimpleDocTemplate(str(path)).build(
+        [Paragraph(escape(part), getSampleStyleSheet()["BodyText"]) for part in text.split("\n\n") if part.strip()]
+    )
 
 
 def mixed_documents(folder):
@@ -28,9 +33,13 @@ def mixed_documents(folder):
     for number, path in enumerate(guides):
         text = path.read_text()
         if number % 4 == 0: (folder / path.name).write_text(text)
-        elif number % 4 == 1: (folder / f"{path.stem}.html").write_text(f"<html><body><main>{MarkdownIt().enable('table').render(text)}</main></body></html>")
+        elif number % 4 == 1:
+            (folder / f"{path.stem}.html").write_text(f"<html><body><main>{MarkdownIt().enable('table').render(text)}</main></body></html>")
         elif number % 4 == 2: pdf(folder / f"{path.stem}.pdf", text)
-        else: (folder / f"{path.stem}.ipynb").write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[dict(cell_type="markdown", metadata={}, source=text)])))
+        else:
+            (folder / f"{path.stem}.ipynb").write_text(
+                json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[dict(cell_type="markdown", metadata={}, source=text)]))
+            )
     (folder / "empty.md").write_text("")
     return folder
 
@@ -67,7 +76,11 @@ def test_drafts_are_asked_in_dev_and_everywhere_called_drafts(adopted):
     assert corpus["metrics"]["drafts"] == corpus["metrics"]["questions"] == 30 and "30 of them drafts" in corpus["headline"]
     assert "30 of the 30 evaluation questions are drafts" in (adopted.root / "runs" / "dev" / "latest" / "report.html").read_text()
     left = {f["about"]: f for f in json.loads(adopted.llmops("todo", "--json").stdout)["findings"]}
-    assert left["corpus"]["state"] == left["questions"]["state"] == "ok" and "30 questions" in left["drafts"]["found"] and "flatter" in left["drafts"]["found"]
+    assert (
+        left["corpus"]["state"] == left["questions"]["state"] == "ok"
+        and "30 questions" in left["drafts"]["found"]
+        and "flatter" in left["drafts"]["found"]
+    )
     staging = adopted.llmops("run", "--env", "staging", "--to", "corpus")
     assert staging.returncode == 1 and "only drafts" in staging.stderr, "nothing is gated on what nobody has read"
 
@@ -81,10 +94,17 @@ def test_prose_is_scored_as_prose(adopted):
     ws = open_workspace(load_config("dev", adopted.root))
     pairs, questions = ws.read("training_pairs"), ws.read("questions")
     answers = ws.read("requests").query("purpose == 'probe'").merge(questions, on="question", suffixes=("", "_of_reference"))
-    right = [is_refusal(a.answer) if a.type == "unanswerable" else says_reference(a.answer, a.answer_of_reference, a.question) for a in answers.itertuples()]
-    assert len(right) == watched["metrics"]["probes"] == 3 and watched["metrics"]["probe_correct"] == pytest.approx(sum(right) / 3), "a page's name is in no answer"
+    right = [
+        is_refusal(a.answer) if a.type == "unanswerable" else says_reference(a.answer, a.answer_of_reference, a.question)
+        for a in answers.itertuples()
+    ]
+    assert len(right) == watched["metrics"]["probes"] == 3 and watched["metrics"]["probe_correct"] == pytest.approx(
+        sum(right) / 3
+    ), "a page's name is in no answer"
     answers = [messages[-1]["content"] for messages in pairs.messages]
-    assert sum(answer.startswith("According to [") for answer in answers) > len(answers) / 2 and not any(answer.startswith("Use `") for answer in answers)
+    assert sum(answer.startswith("According to [") for answer in answers) > len(answers) / 2 and not any(
+        answer.startswith("Use `") for answer in answers
+    )
     tested = {g for gold in questions[questions.split == "test"].gold for g in gold}
     assert not tested & set(pairs.shown.explode().str.replace(r"#\d+$", "", regex=True))
     assert adopted.llmops("questions", "check", "--env", "dev").returncode == 0
@@ -92,7 +112,9 @@ def test_prose_is_scored_as_prose(adopted):
 
 def test_a_correction_in_prose_finds_its_page(adopted):
     "Somebody votes an answer down and says what would have been right: the page that was shown and says it is what the next model learns from."
-    learned = load_questions(adopted.root / "data" / "handbook_questions.jsonl", drafts=True).query("split == 'train' and type != 'unanswerable'")
+    learned = load_questions(adopted.root / "data" / "handbook_questions.jsonl", drafts=True).query(
+        "split == 'train' and type != 'unanswerable'"
+    )
     q = learned.iloc[0]
     reply = asked(adopted, q.question)
     assert q.gold[0] in {p["document_id"] for p in reply["passages"]}, "the search shows the page"
@@ -103,18 +125,26 @@ def test_a_correction_in_prose_finds_its_page(adopted):
     assert row["gold"] == q.gold[0] and row["answer"] == q.answer
     liked = next(r for other in learned.iloc[1:7].itertuples() if (r := asked(adopted, other.question))["citations"])
     good = json.loads(adopted.llmops("vote", liked["trace_id"], "--up", "--by", "eve", "--json").stdout)
-    assert "According" not in json.loads(adopted.llmops("review", good["feedback_id"], "--accept", "--by", "bob", "--json").stdout)["answer"], "the form comes with the next pair"
+    assert (
+        "According" not in json.loads(adopted.llmops("review", good["feedback_id"], "--accept", "--by", "bob", "--json").stdout)["answer"]
+    ), "the form comes with the next pair"
 
 
 def test_only_named_settings_change_and_a_second_time_nothing(adopted):
     before, after = adopted.before.splitlines(), (adopted.root / "settings.ini").read_text().splitlines()
     new = [line for line in after if line not in before]
     changed = {line.split("=")[0].strip() for line in new}
-    assert changed == {key for _, key in SAMPLE} - {"finetune"}, "what the other tests put back: `make test` stays green in a fork that has adopted"
-    (adopted.root / "settings.ini").write_text((adopted.root / "settings.ini").read_text().replace("passage_words = 50", "passage_words = 44"))
+    assert changed == {key for _, key in SAMPLE} - {
+        "finetune"
+    }, "what the other tests put back: `make test` stays green in a fork that has adopted"
+    (adopted.root / "settings.ini").write_text(
+        (adopted.root / "settings.ini").read_text().replace("passage_words = 50", "passage_words = 44")
+    )
     again = json.loads(adopted.llmops("adopt", "handbook", "--json").stdout)
     assert again["settings"] == [] and again["drafts"] == [] and again["kept"] == 30, "what somebody decided since stays"
-    (adopted.root / "handbook" / "parking.md").write_text("# Parking\n\n## Where cars stand\n\nCars stand behind the northern building, and nobody pays for that.\n")
+    (adopted.root / "handbook" / "parking.md").write_text(
+        "# Parking\n\n## Where cars stand\n\nCars stand behind the northern building, and nobody pays for that.\n"
+    )
     more = json.loads(adopted.llmops("adopt", "handbook", "--questions", "40", "--json").stdout)
     assert {g for q in more["drafts"] for g in q["gold"]} == {"parking.md"} and more["kept"] == 30
     (adopted.root / "handbook" / "parking.md").unlink()
@@ -135,7 +165,11 @@ def test_what_cannot_be_adopted(project):
     (project.root / "pictures").mkdir()
     (project.root / "pictures" / "photo.jpg").write_bytes(b"\xff\xd8\xff")
     before = (project.root / "settings.ini").read_text()
-    for words, says in ((["nowhere"], "There is no folder nowhere"), ([str(project.root)], "the project itself"), (["one"], "at least two documents"), (["pictures"], "holds no document"), (["README.md"], "There is no folder README.md")):
+    for words, says in (
+        (["nowhere"], "There is no folder nowhere"), ([str(project.root)], "the project itself"),
+        (["one"], "at least two documents"), (["pictures"], "holds no document"),
+        (["README.md"], "There is no folder README.md"),
+    ):
         done = project.llmops("adopt", *words)
         assert done.returncode == 1 and says in done.stderr, done.stderr
     shutil.copytree(ROOT / "nbs" / "guides", project.root / "guides")

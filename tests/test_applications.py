@@ -22,7 +22,10 @@ QUESTION = "How do I point an alias at a specific model version?"
 def third(finished):
     "The finished project, with the life cycle of the other application in dev: a provider of its own, and our stand-in as the fallback."
     with Provider("acme-large", key=KEY) as acme:
-        settings = dict(APP="third_party", GATEWAY_MODELS="acme/acme-large", GATEWAY_FALLBACKS="local/smollm2-q8_0", GATEWAY_PROVIDERS=f"acme={acme.url}", PRICES="acme-large 2/8, smollm2-q8_0 0.02/0.08")
+        settings = dict(
+            APP="third_party", GATEWAY_MODELS="acme/acme-large", GATEWAY_FALLBACKS="local/smollm2-q8_0",
+            GATEWAY_PROVIDERS=f"acme={acme.url}", PRICES="acme-large 2/8, smollm2-q8_0 0.02/0.08",
+        )
         def llmops(*args, **more): return finished.llmops(*args, **(settings | more))
         finished.environment["ACME_API_KEY"] = KEY
         done = llmops("run", "--env", "dev")
@@ -35,7 +38,9 @@ def third(finished):
 
 
 def traces(project):
-    rows = sqlite3.connect(project.root / "stores" / "dev" / "mlflow.db").execute("select request_id, key, value from trace_tags").fetchall()
+    rows = (
+        sqlite3.connect(project.root / "stores" / "dev" / "mlflow.db").execute("select request_id, key, value from trace_tags").fetchall()
+    )
     return pd.DataFrame(rows, columns=["trace", "key", "value"]).pivot(index="trace", columns="key", values="value")
 
 
@@ -53,7 +58,12 @@ def test_each_trace_says_who_served_at_what_price_with_which_prompt(third):
     project, *_ = third
     tags = traces(project)
     tags = tags[tags.purpose == "probe"]
-    assert len(tags) and set(tags.served_by) <= {"acme-large", ""} and set(tags.app) == {"third_party"} and tags.cost_usd.astype(float).max() > 0
+    assert (
+        len(tags)
+        and set(tags.served_by) <= {"acme-large", ""}
+        and set(tags.app) == {"third_party"}
+        and tags.cost_usd.astype(float).max() > 0
+    )
     assert tags["mlflow.linkedPrompts"].str.contains("answer_prompt").all()
     spans = sqlite3.connect(project.root / "stores" / "dev" / "mlflow.db").execute("select distinct type from spans").fetchall()
     assert {"AGENT", "RETRIEVER", "CHAT_MODEL"} <= {kind for kind, in spans}
@@ -92,9 +102,16 @@ def test_streamed_and_whole_are_the_same_answer(third):
 def test_a_version_asks_whom_it_was_validated_with(third):
     "Somebody changes the provider's model in the settings: what serves stays as it was, and with the next run it is another version."
     project, llmops, acme, _ = third
-    reply = json.loads(llmops("ask", QUESTION, "--env", "dev", "--json", GATEWAY_MODELS="local/smollm2-q4_1", GATEWAY_FALLBACKS="", GATEWAY_PROVIDERS="").stdout)
+    reply = json.loads(
+        llmops(
+            "ask", QUESTION, "--env", "dev", "--json", GATEWAY_MODELS="local/smollm2-q4_1", GATEWAY_FALLBACKS="", GATEWAY_PROVIDERS=""
+        ).stdout
+    )
     assert reply["served_by"] == "acme-large" and reply["answer"]
-    one, other = (open_workspace(load_config("dev", project.root, app="third_party", gateway_models=[model], gateway_providers=[f"acme={acme.url}"])) for model in ("acme/acme-large", "acme/acme-small"))
+    one, other = (
+        open_workspace(load_config("dev", project.root, app="third_party", gateway_models=[model], gateway_providers=[f"acme={acme.url}"]))
+        for model in ("acme/acme-large", "acme/acme-small")
+    )
     digests = [assistant_digest(assistant_parts(ws, champion_prompt(one)[0])[0], {}) for ws in (one, one, other)]
     assert digests[0] == digests[1] != digests[2]
 
@@ -115,13 +132,18 @@ def test_without_an_index(third):
     done = llmops("run", "--env", "dev", "--from", "prompts", "--to", "validation", "--set", "retrieval=off")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     details = json.loads((project.root / "stores" / "dev" / "stages" / "validation.json").read_text())["details"]
-    assert len(details["examples"]) == 4 and all(e["passages"] == [] and e["candidate"]["text"] and e["candidate"]["citations"] == [] for e in details["examples"])
+    assert len(details["examples"]) == 4 and all(
+        e["passages"] == [] and e["candidate"]["text"] and e["candidate"]["citations"] == [] for e in details["examples"]
+    )
 
 
 def test_one_table_compares_the_applications(finished):
     table = {row["system"]: row for row in json.loads(finished.llmops("compare", "--env", "staging", "--json").stdout)}
     assert list(table) == ["provider, passages", "provider, direct", "own base, passages", "own tuned, passages", "own tuned, direct"]
-    assert table["provider, direct"]["tokens_read"] < table["provider, passages"]["tokens_read"] and table["own tuned, direct"]["citation_precision"] is None
+    assert (
+        table["provider, direct"]["tokens_read"] < table["provider, passages"]["tokens_read"]
+        and table["own tuned, direct"]["citation_precision"] is None
+    )
     assert all(row["memory_mb"] > 50 and row["usd_per_1000"] > 0 and row["p50_seconds"] > row["first_token"] > 0 for row in table.values())
 
 
@@ -130,7 +152,9 @@ def batch_rows(project): return open_workspace(load_config("staging", project.ro
 
 def test_a_batch_that_is_killed_goes_on_where_it_stopped(finished):
     ws = open_workspace(load_config("staging", finished.root))
-    ws.write("tickets", pd.DataFrame(dict(id=[f"t{n}" for n in range(12)], question=[f"How do I log metric number {n}?" for n in range(12)])))
+    ws.write(
+        "tickets", pd.DataFrame(dict(id=[f"t{n}" for n in range(12)], question=[f"How do I log metric number {n}?" for n in range(12)]))
+    )
     run = finished.start("batch", "tickets", "answers", "--env", "staging", "--slice", "4")
     for _ in range(1200):
         if ws.current("table:answers") or run.poll() is not None: break
@@ -142,7 +166,11 @@ def test_a_batch_that_is_killed_goes_on_where_it_stopped(finished):
     again = json.loads(finished.llmops("batch", "tickets", "answers", "--env", "staging", "--json").stdout)
     assert again == dict(answered=12 - len(first), failed=0, before=len(first))
     rows = batch_rows(finished)
-    assert sorted(rows.id) == sorted(f"t{n}" for n in range(12)) and (rows.answer.str.len() > 0).all() and rows.served_by.str.contains("adapter").all()
+    assert (
+        sorted(rows.id) == sorted(f"t{n}" for n in range(12))
+        and (rows.answer.str.len() > 0).all()
+        and rows.served_by.str.contains("adapter").all()
+    )
     assert json.loads(finished.llmops("batch", "tickets", "answers", "--env", "staging", "--json").stdout)["answered"] == 0
 
 
@@ -170,14 +198,22 @@ def test_both_flavours_answer_alike_in_a_clean_process(finished):
     version = ws.alias("assistant", "champion", record=False)
     model, adapter, _ = tuned_files(ws)
     log_chain(ws, template, adapter, f"{ws.registered('answer_prompt')}/{prompt}", model)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LLMOPS_")} | dict(MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false", MLFLOW_TRACKING_URI=f"sqlite:///{ws.path('mlflow.db')}", MLFLOW_REGISTRY_URI=f"sqlite:///{ws.path('mlflow.db')}", PYTHONPATH="", HF_HUB_OFFLINE="1")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LLMOPS_")} | dict(
+        MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false", MLFLOW_TRACKING_URI=f"sqlite:///{ws.path('mlflow.db')}",
+        MLFLOW_REGISTRY_URI=f"sqlite:///{ws.path('mlflow.db')}", PYTHONPATH="", HF_HUB_OFFLINE="1",
+    )
     script = finished.root.parent / "load.py"
     script.write_text(LOAD)
     def load(flavour, uri):
-        done = subprocess.run([sys.executable, "-P", str(script), flavour, uri, json.dumps([QUESTION, "How do I log a metric?"])], cwd=finished.root.parent, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), flavour, uri, json.dumps([QUESTION, "How do I log a metric?"])],
+            cwd=finished.root.parent, env=environment, capture_output=True, text=True, timeout=300,
+        )
         assert done.returncode == 0, f"{flavour}: {done.stderr[-3000:]}"
         return json.loads(done.stdout.splitlines()[-1])
-    agent, chain = load("pyfunc", f"models:/{ws.registered('assistant')}/{version}"), load("langchain", f"models:/{ws.registered('assistant_chain')}/1")
+    agent, chain = load("pyfunc", f"models:/{ws.registered('assistant')}/{version}"), load(
+        "langchain", f"models:/{ws.registered('assistant_chain')}/1"
+    )
     assert agent == chain and all(answer for answer, _ in agent)
     assert not [path for path in ws.store.rglob("*") if path.suffix in (".pkl", ".pickle")]
 
@@ -186,12 +222,20 @@ def test_the_fine_tuned_model_on_an_endpoint_of_its_own(finished):
     "Another process serves base and adapter over the OpenAI protocol, with a key; the chain is pointed at it by a setting."
     serving = finished.start("serve", "chat_model", "--env", "staging")
     try:
-        key, url = next(found.groups() for line in serving.stdout if (found := re.fullmatch(r"export CHAT_API_KEY=(\S+) LLMOPS_CHAT_URL=(\S+)\n", line)))
+        key, url = next(
+            found.groups() for line in serving.stdout if (found := re.fullmatch(r"export CHAT_API_KEY=(\S+) LLMOPS_CHAT_URL=(\S+)\n", line))
+        )
         os.environ["CHAT_API_KEY"] = key
-        with open_assistant(open_workspace(load_config("staging", finished.root, chat_url=url)), champion_prompt(open_workspace(load_config("staging", finished.root)))[0]) as chain:
+        with open_assistant(
+            open_workspace(load_config("staging", finished.root, chat_url=url)),
+            champion_prompt(open_workspace(load_config("staging", finished.root)))[0],
+        ) as chain:
             assert chain.invoke({"question": QUESTION})["served_by"] == "chat_model"
         os.environ["CHAT_API_KEY"] = "sk-wrong"
-        with open_assistant(open_workspace(load_config("staging", finished.root, chat_url=url))) as chain, pytest.raises(ModelAuthenticationError, match="Set the right one in CHAT_API_KEY"):
+        with (
+            open_assistant(open_workspace(load_config("staging", finished.root, chat_url=url))) as chain,
+            pytest.raises(ModelAuthenticationError, match="Set the right one in CHAT_API_KEY"),
+        ):
             chain.invoke({"question": QUESTION})
     finally:
         os.environ.pop("CHAT_API_KEY", None)

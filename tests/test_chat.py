@@ -25,8 +25,15 @@ def ws(tmp_path_factory):
     "A real store of its own, with the documents and questions that a review looks at."
     ws = open_workspace(load_config("dev", ROOT, store=str(tmp_path_factory.mktemp("chat"))))
     ws.write("documents", pd.DataFrame(dict(id=["mlflow.log_metric", "mlflow.log_metrics", "mlflow.log_param"])))
-    ws.write("questions", pd.DataFrame(dict(id=["q1", "q2"], question=["How do I log several metrics at once?", "How do I log a parameter of a run?"], type="howto", gold=[["mlflow.log_metrics"], ["mlflow.log_param"]],
-                                            answer="", split=["test", "train"])))
+    ws.write(
+        "questions",
+        pd.DataFrame(
+            dict(
+                id=["q1", "q2"], question=["How do I log several metrics at once?", "How do I log a parameter of a run?"],
+                type="howto", gold=[["mlflow.log_metrics"], ["mlflow.log_param"]], answer="", split=["test", "train"],
+            )
+        ),
+    )
     ws.mlflow()
     return ws
 
@@ -50,13 +57,28 @@ class Teller:
         finally: self.closed.set()
 
     def facts(self, question, answer):
-        passages = [dict(number=1, document_id="mlflow.log_metric", heading="Summary", similarity=0.73, text="mlflow.log_metric(key, value, step=None)\nLog a metric under the current run. " + SCRIPT),
-                    dict(number=2, document_id="mlflow.log_metrics", heading="Args", similarity=0.55, text="mlflow.log_metrics(metrics, step=None)\nArgs:\n    metrics: Dictionary of metric name to value.")]
-        facts = dict(citations=[1, 2], refused=False, passages=passages, version="7", app="self_hosted", served_by="SmolLM2-135M-Instruct.Q8_0 + adapter", seconds=1.08, first_token_seconds=0.31, prompt_tokens=277, completion_tokens=32, cost_usd=2.99e-05)
+        passages = [
+            dict(
+                number=1, document_id="mlflow.log_metric", heading="Summary", similarity=0.73,
+                text="mlflow.log_metric(key, value, step=None)\nLog a metric under the current run. " + SCRIPT,
+            ),
+            dict(
+                number=2, document_id="mlflow.log_metrics", heading="Args", similarity=0.55,
+                text="mlflow.log_metrics(metrics, step=None)\nArgs:\n    metrics: Dictionary of metric name to value.",
+            ),
+        ]
+        facts = dict(
+            citations=[1, 2], refused=False, passages=passages, version="7", app="self_hosted",
+            served_by="SmolLM2-135M-Instruct.Q8_0 + adapter", seconds=1.08, first_token_seconds=0.31, prompt_tokens=277,
+            completion_tokens=32, cost_usd=2.99e-05,
+        )
         mlflow = self.ws.mlflow()
         with mlflow.start_span("predict", "AGENT") as root:
             root.set_inputs(dict(request=dict(input=[dict(role="user", content=question)])))
-            for name, kind, seconds in (("read", "CHAIN", 0), ("IndexRetriever", "RETRIEVER", 0.01), ("prompt", "CHAIN", 0), ("Chat", "CHAT_MODEL", 0.04), ("check", "CHAIN", 0)):
+            for name, kind, seconds in (
+                ("read", "CHAIN", 0), ("IndexRetriever", "RETRIEVER", 0.01), ("prompt", "CHAIN", 0), ("Chat", "CHAT_MODEL", 0.04),
+                ("check", "CHAIN", 0),
+            ):
                 with mlflow.start_span(name, kind): time.sleep(seconds)
             facts["trace_id"] = root.trace_id
             root.set_outputs(dict(output=[dict(content=[dict(text=answer)])], custom_outputs=facts))
@@ -87,10 +109,17 @@ def served(app):
     thread.join(10)
 
 
-def events(text): return [(lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: "))) for lines in (block.split("\n") for block in text.split("\n\n") if block)]
+def events(text):
+    return [
+        (lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: ")))
+        for lines in (block.split("\n") for block in text.split("\n\n") if block)
+    ]
 
 
-def ask(client, question="How do I log a metric?", **said): return events(client.post("/api/ask", content=json.dumps(ME | dict(question=question) | said), headers={"content-type": "application/json"}).text)
+def ask(client, question="How do I log a metric?", **said):
+    return events(
+        client.post("/api/ask", content=json.dumps(ME | dict(question=question) | said), headers={"content-type": "application/json"}).text
+    )
 
 
 def votes(ws): return ws.read("feedback") if ws.current("table:feedback") else pd.DataFrame(columns=["trace_id", "event_id"])
@@ -102,9 +131,15 @@ def test_files_and_headers(client):
     for name in PAGE:
         answer = client.get(f"/{name}")
         assert answer.status_code == 200 and all(answer.headers[key] == value for key, value in HEADERS.items()), name
-        outside = [word for word in answer.text.replace("http://www.w3.org/2000/svg", "").split() if "http://" in word or "https://" in word or "//cdn" in word]
+        outside = [
+            word
+            for word in answer.text.replace("http://www.w3.org/2000/svg", "").split()
+            if "http://" in word or "https://" in word or "//cdn" in word
+        ]
         assert not outside, outside
-    assert "innerHTML" not in client.get("/chat.js").text and "style=" not in client.get("/").text and "onclick=" not in client.get("/").text
+    assert (
+        "innerHTML" not in client.get("/chat.js").text and "style=" not in client.get("/").text and "onclick=" not in client.get("/").text
+    )
     for missing in ("/app.py", "/../app.py", "/%2e%2e/app.py", "/page/index.html"):
         refused = client.get(missing)
         assert refused.status_code == 404 and refused.headers["content-security-policy"], missing
@@ -119,7 +154,13 @@ def test_an_answer_in_pieces(client, host):
     assert question == "How? ? " + SCRIPT and inputs == dict(user="session-a-test-session")
 
 
-@pytest.mark.parametrize("said", [dict(question="  "), dict(question=["a", "list"]), dict(question="y" * 4001), dict(question="Who am I?", session=""), dict(question="Who am I?", session="<b>")])
+@pytest.mark.parametrize(
+    "said",
+    [
+        dict(question="  "), dict(question=["a", "list"]), dict(question="y" * 4001),
+        dict(question="Who am I?", session=""), dict(question="Who am I?", session="<b>"),
+    ],
+)
 def test_what_is_no_question(client, host, said):
     refused = client.post("/api/ask", json=ME | said)
     assert refused.status_code == 400 and refused.json()["error"].endswith((".", "?")) and not host.asked
@@ -127,12 +168,23 @@ def test_what_is_no_question(client, host, said):
 
 JSON = {"content-type": "application/json"}
 
-@pytest.mark.parametrize("status, content, headers", [
-    (400, b'["no", "object"]', {}), (400, b"[" * 60_000, {}), (400, b"{", {}), (400, b"\xff\xfe", {}), (413, b'{"question": "' + b"y" * 70_000 + b'"}', {}), (415, b"question=How", {"content-type": "application/x-www-form-urlencoded"}), (415, b'{"question": "How?"}', {"content-type": "text/plain"}),
-    (403, b"{}", {"origin": "https://evil.example"}), (403, b"{}", {"origin": "null"}), (403, b"{}", {"sec-fetch-site": "cross-site"}), (403, b"{}", {"sec-fetch-site": "same-site"})])
+@pytest.mark.parametrize(
+    "status, content, headers",
+    [
+        (400, b'["no", "object"]', {}), (400, b"[" * 60_000, {}), (400, b"{", {}), (400, b"\xff\xfe", {}),
+        (413, b'{"question": "' + b"y" * 70_000 + b'"}', {}),
+        (415, b"question=How", {"content-type": "application/x-www-form-urlencoded"}),
+        (415, b'{"question": "How?"}', {"content-type": "text/plain"}),
+        (403, b"{}", {"origin": "https://evil.example"}), (403, b"{}", {"origin": "null"}),
+        (403, b"{}", {"sec-fetch-site": "cross-site"}), (403, b"{}", {"sec-fetch-site": "same-site"}),
+    ],
+)
 @pytest.mark.parametrize("path", ["/api/ask", "/api/vote", "/api/review"])
 def test_what_is_refused(client, host, path, status, content, headers):
-    for body in (content, iter([content[i:i + 1000] for i in range(0, len(content), 1000)])):      # with its length, and in pieces that do not say it
+    for body in (
+        content,
+        iter([content[i : i + 1000] for i in range(0, len(content), 1000)]),
+    ): # with its length, and in pieces that do not say it
         refused = client.post(path, content=body, headers=JSON | headers)
         assert refused.status_code == status and refused.json()["error"].endswith(".") and not host.asked
 
@@ -174,24 +226,33 @@ def test_more_than_it_can_answer(client, app):
 
 def test_votes(client, ws):
     trace_id = ask(client)[-1][1]["trace_id"]
-    vote = ME | dict(trace_id=trace_id, good=False, reason="wrong", comment=SCRIPT, correction="Use `mlflow.log_metric`.", event_id="event-1")
+    vote = ME | dict(
+        trace_id=trace_id, good=False, reason="wrong", comment=SCRIPT, correction="Use `mlflow.log_metric`.", event_id="event-1"
+    )
     together = [threading.Thread(target=client.post, args=("/api/vote",), kwargs=dict(json=vote)) for _ in range(3)]
     for t in together: t.start()
     for t in together: t.join()
     rows = votes(ws)[lambda f: f.trace_id == trace_id]
     assert len(rows) == 1, "the same event is one vote"
-    assert (rows.good.item(), rows.reason.item(), rows.comment.item(), rows.correction.item(), rows.source.item()) == (False, "wrong", SCRIPT, "Use `mlflow.log_metric`.", "session-a-test-session")
+    assert (rows.good.item(), rows.reason.item(), rows.comment.item(), rows.correction.item(), rows.source.item()) == (
+        False, "wrong", SCRIPT, "Use `mlflow.log_metric`.", "session-a-test-session",
+    )
     assert client.post("/api/vote", json=vote | dict(good=True, event_id="event-2")).status_code == 200, "people change their minds"
     other = client.post("/api/vote", json=vote | dict(session="another-session"))
     assert other.status_code == 403 and "somebody else" in other.json()["error"]
-    for wrong, status in ((dict(good="yes"), 400), (dict(reason="no such"), 400), (dict(comment="y" * 2001), 400), (dict(trace_id="tr-nothing"), 422)):
+    for wrong, status in (
+        (dict(good="yes"), 400), (dict(reason="no such"), 400), (dict(comment="y" * 2001), 400),
+        (dict(trace_id="tr-nothing"), 422),
+    ):
         assert client.post("/api/vote", json=vote | wrong | dict(event_id="event-3")).status_code == status, wrong
     assert len(votes(ws)[lambda f: f.trace_id == trace_id]) == 2
 
 
 def test_a_trace(client):
     trace = client.get(f"/api/trace/{ask(client)[-1][1]['trace_id']}").json()
-    assert [s["name"] for s in trace["steps"]] == ["Read the question", "Search", "Fill in the prompt", "Write the answer", "Check citations"]
+    assert [s["name"] for s in trace["steps"]] == [
+        "Read the question", "Search", "Fill in the prompt", "Write the answer", "Check citations",
+    ]
     assert trace["complete"] and all(0 <= s["at"] and s["at"] + s["seconds"] <= trace["seconds"] + 1e-6 for s in trace["steps"])
     missing = client.get("/api/trace/tr-none")
     assert missing.status_code == 404 and "look again" in missing.json()["error"]
@@ -203,11 +264,18 @@ def test_users_of_an_app(client, ws, host, monkeypatch):
     client.post("/api/ask", json=ME | dict(question="How?"), headers=header)
     assert host.asked[-1][1] == dict(user="session-a-test-session") and client.get("/api/info", headers=header).json()["user"] == ""
     monkeypatch.setenv("DATABRICKS_APP_NAME", "assistant")
-    client.post("/api/ask", json=dict(question="How?"), headers=header | {"origin": "https://app.example", "x-forwarded-host": "app.example", "sec-fetch-site": "same-origin"})
+    client.post(
+        "/api/ask",
+        json=dict(question="How?"),
+        headers=header | {"origin": "https://app.example", "x-forwarded-host": "app.example", "sec-fetch-site": "same-origin"},
+    )
     assert host.asked[-1][1] == dict(user="ana@example.com") and client.get("/api/info", headers=header).json()["user"] == "ana@example.com"
     assert client.post("/api/ask", json=ME | dict(question="How?")).status_code == 401
     few = TestClient(chat_app(ws, host, reviewers=["bo@example.com"]))
-    assert few.get("/api/reviews", headers=header).status_code == 403 and few.get("/api/reviews", headers={"x-forwarded-email": "bo@example.com"}).status_code == 200
+    assert (
+        few.get("/api/reviews", headers=header).status_code == 403
+        and few.get("/api/reviews", headers={"x-forwarded-email": "bo@example.com"}).status_code == 200
+    )
 
 
 def test_example_questions(ws): assert example_questions(ws) == ["How do I log a parameter of a run?"], "none of the test split"
@@ -218,8 +286,12 @@ def test_example_questions(ws): assert example_questions(ws) == ["How do I log a
 @pytest.fixture(scope="module")
 def chromium():
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright (pip install playwright)")
-    if not (program := shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")): pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-    options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    if not (program := shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")):
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    options = [
+        "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync",
+    ]
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, headless=True, args=options)
         yield browser
@@ -266,7 +338,12 @@ def test_ask_check_and_vote(page, host, ws):
     host.pieces = ["Use `mlflow.log", go, "_metric` [1]. "]
     say(page, "How do I log a metric? " + SCRIPT)
     until(page, lambda: "mlflow.log" in said(page).text_content())
-    assert said(page).locator("code").text_content() == "mlflow.log" and said(page).get_attribute("aria-busy") == "true" and page.is_visible("#stop") and not page.is_visible("#send")
+    assert (
+        said(page).locator("code").text_content() == "mlflow.log"
+        and said(page).get_attribute("aria-busy") == "true"
+        and page.is_visible("#stop")
+        and not page.is_visible("#send")
+    )
     assert page.text_content(".asked") == "How do I log a metric? " + SCRIPT, "a script is text"
     go.set()
     page.click(".cite:enabled")
@@ -330,7 +407,11 @@ def test_stop_break_and_again(page, host, served):
     say(page, "And now?")
     again = page.locator(".turn").last
     again.locator(".again").wait_for()
-    assert "broke off" in again.text_content() and "The endpoint ended it." in again.text_content() and "The first half" in said(page).text_content()
+    assert (
+        "broke off" in again.text_content()
+        and "The endpoint ended it." in again.text_content()
+        and "The first half" in said(page).text_content()
+    )
     host.pieces = [GOOD]
     again.locator(".again").click()
     again.locator(".under").wait_for()
@@ -344,7 +425,8 @@ def test_without_a_server(page):
     assert "cannot be reached" in page.text_content(".notice") and page.is_visible(".again")
 
 
-def focused(page): return page.evaluate("document.activeElement.id || document.activeElement.className || document.activeElement.textContent")
+def focused(page):
+    return page.evaluate("document.activeElement.id || document.activeElement.className || document.activeElement.textContent")
 
 
 def tab_to(page, selector, limit=25):
@@ -412,12 +494,23 @@ def test_settings(page):
 
 
 def test_review(page, client, ws):
-    def vote(question, **said): assert client.post("/api/vote", json=ME | dict(trace_id=ask(client, question)[-1][1]["trace_id"], good=False, reason="wrong", event_id="one") | said).status_code == 200
+    def vote(question, **said):
+        assert (
+            client.post(
+                "/api/vote",
+                json=ME | dict(trace_id=ask(client, question)[-1][1]["trace_id"], good=False, reason="wrong", event_id="one") | said,
+            ).status_code
+            == 200
+        )
     vote("How do I write down one metric? " + SCRIPT, comment=SCRIPT, correction="Use `mlflow.log_metrik`.")
     page.click("#to-review")
     case = page.locator(".case").filter(has_text="write down one metric")
     case.wait_for()
-    assert SCRIPT in case.locator(".comment").text_content() and "It is wrong" in case.text_content() and not case.locator("img, script").count()
+    assert (
+        SCRIPT in case.locator(".comment").text_content()
+        and "It is wrong" in case.text_content()
+        and not case.locator("img, script").count()
+    )
     case.locator(".accept").click()
     assert "needs a name" in case.locator(".wrong").text_content() and focused(page) == "name"
     page.fill("#name", "Ada")

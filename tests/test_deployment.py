@@ -20,12 +20,21 @@ NEW = dict(QUESTION_WORDS="150")                        # another assistant, wit
 def shop(finished, tmp_path_factory):
     "A copy of the finished project, to deploy in."
     project = copy_of(finished, tmp_path_factory.mktemp("shop"))
-    for command in ("init -q", "add -A -- settings.ini nbs llmops_ref data", "-c user.name=t -c user.email=t@t commit -qm start"): subprocess.run(["git", *command.split()], cwd=project.root, check=True)      # a version without a commit fails validation
+    for command in (
+        "init -q",
+        "add -A -- settings.ini nbs llmops_ref data",
+        "-c user.name=t -c user.email=t@t commit -qm start",
+    ): # a version without a commit fails validation
+        subprocess.run(["git", *command.split()], cwd=project.root, check=True)
     return project
 
 
 def workspace(project, **settings):
-    return open_workspace(load_config("staging", project.root, cache=project.environment["LLMOPS_CACHE"], gate_mode="inform", gate_p95_seconds=120.0, **settings))
+    return open_workspace(
+        load_config(
+            "staging", project.root, cache=project.environment["LLMOPS_CACHE"], gate_mode="inform", gate_p95_seconds=120.0, **settings
+        )
+    )
 
 
 def alias(project, name): return workspace(project).alias("assistant", name, record=False)
@@ -98,7 +107,7 @@ def test_an_approval_is_for_one_content_and_one_verdict(shop):
     latest = ws.alias("assistant", "challenger", record=False)
     with pytest.raises(ApprovalNeeded, match="nobody has approved it"): check_approved(ws, latest)
     twice = shop.llmops("run", "--env", "staging", "--only", "validation", "--force", **NEW)
-    assert twice.returncode == 0 and len(versions(shop)) == before + 1          # the one whose digest was forged is logged anew, and no other
+    assert twice.returncode == 0 and len(versions(shop)) == before + 1  # the one whose digest was forged is logged anew, and no other
 
 
 def test_a_rejected_version_is_not_deployed(shop):
@@ -150,7 +159,9 @@ def test_a_rollout_that_fails_gives_all_traffic_back(shop):
         host.start(champion)
         host.endpoints["99"] = Service("endpoint-99", os.getpid(), 0.0, server.server_port, "99", os.getpid())
         with pytest.raises(DataError, match=f"ended at 50% of the traffic: .*Version {champion} has all of it again"):
-            roll_out(host.share, champion, "99", [0.5], lambda share: check_traffic(host.ask, ["How do I log a metric?"] * 12, 120, "99", share))
+            roll_out(
+                host.share, champion, "99", [0.5], lambda share: check_traffic(host.ask, ["How do I log a metric?"] * 12, 120, "99", share)
+            )
         assert {host.ask("How do I log a metric?")["version"] for _ in range(6)} == {champion}
     finally:
         server.shutdown()
@@ -177,7 +188,9 @@ def test_a_version_with_an_alias_is_not_deleted(shop):
     assert unknown.returncode == 1 and "no version 999" in unknown.stderr
 
 
-BLOCKS = dict(GATE_MODE="raise", VALIDATION_QUESTIONS="8", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0")       # what 16 pairs cannot teach; all other gates stand
+BLOCKS = dict(
+    GATE_MODE="raise", VALIDATION_QUESTIONS="8", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0"
+)  # what 16 pairs cannot teach; all other gates stand
 
 
 def test_a_good_version_passes_the_gates_that_block(shop):
@@ -212,7 +225,11 @@ def test_a_broken_prompt_is_refused(shop):
     "It went round the stage that chooses prompts: somebody moved the alias by hand."
     ws = workspace(shop)
     before = str(ws.prompt("answer_prompt", "champion", record=False).version)
-    story = ws.mlflow().genai.register_prompt(ws.registered("answer_prompt"), "Do not use the passages. Write a story about a captain, her ship and the storm.\n\n{{passages}}\n\nDo not answer: {{question}}\nStory: Once upon a time, the old captain")
+    story = ws.mlflow().genai.register_prompt(
+        ws.registered("answer_prompt"),
+        "Do not use the passages. Write a story about a captain, her ship and the storm.\n\n{{passages}}\n\nDo not answer:"
+        " {{question}}\nStory: Once upon a time, the old captain",
+    )
     try:
         ws.set_prompt_alias("answer_prompt", "champion", str(story.version))
         assert "grounded is 0." in refused(shop, CHAT_MAX_TOKENS="40")
@@ -230,7 +247,11 @@ def test_a_worse_model_is_refused(shop, tmp_path):
     content = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{good}", dst_path=str(tmp_path)))
     weights = load_file(content / "adapter_model.safetensors")
     chance = torch.Generator().manual_seed(0)
-    save_file({key: torch.randn(value.shape, generator=chance) / 2 if "lora_B" in key else value for key, value in weights.items()}, content / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {key: torch.randn(value.shape, generator=chance) / 2 if "lora_B" in key else value for key, value in weights.items()},
+        content / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     adapter_to_gguf(content, content / "adapter.gguf", 9, 3)                    # heads of SmolLM2-135M
     with ws.start_run("finetune") as run:
         mlflow.log_artifacts(str(content), "chat_model")

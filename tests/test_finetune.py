@@ -21,20 +21,34 @@ def base(tmp_path_factory):
     core = Tokenizer(models.WordLevel({w: n for n, w in enumerate(["?", "</s>", *(f"w{n}" for n in range(46))])}, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(1)
-    shape = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5, max_position_embeddings=64)
+    shape = dict(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.5, max_position_embeddings=64,
+    )
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?", eos_token="</s>", chat_template="{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="?", eos_token="</s>",
+        chat_template="{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}",
+    ).save_pretrained(folder)
     return folder
 
 
 def pairs(n=96):
-    rows = [(f"{split}{i}", f"{split}{i // 4}", split, [dict(role="user", content=f"w1 w{i // 4 % 9} w{i % 30} w2"), dict(role="assistant", content=f"w{40 + i // 4 % 2}")])
-            for split, many in (("train", n), ("validation", 8)) for i in range(many)]
+    rows = [
+        (
+            f"{split}{i}", f"{split}{i // 4}", split,
+            [dict(role="user", content=f"w1 w{i // 4 % 9} w{i % 30} w2"), dict(role="assistant", content=f"w{40 + i // 4 % 2}")],
+        )
+        for split, many in (("train", n), ("validation", 8))
+        for i in range(many)
+    ]
     return pd.DataFrame(rows, columns=["id", "group", "split", "messages"])
 
 
 def start(folder, **options):
-    return subprocess.Popen([sys.executable, "-m", "llmops_ref.training", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-m", "llmops_ref.training", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def kill_at(folder, step):
@@ -101,7 +115,9 @@ def test_two_devices(base, tmp_path):
     recipe = replace(RECIPE, rows_per_step=2, epochs=4)
     told = []
     one = fit(prepare_training(tmp_path / "one", base, pairs(), recipe))
-    two = launch(prepare_training(tmp_path / "two", base, pairs(), recipe), processes=2, on_step=lambda step, steps, text: told.append(step))
+    two = launch(
+        prepare_training(tmp_path / "two", base, pairs(), recipe), processes=2, on_step=lambda step, steps, text: told.append(step)
+    )
     assert (one["processes"], two["processes"]) == (1, 2) and two["steps"] == one["steps"] == told[-1]
     assert two["first_loss"] == pytest.approx(one["first_loss"], rel=0.01) and two["loss"] == pytest.approx(one["loss"], rel=0.1)
 
@@ -119,7 +135,8 @@ def test_full_disk(base, undisturbed, tmp_path):
 
 
 def test_nothing_to_learn(base, tmp_path):
-    with pytest.raises(DataError, match="no training pairs"): prepare_training(tmp_path, base, pairs().query("split == 'validation'"), RECIPE)
+    with pytest.raises(DataError, match="no training pairs"):
+        prepare_training(tmp_path, base, pairs().query("split == 'validation'"), RECIPE)
     broken = pairs()
     broken.at[3, "messages"] = [dict(role="user", content="w1")]
     with pytest.raises(DataError, match="Training pair train3 has the roles user"): prepare_training(tmp_path, base, broken, RECIPE)

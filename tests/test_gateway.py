@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import httpx, psutil, pytest
 from databricks.sdk import WorkspaceClient
 from databricks.sdk.service.catalog import ModelProviderService, ModelService
-from langchain_core.exceptions import (ModelAPIError, ModelAuthenticationError, ModelConnectionError, ModelInvalidRequestError, ModelNotFoundError,
-                                       ModelPermissionDeniedError, ModelRateLimitError, ModelTimeoutError)
+from langchain_core.exceptions import (
+    ModelAPIError, ModelAuthenticationError, ModelConnectionError, ModelInvalidRequestError, ModelNotFoundError,
+    ModelPermissionDeniedError, ModelRateLimitError, ModelTimeoutError,
+)
 
 from conftest import CACHE
 from llmops_ref.assistant import DIRECT_PROMPT, assistant_parts, make_chain
@@ -20,9 +22,13 @@ from llmops_ref.workspace import open_workspace
 from provider import FAULTS, Provider
 from socket_workspace import MISSING, SocketWorkspace, on_a_socket, strict
 
-EXPECTED = {"400": (ModelInvalidRequestError, 1), "401": (ModelAuthenticationError, 1), "403": (ModelPermissionDeniedError, 1), "404": (ModelNotFoundError, 1),
-            "429": (ModelRateLimitError, 3), "429-after": (ModelRateLimitError, 3), "500": (ModelAPIError, 3), "503": (ModelAPIError, 3), "hang": (ModelTimeoutError, 3), "close": (ModelConnectionError, 3),
-            "cut-json": (BadReply, 1), "html": (BadReply, 1), "empty-choices": (BadReply, 1), "null-content": (BadReply, 1)}      # class, and how often the provider is asked with two retries
+EXPECTED = {
+    "400": (ModelInvalidRequestError, 1), "401": (ModelAuthenticationError, 1), "403": (ModelPermissionDeniedError, 1),
+    "404": (ModelNotFoundError, 1), "429": (ModelRateLimitError, 3), "429-after": (ModelRateLimitError, 3),
+    "500": (ModelAPIError, 3), "503": (ModelAPIError, 3), "hang": (ModelTimeoutError, 3),
+    "close": (ModelConnectionError, 3), "cut-json": (BadReply, 1), "html": (BadReply, 1),
+    "empty-choices": (BadReply, 1), "null-content": (BadReply, 1),
+}  # class, and how often the provider is asked with two retries
 
 
 # --- one client, one provider
@@ -61,7 +67,8 @@ def test_what_passes_is_retried():
 
 def test_nobody_there():
     with Provider() as gone: url = gone.url
-    with pytest.raises(ModelConnectionError, match="Nothing answers at that address"): chat_client(Endpoint(url, "large"), retries=1).invoke("Hi")
+    with pytest.raises(ModelConnectionError, match="Nothing answers at that address"):
+        chat_client(Endpoint(url, "large"), retries=1).invoke("Hi")
 
 
 def test_a_stream_that_hangs_gives_what_it_had_and_then_an_error():
@@ -83,13 +90,20 @@ def test_an_answer_that_was_cut_says_so():
 
 def settings(tmp_path, first, second=None, **more):
     providers = [f"first={first.url}"] + ([f"second={second.url}"] if second else [])
-    return load_config("dev", store=str(tmp_path / "store"), cache=CACHE, gateway_models=["first/large"], gateway_fallbacks=["second/small"] if second else [], gateway_providers=providers, gateway_timeout=2, **more)
+    return load_config(
+        "dev", store=str(tmp_path / "store"), cache=CACHE, gateway_models=["first/large"],
+        gateway_fallbacks=["second/small"] if second else [], gateway_providers=providers, gateway_timeout=2, **more,
+    )
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     "A gateway with a provider and a fallback; both may be given faults."
-    with pytest.MonkeyPatch.context() as patch, Provider("large", key="sk-planted-first") as first, Provider("small", "The small one answers.", key="sk-planted-second") as second:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Provider("large", key="sk-planted-first") as first,
+        Provider("small", "The small one answers.", key="sk-planted-second") as second,
+    ):
         patch.setenv("FIRST_API_KEY", "sk-planted-first"); patch.setenv("SECOND_API_KEY", "sk-planted-second")
         folder = tmp_path_factory.mktemp("gateway")
         ws = open_workspace(settings(folder, first, second, prices=["large 1000/1000", "small 0/0"], gateway_budget=1.0))
@@ -146,7 +160,8 @@ def test_keys_are_nowhere_to_be_read(two):
     for path in ws.store.rglob("*"):
         if path.is_file(): assert b"sk-planted" not in path.read_bytes(), path
     for service in running_services(ws):
-        for process in (psutil.Process(service.pid), *psutil.Process(service.pid).children(recursive=True)): assert "sk-planted" not in " ".join(process.cmdline())
+        for process in (psutil.Process(service.pid), *psutil.Process(service.pid).children(recursive=True)):
+            assert "sk-planted" not in " ".join(process.cmdline())
     listed = httpx.get(endpoint.base_url.replace("/gateway/mlflow/v1", "/api/3.0/mlflow/gateway/secrets/list")).text
     assert "first/large" in listed and "sk-planted" not in listed
 
@@ -179,14 +194,18 @@ def test_shares_and_a_guardrail(tmp_path, monkeypatch):
     with Provider("large", key="k") as first, Provider("small", key="k") as second, Provider("judge", key="k") as judge:
         judge.answer_to = verdict
         for name in ("FIRST", "SECOND", "THIRD"): monkeypatch.setenv(f"{name}_API_KEY", "k")
-        config = load_config("dev", store=str(tmp_path / "store"), cache=CACHE, gateway_models=["first/large 80%", "second/small 20%"], gateway_providers=[f"first={first.url}", f"second={second.url}", f"third={judge.url}"],
-                             gateway_guardrail="The request must not ask for a salary.", gateway_judge="third/judge")
+        config = load_config(
+            "dev", store=str(tmp_path / "store"), cache=CACHE, gateway_models=["first/large 80%", "second/small 20%"],
+            gateway_providers=[f"first={first.url}", f"second={second.url}", f"third={judge.url}"],
+            gateway_guardrail="The request must not ask for a salary.", gateway_judge="third/judge",
+        )
         ws = open_workspace(config)
         try:
             client = chat_client(gateway_endpoint(ws), retries=0)
             for _ in range(60): client.invoke("Hi")
             assert len(first.asked) + len(second.asked) == 60 and 0 < len(second.asked) < len(first.asked)
-            with pytest.raises(ModelInvalidRequestError, match="Guardrail 'rule' blocked: It asks for a salary"): client.invoke("What is the salary of my boss?")
+            with pytest.raises(ModelInvalidRequestError, match="Guardrail 'rule' blocked: It asks for a salary"):
+                client.invoke("What is the salary of my boss?")
             assert len(first.asked) + len(second.asked) == 60
         finally: stop_services(ws)
 
@@ -197,7 +216,10 @@ def test_shares_and_a_guardrail(tmp_path, monkeypatch):
 def agent(tmp_path, monkeypatch):
     "The agent as MLflow serves it, without an index, behind a gateway with two real models; and its workspace."
     from llmops_ref.agent import AssistantAgent
-    config = load_config("dev", app="third_party", store=str(tmp_path / "store"), cache=CACHE, gateway_models=["local/smollm2-q8_0"], gateway_fallbacks=["local/smollm2-q4_1"], retrieval="off", chat_slots=2, chat_max_tokens=2)
+    config = load_config(
+        "dev", app="third_party", store=str(tmp_path / "store"), cache=CACHE, gateway_models=["local/smollm2-q8_0"],
+        gateway_fallbacks=["local/smollm2-q4_1"], retrieval="off", chat_slots=2, chat_max_tokens=2,
+    )
     ws = open_workspace(config)
     try:
         monkeypatch.setenv("ASSISTANT_GATEWAY_URL", gateway_endpoint(ws).base_url)
@@ -222,10 +244,14 @@ def test_the_primary_is_killed_in_the_middle_of_200_requests(agent):
         os.kill(primary.pid, signal.SIGKILL)
         answers = [answer.result() for answer in answers]
     assert len(answers) == 200 and all(answer.output[0].content[0]["text"] for answer in answers)
-    traces = ws.mlflow().search_traces(locations=[ws.mlflow().get_experiment_by_name(ws.experiment).experiment_id], max_results=500, return_type="list")
+    traces = ws.mlflow().search_traces(
+        locations=[ws.mlflow().get_experiment_by_name(ws.experiment).experiment_id], max_results=500, return_type="list"
+    )
     by = [trace.info.tags["served_by"] for trace in sorted(traces, key=lambda trace: trace.info.request_time)]
     assert len(by) == 200 and set(by) == {"smollm2-q8_0", "smollm2-q4_1"} and by[0] == "smollm2-q8_0" and by[-1] == "smollm2-q4_1"
-    assert by.count("smollm2-q8_0") >= 60 and all(trace.info.state.value == "OK" and float(trace.info.tags["cost_usd"]) > 0 for trace in traces)
+    assert by.count("smollm2-q8_0") >= 60 and all(
+        trace.info.state.value == "OK" and float(trace.info.tags["cost_usd"]) > 0 for trace in traces
+    )
 
 
 # --- Unity Gateway
@@ -260,15 +286,30 @@ def catalog(monkeypatch):
 
 
 def on_databricks(**more):
-    return load_config("prod", **(dict(platform="databricks", store="/Volumes/a/b/c", gateway_models=["openai/gpt-5-mini 90%", "anthropic/claude-haiku-4-5 10%"], gateway_fallbacks=["databricks/databricks-gpt-oss-20b"]) | more))
+    return load_config(
+        "prod",
+        **(
+            dict(
+                platform="databricks", store="/Volumes/a/b/c",
+                gateway_models=["openai/gpt-5-mini 90%", "anthropic/claude-haiku-4-5 10%"],
+                gateway_fallbacks=["databricks/databricks-gpt-oss-20b"],
+            )
+            | more
+        ),
+    )
 
 
 def test_unity_gateway_is_made_once_and_then_follows_the_declaration(catalog):
     assert set(publish_gateway(catalog.client, on_databricks()).values()) == {"created"}
     route = catalog.kept["model-services/llmops_prod.reference.assistant"]["config"]["routing"]
-    assert [(d["name"], d["traffic_percentage"]) for d in route["destinations"]] == [("openai-gpt-5-mini", 90), ("anthropic-claude-haiku-4-5", 10)]
+    assert [(d["name"], d["traffic_percentage"]) for d in route["destinations"]] == [
+        ("openai-gpt-5-mini", 90),
+        ("anthropic-claude-haiku-4-5", 10),
+    ]
     assert route["fallback"]["destinations"][0]["pay_per_token_config"] == {"model": "models/system.ai.databricks-gpt-oss-20b"}
-    assert "secrets/llmops_prod.reference.openai_api_key" in json.dumps(catalog.kept) and "plaintext" not in json.dumps(catalog.kept), "keys go by reference"
+    assert "secrets/llmops_prod.reference.openai_api_key" in json.dumps(catalog.kept) and "plaintext" not in json.dumps(
+        catalog.kept
+    ), "keys go by reference"
     catalog.asked.clear()
     assert set(publish_gateway(catalog.client, on_databricks()).values()) == {"unchanged"}
     assert {method for method, *_ in catalog.asked} == {"GET"}
@@ -278,7 +319,9 @@ def test_unity_gateway_is_made_once_and_then_follows_the_declaration(catalog):
 
 def test_the_route_of_a_workspace_is_an_endpoint(catalog):
     endpoint = gateway_endpoint(open_workspace(on_databricks()))
-    assert endpoint.base_url == f"{os.environ['DATABRICKS_HOST']}/ai-gateway/mlflow/v1" and endpoint.model == "llmops_prod.reference.assistant"
+    assert (
+        endpoint.base_url == f"{os.environ['DATABRICKS_HOST']}/ai-gateway/mlflow/v1" and endpoint.model == "llmops_prod.reference.assistant"
+    )
     assert endpoint.api_key() == "dapi-x" and endpoint.backup.model == "llmops_prod.reference.assistant_backup"
 
 
@@ -289,7 +332,11 @@ def test_what_unity_gateway_lacks_is_said(catalog):
 def test_a_real_workspace():
     "The same declaration, on a workspace of yours."
     missing = [name for name in ("DATABRICKS_HOST", "LLMOPS_TEST_GATEWAY_SCHEMA") if not os.environ.get(name)]
-    if missing: pytest.skip(f"needs a Databricks workspace: {', '.join(missing)} not set (LLMOPS_TEST_GATEWAY_SCHEMA: catalog.schema in which services may be made)")
+    if missing:
+        pytest.skip(
+            f"needs a Databricks workspace: {', '.join(missing)} not set (LLMOPS_TEST_GATEWAY_SCHEMA: catalog.schema in which services may"
+            " be made)"
+        )
     catalog, schema = os.environ["LLMOPS_TEST_GATEWAY_SCHEMA"].split(".")
     config = on_databricks(catalog=catalog, schema=schema, gateway_models=["databricks/databricks-gpt-oss-20b"], gateway_fallbacks=[])
     publish_gateway(WorkspaceClient(), config)

@@ -4,10 +4,15 @@ import contextlib, functools, os, shutil, uuid
 import pytest
 from databricks.sdk import WorkspaceClient
 from databricks.sdk.service.serving import (
-    EndpointCoreConfigInput, EndpointCoreConfigOutput, EndpointPendingConfig, EndpointState, EndpointStateConfigUpdate as Update, EndpointStateReady as Ready,
-    ServedEntityInput, ServedEntityOutput, ServedModelState, ServingEndpointDetailed, TrafficConfig)
+    EndpointCoreConfigInput, EndpointCoreConfigOutput, EndpointPendingConfig, EndpointState,
+    EndpointStateConfigUpdate as Update, EndpointStateReady as Ready, ServedEntityInput, ServedEntityOutput,
+    ServedModelState, ServingEndpointDetailed, TrafficConfig,
+)
 from databricks.sdk.service.catalog import ModelVersionInfo, PermissionsChange
-from databricks.sdk.service.apps import App, AppDeployment, AppDeploymentState, AppDeploymentStatus, ApplicationState, ApplicationStatus, ComputeState, ComputeStatus
+from databricks.sdk.service.apps import (
+    App, AppDeployment, AppDeploymentState, AppDeploymentStatus, ApplicationState, ApplicationStatus, ComputeState,
+    ComputeStatus,
+)
 
 from conftest import ROOT
 from llmops_ref.bundle import destroy
@@ -35,7 +40,8 @@ class Serving(SocketWorkspace):
         if path.startswith("/api/2.1/unity-catalog/models/"): return self._models(method, *path.split("/")[5:])
         if part[0] != "serving-endpoints": return 404, {}                        # the SDK looks for the host's metadata
         if method == "POST" and len(part) == 1:
-            if body["name"] in self.endpoints: return 400, {"error_code": "RESOURCE_ALREADY_EXISTS", "message": f"Endpoint {body['name']} exists."}
+            if body["name"] in self.endpoints:
+                return 400, {"error_code": "RESOURCE_ALREADY_EXISTS", "message": f"Endpoint {body['name']} exists."}
             self.endpoints[body["name"]] = dict(config={}, pending=body["config"], looks=0, update=Update.IN_PROGRESS, takes=self.builds)
             strict(EndpointCoreConfigInput, body["config"])
             return 200, self._shown(body["name"])
@@ -49,7 +55,10 @@ class Serving(SocketWorkspace):
             for entity in body["served_entities"]: strict(ServedEntityInput, entity)
             assert sum(r["traffic_percentage"] for r in strict(TrafficConfig, body["traffic_config"]).as_dict()["routes"]) == 100
             new = {e["entity_version"] for e in body["served_entities"]} - {e["entity_version"] for e in there["config"]["served_entities"]}
-            there |= dict(pending=body, looks=0, update=Update.IN_PROGRESS, takes=self.builds if new else self.shares_take.pop(0) if self.shares_take else 0)
+            there |= dict(
+                pending=body, looks=0, update=Update.IN_PROGRESS,
+                takes=self.builds if new else self.shares_take.pop(0) if self.shares_take else 0,
+            )
             return 200, self._shown(part[1])
         if method == "GET":
             self._build(there)
@@ -67,17 +76,35 @@ class Serving(SocketWorkspace):
     def _build(self, there):
         if there["update"] != Update.IN_PROGRESS: return
         there["looks"] += 1
-        new = {e["entity_version"] for e in there["pending"]["served_entities"]} - {e["entity_version"] for e in there["config"].get("served_entities", [])}
+        new = {e["entity_version"] for e in there["pending"]["served_entities"]} - {
+            e["entity_version"] for e in there["config"].get("served_entities", [])
+        }
         if new & self.broken and there["looks"] > 1: there |= dict(update=Update.UPDATE_FAILED, pending=None)
-        elif there["looks"] > there["takes"] and not new & (self.stuck | self.broken): there |= dict(config=there["pending"], pending=None, update=Update.NOT_UPDATING)
+        elif there["looks"] > there["takes"] and not new & (self.stuck | self.broken):
+            there |= dict(config=there["pending"], pending=None, update=Update.NOT_UPDATING)
 
     def _shown(self, name):
         there, message = self.endpoints[name], "pip could not install the requirements."
-        def entities(config): return [ServedEntityOutput.from_dict(e | dict(state=ServedModelState(deployment_state_message=message if e["entity_version"] in self.broken else None).as_dict())) for e in config.get("served_entities", [])]
+        def entities(config):
+            return [
+                ServedEntityOutput.from_dict(
+                    e
+                    | dict(
+                        state=ServedModelState(deployment_state_message=message if e["entity_version"] in self.broken else None).as_dict()
+                    )
+                )
+                for e in config.get("served_entities", [])
+            ]
         def table(config): return TrafficConfig.from_dict(config["traffic_config"]) if "traffic_config" in config else None
-        pending = there["pending"] and EndpointPendingConfig(served_entities=entities(there["pending"]), traffic_config=table(there["pending"]))
-        return ServingEndpointDetailed(name=name, state=EndpointState(config_update=there["update"], ready=Ready.READY if there["config"] else Ready.NOT_READY), pending_config=pending or None,
-                                       config=EndpointCoreConfigOutput(served_entities=entities(there["config"]), traffic_config=table(there["config"]))).as_dict()
+        pending = there["pending"] and EndpointPendingConfig(
+            served_entities=entities(there["pending"]), traffic_config=table(there["pending"])
+        )
+        return ServingEndpointDetailed(
+            name=name,
+            state=EndpointState(config_update=there["update"], ready=Ready.READY if there["config"] else Ready.NOT_READY),
+            pending_config=pending or None,
+            config=EndpointCoreConfigOutput(served_entities=entities(there["config"]), traffic_config=table(there["config"])),
+        ).as_dict()
 
     def _ask(self, there, entity, body):
         assert body["input"][0]["role"] == "user" and set(body) == {"input", "custom_inputs"}
@@ -86,7 +113,10 @@ class Serving(SocketWorkspace):
             entity, self.turn = routes[37 * self.turn % 100], self.turn + 1
         version = next(e["environment_vars"]["ASSISTANT_VERSION"] for e in there["config"]["served_entities"] if e["name"] == entity)
         text = "" if version in self.silent else f"Call mlflow.log_metric [1], says version {version}."
-        return 200, dict(output=[dict(type="message", content=[dict(type="output_text", text=text)])], custom_outputs=dict(version=version, passages=[dict(number=1)], citations=[1], seconds=0.1))
+        return 200, dict(
+            output=[dict(type="message", content=[dict(type="output_text", text=text)])],
+            custom_outputs=dict(version=version, passages=[dict(number=1)], citations=[1], seconds=0.1),
+        )
 
 
 @pytest.fixture
@@ -101,21 +131,33 @@ def registry(tmp_path_factory):
     shutil.copy(ROOT / "settings.ini", root)
     ws = Workspace(load_config("prod", root))
     code = root / "model.py"
-    code.write_text("import mlflow\nclass Model(mlflow.pyfunc.PythonModel):\n    def predict(self, context, model_input: list[str]) -> list[str]: return model_input\nmlflow.models.set_model(Model())\n")
+    code.write_text(
+        "import mlflow\nclass Model(mlflow.pyfunc.PythonModel):\n    def predict(self, context, model_input: list[str]) -> list[str]:"
+        " return model_input\nmlflow.models.set_model(Model())\n"
+    )
     client = ws.mlflow()
     with client.start_run(): logged = client.pyfunc.log_model(name="assistant", python_model=str(code), pip_requirements=["mlflow"])
     for _ in range(3): client.register_model(logged.model_uri, ws.registered("assistant"))
     return root
 
 
-def workspace(registry, **settings): return Workspace(load_config("prod", registry, **dict(platform="databricks", store="stores/prod", rollout_steps=["10%", "50%"], rollout_questions=5, serving_timeout=5) | settings))
+def workspace(registry, **settings):
+    return Workspace(
+        load_config(
+            "prod",
+            registry,
+            **dict(platform="databricks", store="stores/prod", rollout_steps=["10%", "50%"], rollout_questions=5, serving_timeout=5)
+            | settings,
+        )
+    )
 
 
 @pytest.fixture
 def ws(registry):
     ws = workspace(registry)
     for name in ("champion", "previous"):
-        if ws.alias("assistant", name, record=False): ws.mlflow().MlflowClient().delete_registered_model_alias(ws.registered("assistant"), name)
+        if ws.alias("assistant", name, record=False):
+            ws.mlflow().MlflowClient().delete_registered_model_alias(ws.registered("assistant"), name)
     return ws
 
 
@@ -129,7 +171,8 @@ def deploy(host, ws, version):
     return hand_over(ws, host, version, [QUESTION] * 5)
 
 
-def changes(serving): return [m for m, path, *_ in serving.asked if m in ("PUT", "DELETE") or m == "POST" and path == "/api/2.0/serving-endpoints"]
+def changes(serving):
+    return [m for m, path, *_ in serving.asked if m in ("PUT", "DELETE") or m == "POST" and path == "/api/2.0/serving-endpoints"]
 
 
 def test_first_version_rollout_and_rollback(serving, ws):
@@ -137,10 +180,18 @@ def test_first_version_rollout_and_rollback(serving, ws):
     host = host_of(serving, ws)
     assert deploy(host, ws, "1").empty and host.traffic() == {"1": 100} and ws.alias("assistant", "champion") == "1"
     entity = serving.endpoints[endpoint_name(ws.config)]["config"]["served_entities"][0]
-    assert entity["entity_name"] == "llmops_prod.reference.assistant" and entity["scale_to_zero_enabled"] and entity["workload_size"] == "Small"
+    assert (
+        entity["entity_name"] == "llmops_prod.reference.assistant"
+        and entity["scale_to_zero_enabled"]
+        and entity["workload_size"] == "Small"
+    )
 
     table = deploy(host, ws, "2")
-    assert list(dict.fromkeys(table.share)) == [0.1, 0.5, 1.0] and set(table[table.share == 0.1].version) == {"1", "2"} and set(table[table.share == 1.0].version) == {"2"}
+    assert (
+        list(dict.fromkeys(table.share)) == [0.1, 0.5, 1.0]
+        and set(table[table.share == 0.1].version) == {"1", "2"}
+        and set(table[table.share == 1.0].version) == {"2"}
+    )
     assert host.traffic() == {"1": 0, "2": 100}, "the way back stays built, without traffic"
 
     serving.builds = 10 ** 6                            # from now on nothing can be built
@@ -170,8 +221,13 @@ def test_a_killed_rollout_is_set_right_by_the_next(serving, ws):
     assert host.traffic() == {"1": 100, "2": 0} and ws.alias("assistant", "champion") == "1"
 
 
-@pytest.mark.parametrize("why, says", [("broken", "did not take the change .*pip could not install the requirements. What served before goes on serving: version 1 100%"),
-                                       ("stuck", "not ready after 0.2 s .*Traffic at this moment: version 1 100%")])
+@pytest.mark.parametrize(
+    "why, says",
+    [
+        ("broken", "did not take the change .*pip could not install the requirements. What served before goes on serving: version 1 100%"),
+        ("stuck", "not ready after 0.2 s .*Traffic at this moment: version 1 100%"),
+    ],
+)
 def test_a_version_that_never_comes_up_changes_nothing(serving, registry, ws, why, says):
     deploy(host_of(serving, ws), ws, "1")
     getattr(serving, why).add("2")
@@ -187,7 +243,8 @@ def test_a_version_that_fails_under_traffic_gets_none(serving, ws):
     host.start("2")
     serving.silent.add("2")
     check = lambda share: check_traffic(functools.partial(host.ask, purpose="rollout"), [QUESTION] * 5, 60, "2", share)
-    with pytest.raises(DataError, match="ended at 50% of the traffic: Version 2 gave an empty answer"): roll_out(host.share, "1", "2", [0.5], check)
+    with pytest.raises(DataError, match="ended at 50% of the traffic: Version 2 gave an empty answer"):
+        roll_out(host.share, "1", "2", [0.5], check)
     assert host.traffic() == {"1": 100, "2": 0}
 
 
@@ -197,7 +254,8 @@ def test_a_step_that_takes_too_long_is_taken_back_when_it_arrives(serving, regis
     host_of(serving, ws).start("2")
     hasty = workspace(registry, serving_timeout=0.3)
     host, serving.shares_take = host_of(serving, hasty), [45]
-    with pytest.raises(DataError, match="ended at 10% of the traffic: .*not ready after 0.3 s.*Version 1 has all of it again"): roll_out(host.share, "1", "2", [0.1], lambda share: None)
+    with pytest.raises(DataError, match="ended at 10% of the traffic: .*not ready after 0.3 s.*Version 1 has all of it again"):
+        roll_out(host.share, "1", "2", [0.1], lambda share: None)
     assert host.traffic() == {"1": 100, "2": 0}
 
 
@@ -222,7 +280,8 @@ def test_the_registry_fails_at_the_last_step(serving, ws, monkeypatch):
     deploy(host, ws, "1")
     def fails(*_): raise DataError("The registry is down.")
     monkeypatch.setattr("llmops_ref.deployment.make_champion", fails)
-    with pytest.raises(DataError, match="ended at 100% of the traffic: The registry is down. Version 1 has all of it again"): deploy(host, ws, "2")
+    with pytest.raises(DataError, match="ended at 100% of the traffic: The registry is down. Version 1 has all of it again"):
+        deploy(host, ws, "2")
     assert host.traffic() == {"1": 100, "2": 0} and ws.alias("assistant", "champion") == "1"
 
 
@@ -265,12 +324,24 @@ def test_two_deployments_at_once(serving, ws):
     "The second one is told, and does not touch what the first has begun."
     host = host_of(serving, ws)
     host.start("1")
-    serving.endpoints[host.name] |= dict(update=Update.IN_PROGRESS, looks=-10 ** 6, pending=serving.endpoints[host.name]["config"] | dict(served_entities=[dict(name="assistant-9", entity_name="x", entity_version="9")]))
-    with pytest.raises(DataError, match="being changed by somebody else: Endpoint is currently being updated. Nothing was changed"): host.start("2")
+    serving.endpoints[host.name] |= dict(
+        update=Update.IN_PROGRESS,
+        looks=-(10**6),
+        pending=serving.endpoints[host.name]["config"]
+        | dict(served_entities=[dict(name="assistant-9", entity_name="x", entity_version="9")]),
+    )
+    with pytest.raises(DataError, match="being changed by somebody else: Endpoint is currently being updated. Nothing was changed"):
+        host.start("2")
     assert [e["entity_version"] for e in serving.endpoints[host.name]["pending"]["served_entities"]] == ["9"]
 
 
-@pytest.mark.parametrize("status, kind, says", [(403, SettingsError, "the right to manage it"), (500, DataError, "failed on the endpoint llmops-prod-reference-assistant: The service says no")])
+@pytest.mark.parametrize(
+    "status, kind, says",
+    [
+        (403, SettingsError, "the right to manage it"),
+        (500, DataError, "failed on the endpoint llmops-prod-reference-assistant: The service says no"),
+    ],
+)
 def test_errors_are_ours(serving, ws, status, kind, says):
     serving.refuse = [(status, {})]
     with pytest.raises(kind, match=says): host_of(serving, ws).start("1")
@@ -291,7 +362,11 @@ def test_destroy_removes_what_jobs_made(serving, registry, ws):
     assistant = there.registered("assistant")
     serving.versions = {assistant: [1, 2]}
     removed, left = destroy(there, serving.client)
-    assert removed == ["Model Serving endpoint llmops-prod-reference-assistant", f"2 versions of {assistant}"] and serving.endpoints == {} and serving.versions == {assistant: []}
+    assert (
+        removed == ["Model Serving endpoint llmops-prod-reference-assistant", f"2 versions of {assistant}"]
+        and serving.endpoints == {}
+        and serving.versions == {assistant: []}
+    )
     assert "databricks bundle destroy -t prod" in left[0] and destroy(there, serving.client)[0] == []
 
 
@@ -308,12 +383,16 @@ class Apps(SocketWorkspace):
     def answer(self, method, path, query, body):
         if path == "/.well-known/databricks-config": return 200, dict(oidc_endpoint=f"{self.host}/oidc")
         here = self.host
-        if path == "/oidc/.well-known/oauth-authorization-server": return 200, dict(authorization_endpoint=f"{here}/oidc/authorize", token_endpoint=f"{here}/oidc/token")
+        if path == "/oidc/.well-known/oauth-authorization-server":
+            return 200, dict(authorization_endpoint=f"{here}/oidc/authorize", token_endpoint=f"{here}/oidc/token")
         if path == "/oidc/token": return 200, dict(access_token="oauth", token_type="Bearer", expires_in=3600)
         if path == "/app/responses":
             if self.authorization != "Bearer oauth": return 401, {}
             version = next(v.value for v in self.app.active_deployment.env_vars if v.name == "ASSISTANT_VERSION")
-            return 200, dict(output=[dict(content=[dict(text=f"Version {version} says so.")])], custom_outputs=dict(version=version, passages=[], citations=[], seconds=0.1))
+            return 200, dict(
+                output=[dict(content=[dict(text=f"Version {version} says so.")])],
+                custom_outputs=dict(version=version, passages=[], citations=[], seconds=0.1),
+            )
         if path.startswith("/api/2.1/unity-catalog/permissions/"):
             self.granted.append((path.removeprefix("/api/2.1/unity-catalog/permissions/"), strict(PermissionsChange, body["changes"][0])))
             return 200, {}
@@ -321,7 +400,11 @@ class Apps(SocketWorkspace):
         part = path.removeprefix("/api/2.0/apps").strip("/").split("/")
         if method == "POST" and part == [""]:
             self.app = strict(App, body)
-            self.app.compute_status, self.app.service_principal_client_id, self.app.url = ComputeStatus(state=ComputeState.ACTIVE), "app-7", f"{here}/app"
+            self.app.compute_status, self.app.service_principal_client_id, self.app.url = (
+                ComputeStatus(state=ComputeState.ACTIVE),
+                "app-7",
+                f"{here}/app",
+            )
             return 200, self.app.as_dict()
         if self.app is None or part[0] != self.app.name: return MISSING
         if method == "POST" and part[1] == "start":
@@ -330,9 +413,12 @@ class Apps(SocketWorkspace):
         if method == "POST":
             made = strict(AppDeployment, body)
             version = next(v.value for v in made.env_vars if v.name == "ASSISTANT_VERSION")
-            made.deployment_id, made.status = str(len(self.deployments)), AppDeploymentStatus(state=AppDeploymentState.FAILED if version in self.broken else AppDeploymentState.SUCCEEDED, message="It did not start.")
+            made.deployment_id, made.status = str(len(self.deployments)), AppDeploymentStatus(
+                state=AppDeploymentState.FAILED if version in self.broken else AppDeploymentState.SUCCEEDED, message="It did not start."
+            )
             self.deployments.append(made)
-            if version not in self.broken: self.app.active_deployment, self.app.app_status = made, ApplicationStatus(state=ApplicationState.RUNNING)
+            if version not in self.broken:
+                self.app.active_deployment, self.app.app_status = made, ApplicationStatus(state=ApplicationState.RUNNING)
             return 200, made.as_dict()
         if method == "DELETE":
             self.app = None
@@ -345,7 +431,10 @@ def apps(monkeypatch):
     with on_a_socket(Apps(), monkeypatch) as state:
         monkeypatch.setenv("APP_CLIENT_ID", "us"); monkeypatch.setenv("APP_CLIENT_SECRET", "secret")
         @contextlib.contextmanager                      # what a version says before the App has it
-        def loaded(ws, version): yield lambda question: dict(question=question["question"], answer=f"Version {version} says so.", passages=[], citations=[], seconds=0.1)
+        def loaded(ws, version):
+            yield lambda question: dict(
+                question=question["question"], answer=f"Version {version} says so.", passages=[], citations=[], seconds=0.1
+            )
         monkeypatch.setattr("llmops_ref.hosting.load_assistant", loaded)
         yield state
 
@@ -359,7 +448,9 @@ def test_an_app_from_its_first_version_to_the_way_back(apps, registry, ws):
     assert apps.app.resources[0].experiment.experiment_id == ws.mlflow().get_experiment_by_name(ws.experiment).experiment_id
     (on, change), = set((name, c.principal) for name, c in apps.granted)
     assert (on, change) == ("schema/llmops_prod.reference", "app-7")
-    assert {v.name: v.value for v in apps.deployments[0].env_vars}["ASSISTANT_URI"] == "models:/llmops_prod.reference.assistant/1" and apps.deployments[0].command == ["python", "app.py"]
+    assert {v.name: v.value for v in apps.deployments[0].env_vars}[
+        "ASSISTANT_URI"
+    ] == "models:/llmops_prod.reference.assistant/1" and apps.deployments[0].command == ["python", "app.py"]
     deploy(host, one, "1")
     assert len(apps.deployments) == 1, "the same version again is no deployment"
     deploy(host, one, "2")
@@ -372,7 +463,8 @@ def test_an_app_that_does_not_come_up_gets_the_old_version_back(apps, registry, 
     host = AppHost(one, apps.client)
     deploy(host, one, "1")
     apps.broken.add("2")
-    with pytest.raises(DataError, match="ended at 100% of the traffic: The workspace failed on the App .*Version 1 has all of it again"): deploy(host, one, "2")
+    with pytest.raises(DataError, match="ended at 100% of the traffic: The workspace failed on the App .*Version 1 has all of it again"):
+        deploy(host, one, "2")
     assert host.serves() == "1" and ws.alias("assistant", "champion") == "1"
 
 
@@ -380,7 +472,9 @@ def test_an_app_that_sleeps_is_woken(apps, registry, ws):
     one = workspace(registry, rollout_steps=[])
     host = AppHost(one, apps.client)
     deploy(host, one, "1")
-    apps.app.compute_status, apps.app.app_status = ComputeStatus(state=ComputeState.STOPPED), ApplicationStatus(state=ApplicationState.UNAVAILABLE)
+    apps.app.compute_status, apps.app.app_status = ComputeStatus(state=ComputeState.STOPPED), ApplicationStatus(
+        state=ApplicationState.UNAVAILABLE
+    )
     assert host.serves() is None
     deploy(host, one, "1")
     assert host.serves() == "1" and apps.app.compute_status.state == ComputeState.ACTIVE
@@ -401,9 +495,14 @@ def test_on_a_real_workspace():
     "The same life of an endpoint, with two versions of a registered assistant of yours."
     needed = ("DATABRICKS_HOST", "LLMOPS_TEST_CATALOG", "LLMOPS_TEST_VERSIONS")
     if missing := [name for name in needed if not os.environ.get(name)]:
-        pytest.skip(f"needs a Databricks workspace: {', '.join(missing)} not set (LLMOPS_TEST_CATALOG: a catalog with the registered model reference.assistant; LLMOPS_TEST_VERSIONS: two of its versions, such as 1,2)")
+        pytest.skip(
+            f"needs a Databricks workspace: {', '.join(missing)} not set (LLMOPS_TEST_CATALOG: a catalog with the registered model"
+            " reference.assistant; LLMOPS_TEST_VERSIONS: two of its versions, such as 1,2)"
+        )
     from llmops_ref.workspace import open_workspace
-    host = ModelServingHost(open_workspace(load_config("staging", platform="databricks", catalog=os.environ["LLMOPS_TEST_CATALOG"])), WorkspaceClient())
+    host = ModelServingHost(
+        open_workspace(load_config("staging", platform="databricks", catalog=os.environ["LLMOPS_TEST_CATALOG"])), WorkspaceClient()
+    )
     host.name = f"llmops-test-{uuid.uuid4().hex[:8]}"   # not the one that people use
     old, new = os.environ["LLMOPS_TEST_VERSIONS"].split(",")
     try:

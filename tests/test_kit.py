@@ -17,7 +17,14 @@ from llmops_ref.workspace import DataError
 from test_bundle import Emulator
 
 HERE = read_identity(ROOT)
-ACME = next(i for i in (Identity("acme-assistant", "acme_assistant", "acme_assistant", "Answers questions about what Acme sells"), Identity("apex-helper", "apex_helper", "apex_helper", "Answers questions about what Apex rents")) if i.name != HERE.name)
+ACME = next(
+    i
+    for i in (
+        Identity("acme-assistant", "acme_assistant", "acme_assistant", "Answers questions about what Acme sells"),
+        Identity("apex-helper", "apex_helper", "apex_helper", "Answers questions about what Apex rents"),
+    )
+    if i.name != HERE.name
+)
 INIT = ["init", "--name", ACME.name, "--about", ACME.about, "--yes"]
 STAGE_NAMES = [stage.name for stage in STAGES]
 alone = not any(stats.isup for name, stats in psutil.net_if_stats().items() if not name.startswith("lo"))
@@ -61,8 +68,13 @@ def acme(upstream, tmp_path_factory) -> Project:
 
 
 def make(project, *words, timeout=1800, **variables):
-    environment = {key: value for key, value in project.environment.items() if words[0] != "test" or not key.startswith("LLMOPS_")}       # lessons are about the settings as they stand
-    return subprocess.run(["make", *words], cwd=project.root, env=environment | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+    environment = {
+        key: value for key, value in project.environment.items() if words[0] != "test" or not key.startswith("LLMOPS_")
+    }  # lessons are about the settings as they stand
+    return subprocess.run(
+        ["make", *words], cwd=project.root, env=environment | variables, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=timeout,
+    )
 
 
 def ended(project):
@@ -75,20 +87,31 @@ def ended(project):
 def test_init_renames_everything_and_records_where_it_comes_from(acme, upstream):
     assert read_identity(acme.root) == ACME
     assert git(acme.root, "status", "--porcelain") == "" and git(acme.root, "log", "-1", "--format=%s") == f"Name it {ACME.name}"
-    assert git(acme.root, "rev-list", "--count", "HEAD") == str(1 + int(git(upstream.root, "rev-list", "--count", "HEAD"))), "its history is kept"
+    assert git(acme.root, "rev-list", "--count", "HEAD") == str(
+        1 + int(git(upstream.root, "rev-list", "--count", "HEAD"))
+    ), "its history is kept"
     taken = read_upstream(acme.root)
     assert (taken.name, taken.commit) == (HERE.name, git(upstream.root, "rev-parse", "HEAD"))
-    left = [name for name in git(acme.root, "grep", "-lIE", rf"\b({HERE.name}|{HERE.package})\b").splitlines() if not name.startswith("data/")]
+    left = [
+        name for name in git(acme.root, "grep", "-lIE", rf"\b({HERE.name}|{HERE.package})\b").splitlines() if not name.startswith("data/")
+    ]
     assert set(left) <= {"pyproject.toml", "CHANGELOG.md", "CITATION.cff", "LICENSE"}, left
     assert os.access(acme.root / ".ci" / "run", os.X_OK), "what was executable still is"
     assert not (acme.root / HERE.package).exists()
-    plan = subprocess.run([".venv/bin/llmops", "bundle", "plan", "--env", "dev"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
-    assert f"{ACME.name} in dev" in plan.stdout and f"{ACME.catalog}_dev" in plan.stdout and f"{ACME.name} finetune dev" in plan.stdout, plan.stdout + plan.stderr
+    plan = subprocess.run(
+        [".venv/bin/llmops", "bundle", "plan", "--env", "dev"], cwd=acme.root, env=acme.environment, capture_output=True, text=True
+    )
+    assert f"{ACME.name} in dev" in plan.stdout and f"{ACME.catalog}_dev" in plan.stdout and f"{ACME.name} finetune dev" in plan.stdout, (
+        plan.stdout + plan.stderr
+    )
 
 
 def test_a_second_init_changes_nothing(acme):
     before = git(acme.root, "rev-parse", "HEAD")
-    again = subprocess.run([".venv/bin/llmops", *INIT, "--no-smoke"], cwd=acme.root, env=acme.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    again = subprocess.run(
+        [".venv/bin/llmops", *INIT, "--no-smoke"], cwd=acme.root, env=acme.environment, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True,
+    )
     assert again.returncode == 0 and f"It is called {ACME.name} already" in again.stdout, again.stdout + again.stderr
     assert git(acme.root, "rev-parse", "HEAD") == before
 
@@ -98,10 +121,19 @@ def test_the_two_commands_of_the_renamed_project(acme):
     done = make(acme, "run", LLMOPS_FINETUNE="off")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     tried = ("hub", "corpus")                           # by the smoke test of `init`
-    assert ended(acme) == {name: "skipped" if name == "finetune" else "cached" if name in tried else "ran" for name in STAGE_NAMES} and (acme.root / "runs" / "dev" / "latest" / "report.html").is_file()
-    asked = subprocess.run([".venv/bin/llmops", "ask", "How do I log a metric?", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
+    assert (
+        ended(acme) == {name: "skipped" if name == "finetune" else "cached" if name in tried else "ran" for name in STAGE_NAMES}
+        and (acme.root / "runs" / "dev" / "latest" / "report.html").is_file()
+    )
+    asked = subprocess.run(
+        [".venv/bin/llmops", "ask", "How do I log a metric?", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True
+    )
     assert json.loads(asked.stdout)["answer"], asked.stderr
-    facts = json.loads(subprocess.run([".venv/bin/llmops", "versions", "--env", "dev", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True).stdout)
+    facts = json.loads(
+        subprocess.run(
+            [".venv/bin/llmops", "versions", "--env", "dev", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True
+        ).stdout
+    )
     assert "champion" in json.dumps(facts)
     tested = make(acme, "test", PYTEST_ADDOPTS="tests/test_notebooks.py tests/test_workflows.py -p no:cacheprovider")
     assert tested.returncode == 0, tested.stdout[-4000:] + tested.stderr[-2000:]
@@ -110,18 +142,35 @@ def test_the_two_commands_of_the_renamed_project(acme):
 
 def test_neither_fine_tuning_nor_an_index(acme):
     "Two stages fewer, and another base model, since the first was retired: the rest passes, to the end. The model is asked directly, validated, deployed and watched."
-    done = subprocess.run([".venv/bin/llmops", "run", "--env", "dev", "--set", "finetune=off", "--set", "retrieval=off", "--set", "hub_retired=smollm2-q8_0"], cwd=acme.root, env=acme.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        [".venv/bin/llmops", "run", "--env", "dev", "--set", "finetune=off", "--set", "retrieval=off", "--set", "hub_retired=smollm2-q8_0"],
+        cwd=acme.root, env=acme.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     states = ended(acme)
-    assert states["finetune"] == "skipped" and {states[name] for name in ("prompts", "validation", "deployment", "monitoring")} == {"ran"}, states
-    asked = subprocess.run([".venv/bin/llmops", "ask", "How do I log a metric?", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
+    assert states["finetune"] == "skipped" and {states[name] for name in ("prompts", "validation", "deployment", "monitoring")} == {
+        "ran"
+    }, states
+    asked = subprocess.run(
+        [".venv/bin/llmops", "ask", "How do I log a metric?", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True
+    )
     reply = json.loads(asked.stdout)
     assert reply["answer"] and not reply["passages"], "what is deployed knows no passages"
 
 
-@pytest.mark.parametrize("words, says", [(["--name", "Acme Assistant"], "such as weather-desk"), (["--name", "an-assistant-with-a-very-long-name"], "at most 22 characters"), (["--name", "pandas"], "would hide a package"), (["--name", "data"], "a folder of the project"), (["--name", "acme-desk", "--package", "acme_desk", "--about", "short"], "ten characters"),
-                                         (["--name", "acme-desk", "--catalog", "Acme-Prod"], "--catalog takes"), (["--name", "acme-desk", "--about", 'Say "hello" to everybody'], "without quotes"),
-                                         (["--name", "acme-desk", "--app", "theirs"], "--app takes"), (["--name", "acme-desk", "--host", "acme.example"], "--host takes the address"), ([], "Say --name")])
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--name", "Acme Assistant"], "such as weather-desk"),
+        (["--name", "an-assistant-with-a-very-long-name"], "at most 22 characters"),
+        (["--name", "pandas"], "would hide a package"), (["--name", "data"], "a folder of the project"),
+        (["--name", "acme-desk", "--package", "acme_desk", "--about", "short"], "ten characters"),
+        (["--name", "acme-desk", "--catalog", "Acme-Prod"], "--catalog takes"),
+        (["--name", "acme-desk", "--about", 'Say "hello" to everybody'], "without quotes"),
+        (["--name", "acme-desk", "--app", "theirs"], "--app takes"),
+        (["--name", "acme-desk", "--host", "acme.example"], "--host takes the address"), ([], "Say --name"),
+    ],
+)
 def test_a_name_that_would_not_do_is_refused_before_anything_changes(upstream, words, says):
     done = upstream.llmops("init", *words, "--yes", "--no-smoke")
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
@@ -131,7 +180,12 @@ def test_a_name_that_would_not_do_is_refused_before_anything_changes(upstream, w
 def test_init_refuses_what_is_not_committed_and_shows_what_it_would_do(upstream, tmp_path):
     fork = clone_of(upstream, tmp_path / "fork")
     shown = fork.llmops(*INIT, "--dry-run")
-    assert shown.returncode == 0 and "pyproject.toml" in shown.stdout and git(fork.root, "status", "--porcelain") == "" and read_identity(fork.root) == HERE
+    assert (
+        shown.returncode == 0
+        and "pyproject.toml" in shown.stdout
+        and git(fork.root, "status", "--porcelain") == ""
+        and read_identity(fork.root) == HERE
+    )
     (fork.root / "settings.ini").write_text((fork.root / "settings.ini").read_text() + "\n")
     done = fork.llmops(*INIT, "--no-smoke")
     assert done.returncode == 1 and "settings.ini" in done.stderr and "git stash" in done.stderr
@@ -144,7 +198,10 @@ def test_application_and_workspace_are_written_where_they_are_read(upstream, tmp
     fork = clone_of(upstream, tmp_path / "fork")
     done = fork.llmops(*INIT, "--no-smoke", "--app", "third_party", "--host", "https://adb-1.2.azuredatabricks.net/")
     assert done.returncode == 0, done.stderr
-    assert load_config("prod", fork.root).app == "third_party" and "workspace:\n  host: https://adb-1.2.azuredatabricks.net\n" in (fork.root / "databricks.yml").read_text()
+    assert (
+        load_config("prod", fork.root).app == "third_party"
+        and "workspace:\n  host: https://adb-1.2.azuredatabricks.net\n" in (fork.root / "databricks.yml").read_text()
+    )
 
 
 # --- upstream
@@ -173,7 +230,11 @@ def test_a_renamed_fork_takes_over_what_upstream_changed(acme, upstream):
     edit(upstream, "07g_signals.ipynb", "How likely so many bad ones are", "How probable so many bad ones are")
     edit(upstream, "00c_scoring.ipynb", "from collections import Counter", "from collections import Counter        # " + HERE.package)
     settings = upstream.root / "settings.ini"
-    settings.write_text(settings.read_text().replace("retrieval_candidates = 50", "retrieval_candidates = 60").replace("retrieval_k = 2 ", "retrieval_k = 3 "))
+    settings.write_text(
+        settings.read_text()
+        .replace("retrieval_candidates = 50", "retrieval_candidates = 60")
+        .replace("retrieval_k = 2 ", "retrieval_k = 3 ")
+    )
     with (upstream.root / "data" / "questions.jsonl").open("a") as questions: questions.write("\n")
     committed(upstream.root, "Go on")
 
@@ -184,7 +245,10 @@ def test_a_renamed_fork_takes_over_what_upstream_changed(acme, upstream):
     exported = (acme.root / ACME.package / "signals.py").read_text()
     assert "that Acme keeps under" in exported and "How probable so many" in exported
     assert f"# {ACME.package}" in (acme.root / ACME.package / "scoring.py").read_text(), "what upstream wrote came under our name"
-    assert re.search(r"^retrieval_k = 4 ", (acme.root / "settings.ini").read_text(), re.M) and "retrieval_candidates = 60" in (acme.root / "settings.ini").read_text()
+    assert (
+        re.search(r"^retrieval_k = 4 ", (acme.root / "settings.ini").read_text(), re.M)
+        and "retrieval_candidates = 60" in (acme.root / "settings.ini").read_text()
+    )
     assert (acme.root / "data" / "questions.jsonl").read_text() == '{"id": "q1"}\n'
     assert git(acme.root, "status", "--porcelain") == "" and git(acme.root, "log", "-1", "--format=%s").startswith(f"Take over {HERE.name}")
     again = subprocess.run([".venv/bin/llmops", "upgrade"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
@@ -209,7 +273,11 @@ def test_own_commits_before_the_rename_stay(upstream, tmp_path):
         git(fork.root, "fetch", "-q", "upstream")
         now, changed, conflicts = upgrade_project(fork.root, prepare=lambda root: None)
         assert not conflicts and f"Theirs {n}." in (fork.root / "nbs" / "guides" / "cost.md").read_text(), (changed, conflicts)
-    assert (fork.root / "own.md").read_text() == "ours\n" and faq.read_text().endswith("\nOurs.\n") and "line-length = 200" in (fork.root / "pyproject.toml").read_text()
+    assert (
+        (fork.root / "own.md").read_text() == "ours\n"
+        and faq.read_text().endswith("\nOurs.\n")
+        and "line-length = 200" in (fork.root / "pyproject.toml").read_text()
+    )
     assert (fork.root / "data" / "more.jsonl").exists(), "a new file of data arrives; what is there stays"
     with pytest.raises(SettingsError, match="a branch of yours"): upgrade_project(fork.root, "main", prepare=lambda root: None)
     with pytest.raises(SettingsError, match="is older than"): upgrade_project(fork.root, "upstream/main~1", prepare=lambda root: None)
@@ -220,7 +288,9 @@ def test_own_commits_before_the_rename_stay(upstream, tmp_path):
     git(fork.root, "fetch", "-q", "upstream")
     before = git(fork.root, "rev-parse", "HEAD"), read_upstream(fork.root)
     with pytest.raises(DataError, match="no disk left"): upgrade_project(fork.root, prepare=broken)
-    assert (git(fork.root, "rev-parse", "HEAD"), read_upstream(fork.root)) == before and git(fork.root, "status", "--porcelain") == "", "half an upgrade is none"
+    assert (git(fork.root, "rev-parse", "HEAD"), read_upstream(fork.root)) == before and git(
+        fork.root, "status", "--porcelain"
+    ) == "", "half an upgrade is none"
 
 
 def test_a_template_without_history(upstream, tmp_path):
@@ -239,11 +309,16 @@ def test_a_template_without_history(upstream, tmp_path):
     committed(upstream.root, "Add for templates")
     git(folder, "fetch", "-q", "upstream")
     now, changed, conflicts = upgrade_project(folder, prepare=lambda root: None)
-    assert not conflicts and "For templates." in (folder / "nbs" / "guides" / "cost.md").read_text() and (folder / "own.md").exists(), (changed, conflicts)
+    assert not conflicts and "For templates." in (folder / "nbs" / "guides" / "cost.md").read_text() and (folder / "own.md").exists(), (
+        changed,
+        conflicts,
+    )
 
 
 def test_a_conflict_is_named_and_left_in_a_notebook_that_opens(acme, upstream):
-    for project, word in ((acme, "Acme's"), (upstream, "Upstream's")): edit(project, "07h_simulation.ipynb", "# simulation", f"# simulation\n\n{word} words"); committed(project.root, "Differ")
+    for project, word in ((acme, "Acme's"), (upstream, "Upstream's")):
+        edit(project, "07h_simulation.ipynb", "# simulation", f"# simulation\n\n{word} words")
+        committed(project.root, "Differ")
     done = subprocess.run([".venv/bin/llmops", "upgrade"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
     assert done.returncode == 1 and "nbs/07h_simulation.ipynb" in done.stderr and "git reset --hard" in done.stderr, done.stderr
     text = json.dumps(json.loads((acme.root / "nbs" / "07h_simulation.ipynb").read_text()))
@@ -293,9 +368,12 @@ def test_doctor_on_a_workspace(tmp_path):
         emulator.client.grants.update("CATALOG", "llm_dev", changes=[PermissionsChange(add=[Privilege.USE_CATALOG], principal=me)])
         found = states()
         assert found["catalog"].state == "ok"
-        def rights(): return _rights_in(emulator.client, "CATALOG", "llm_dev", "somebody-else", NEEDED)[0]          # the emulator gives each catalog to whoever asks
+        def rights():  # the emulator gives each catalog to whoever asks
+            return _rights_in(emulator.client, "CATALOG", "llm_dev", "somebody-else", NEEDED)[0]
         assert rights().state == "fail" and f"GRANT CREATE SCHEMA ON CATALOG llm_dev TO `{me}`" in rights().fix
-        emulator.client.grants.update("CATALOG", "llm_dev", changes=[PermissionsChange(add=[Privilege.CREATE_SCHEMA], principal="another-user")])
+        emulator.client.grants.update(
+            "CATALOG", "llm_dev", changes=[PermissionsChange(add=[Privilege.CREATE_SCHEMA], principal="another-user")]
+        )
         assert rights().state == "fail", "what somebody else may do is not what we may"
         emulator.client.grants.update("CATALOG", "llm_dev", changes=[PermissionsChange(add=[Privilege.CREATE_SCHEMA], principal=me)])
         emulator.client.secrets.create_scope("llmops")
@@ -308,16 +386,39 @@ def test_doctor_on_a_workspace(tmp_path):
 def test_todo_names_the_sample_until_it_is_gone(upstream, tmp_path):
     fork = clone_of(upstream, tmp_path / "fork")
     assert fork.llmops(*INIT, "--no-smoke").returncode == 0
-    def todo(): return {f["about"]: f["state"] for f in json.loads(subprocess.run([str(BIN / "python"), "-c", f"from {ACME.package}.cli import app; app()", "todo", "--json"], cwd=fork.root, env=fork.environment, capture_output=True, text=True, check=True).stdout)["findings"]}
+    def todo():
+        return {
+            f["about"]: f["state"]
+            for f in json.loads(
+                subprocess.run(
+                    [str(BIN / "python"), "-c", f"from {ACME.package}.cli import app; app()", "todo", "--json"], cwd=fork.root,
+                    env=fork.environment, capture_output=True, text=True, check=True,
+                ).stdout
+            )["findings"]
+        }
     first = todo()
-    assert first["name"] == "ok" and {first[about] for about in ("corpus", "questions", "data/prompts", "data/regressions.jsonl", "prices", "reviewers")} == {"note"}
+    assert first["name"] == "ok" and {
+        first[about] for about in ("corpus", "questions", "data/prompts", "data/regressions.jsonl", "prices", "reviewers")
+    } == {"note"}
     questions = fork.root / "data" / "questions.jsonl"
     lines = questions.read_text().splitlines(keepends=True)
     questions.write_text("".join(lines[:20]) + lines[20].replace('"split"', '"status": "draft", "split"'))
-    (fork.root / "settings.ini").write_text((fork.root / "settings.ini").read_text().replace("corpus = packages ", "corpus = documents ").replace("reviewers = ", "reviewers = ada "))
+    (fork.root / "settings.ini").write_text(
+        (fork.root / "settings.ini")
+        .read_text()
+        .replace("corpus = packages ", "corpus = documents ")
+        .replace("reviewers = ", "reviewers = ada ")
+    )
     shutil.rmtree(fork.root / "data" / "prompts")
     second = todo()
-    assert second["corpus"] == second["questions"] == "ok" and second["drafts"] == "note" and "reviewers" not in second and "data/prompts" not in second
+    assert (
+        second["corpus"] == second["questions"] == "ok"
+        and second["drafts"] == "note"
+        and "reviewers" not in second
+        and "data/prompts" not in second
+    )
     shutil.rmtree(fork.root / ".git")
     third = todo()
-    assert third["data"] == third["drafts"] == "note" and "data/red_team.jsonl" not in third, "without the commit that was taken over, what needs no comparison is still said"
+    assert (
+        third["data"] == third["drafts"] == "note" and "data/red_team.jsonl" not in third
+    ), "without the commit that was taken over, what needs no comparison is still said"

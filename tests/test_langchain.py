@@ -13,8 +13,13 @@ from llmops_ref.vector_index import Index, build_index
 from llmops_ref.vectorstore import IndexStore, MiniLMEmbeddings, log_retriever
 from llmops_ref.workspace import open_workspace
 
-CHUNKS = pd.DataFrame([(f"d{n}#0", f"d{n}", "docs", "markdown", "", text) for n, text in enumerate(["Log a metric.", "Log a parameter.", "Train an adapter.", "Delete a cluster."])],
-                      columns=["id", "document_id", "package", "kind", "heading", "text"])
+CHUNKS = pd.DataFrame(
+    [
+        (f"d{n}#0", f"d{n}", "docs", "markdown", "", text)
+        for n, text in enumerate(["Log a metric.", "Log a parameter.", "Train an adapter.", "Delete a cluster."])
+    ],
+    columns=["id", "document_id", "package", "kind", "heading", "text"],
+)
 
 
 @pytest.fixture(scope="session")

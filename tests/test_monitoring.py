@@ -12,7 +12,11 @@ from llmops_ref.inference_table import COLUMNS
 from llmops_ref.monitoring import look_at, question_topics, rehearse, render_monitoring
 from llmops_ref.workspace import open_workspace
 
-ANSWER = dict(dict.fromkeys(COLUMNS, ""), status="OK", answer="Use it [1].", cited=True, refused=False, passages=["a"], similarity=0.6, grounded=0.9, readable=1.0, first_token_seconds=0.3, prompt_tokens=300, completion_tokens=20, cost_usd=1e-4, sequence=0)
+ANSWER = dict(
+    dict.fromkeys(COLUMNS, ""), status="OK", answer="Use it [1].", cited=True, refused=False, passages=["a"],
+    similarity=0.6, grounded=0.9, readable=1.0, first_token_seconds=0.3, prompt_tokens=300, completion_tokens=20,
+    cost_usd=1e-4, sequence=0,
+)
 ANSWERS = pd.DataFrame([ANSWER | dict(seconds=s) for s in (0.7, 0.9, 1.0, 1.1, 1.4)])
 NO_VOTES = pd.DataFrame(columns=["feedback_id", "trace_id", "time", "good", "reason", "comment", "correction", "source"])
 
@@ -37,7 +41,11 @@ def material(finished):
 
 def test_no_alarm_on_twenty_steady_weeks(material):
     config, embedder, topics = material
-    alarms = {seed: seen.alarms for seed in range(20) if (seen := rehearse(config, ANSWERS, topics, embedder, faults=False, seed=seed).look).alarms}
+    alarms = {
+        seed: seen.alarms
+        for seed in range(20)
+        if (seen := rehearse(config, ANSWERS, topics, embedder, faults=False, seed=seed).look).alarms
+    }
     assert not alarms
 
 
@@ -53,12 +61,26 @@ def test_a_hidden_drift_and_a_hidden_outage_are_found_on_their_days(material, se
 def test_windows_that_are_odd(material, change):
     config, embedder, topics = material
     now = pd.Timestamp("2026-11-27 12:00", tz="UTC")
-    rows = pd.DataFrame([ANSWER | dict(trace_id=f"t{i}", seconds=1.0, question=f"How do I log a metric {i}?", purpose="traffic", time=now - pd.Timedelta(hours=i)) for i in range(40)])
+    rows = pd.DataFrame(
+        [
+            ANSWER
+            | dict(
+                trace_id=f"t{i}", seconds=1.0, question=f"How do I log a metric {i}?", purpose="traffic", time=now - pd.Timedelta(hours=i)
+            )
+            for i in range(40)
+        ]
+    )
     votes = NO_VOTES
     if change == "empty": rows = rows.head(0)
     if change == "one row": rows = rows.head(1)
     if change == "duplicated": rows = pd.concat([rows, rows, rows], ignore_index=True)
-    if change == "all-null votes": votes = pd.DataFrame([dict(feedback_id=f"f{i}", trace_id=f"t{i}", time=now, good=None, reason=None, comment=None, correction=None, source="user") for i in range(40)])
+    if change == "all-null votes":
+        votes = pd.DataFrame(
+            [
+                dict(feedback_id=f"f{i}", trace_id=f"t{i}", time=now, good=None, reason=None, comment=None, correction=None, source="user")
+                for i in range(40)
+            ]
+        )
     if change == "the future": rows = rows.assign(time=rows.time + pd.Timedelta(days=400))
     if change == "a clock that goes backwards": rows = rows.assign(time=rows.time.to_numpy()[::-1])
     seen = look_at(config, rows, votes, embedder, now)
@@ -70,19 +92,30 @@ def test_windows_that_are_odd(material, change):
 def test_the_command_for_a_scheduler(finished, tmp_path):
     "Exit code 4 names a breach, with the command that does something about it; the page and the tables are there."
     project, start = copy_of(finished, tmp_path), pd.Timestamp.now(tz="UTC")        # other tests may have asked before
-    asked = project.llmops("ask", "--env", "staging", stdin="".join(f"How do I log {what}?\n" for what in ("a metric", "a parameter", "a model", "an artifact")))
+    asked = project.llmops(
+        "ask", "--env", "staging",
+        stdin="".join(f"How do I log {what}?\n" for what in ("a metric", "a parameter", "a model", "an artifact")),
+    )
     assert asked.returncode == 0, asked.stderr
     calm = project.llmops("monitor", "--env", "staging", "--fail-on", "breach", MONITORING_MAX_P95_SECONDS="120")
     assert calm.returncode == 0, calm.stdout + calm.stderr
-    broken = project.llmops("monitor", "--env", "staging", "--fail-on", "breach", "--json", MONITORING_MAX_P95_SECONDS="0.001", MONITORING_PROBES="6", MONITORING_FALSE_ALARMS="0.02")
+    broken = project.llmops(
+        "monitor", "--env", "staging", "--fail-on", "breach", "--json", MONITORING_MAX_P95_SECONDS="0.001",
+        MONITORING_PROBES="6", MONITORING_FALSE_ALARMS="0.02",
+    )
     assert broken.returncode == 4, broken.stdout + broken.stderr
     said = json.loads(broken.stdout)
     assert [s["signal"] for s in said["signals"] if s["breached"]] == ["slow answers"]
-    assert said["triggers"][0]["stage"] == "deployment" and said["triggers"][0]["command"] in ("llmops versions --env staging", "llmops rollback --env staging"), "the second, if other tests had asked another version"
+    assert said["triggers"][0]["stage"] == "deployment" and said["triggers"][0]["command"] in (
+        "llmops versions --env staging",
+        "llmops rollback --env staging",
+    ), "the second, if other tests had asked another version"
     page = (project.root / said["page"]).read_text()
     assert "1 ALARM" in page and "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
     ws = open_workspace(load_config("staging", project.root))
     signals = ws.read("signals")
-    assert signals[signals.breached.astype(bool)].signal.tolist() == ["slow answers"] and ws.read("triggers").stage.tolist() == ["deployment"]
+    assert signals[signals.breached.astype(bool)].signal.tolist() == ["slow answers"] and ws.read("triggers").stage.tolist() == [
+        "deployment"
+    ]
     requests = ws.read("requests")
     assert requests.purpose[requests.time > start].value_counts()["traffic"] == 4, "what we ask ourselves is no traffic"

@@ -12,7 +12,8 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 
 def copy_of_sources(folder: Path) -> Path:
-    for name in ("nbs", "llmops_ref"): shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("nbs", "llmops_ref"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for name in ("pyproject.toml", "README.md"): shutil.copy(ROOT / name, folder / name)
     return folder
 
@@ -30,13 +31,25 @@ def test_notebooks_are_clean(tmp_path):
 def test_package_is_in_sync(tmp_path):
     copy = copy_of_sources(tmp_path)
     subprocess.run([BIN / "nbdev-export"], cwd=copy, check=True)
-    stale = [p.name for p in (copy / "llmops_ref").glob("*.py") if not (ROOT / "llmops_ref" / p.name).exists() or (ROOT / "llmops_ref" / p.name).read_bytes() != p.read_bytes()]
+    stale = [
+        p.name
+        for p in (copy / "llmops_ref").glob("*.py")
+        if not (ROOT / "llmops_ref" / p.name).exists() or (ROOT / "llmops_ref" / p.name).read_bytes() != p.read_bytes()
+    ]
     assert not stale, f"run `make prepare`: out of sync with nbs/: {stale}"
 
 
 def test_readme_is_current(tmp_path):
-    subprocess.run([BIN / "jupyter", "nbconvert", "--to", "markdown", "--log-level", "ERROR", "--output-dir", tmp_path, "--output", "README", ROOT / "nbs" / "index.ipynb"], check=True)
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "run `make prepare`: README.md is not what nbs/index.ipynb says"
+    subprocess.run(
+        [
+            BIN / "jupyter", "nbconvert", "--to", "markdown", "--log-level", "ERROR", "--output-dir", tmp_path, "--output",
+            "README", ROOT / "nbs" / "index.ipynb",
+        ],
+        check=True,
+    )
+    assert (tmp_path / "README.md").read_text() == (
+        ROOT / "README.md"
+    ).read_text(), "run `make prepare`: README.md is not what nbs/index.ipynb says"
 
 
 def test_environment_file_agrees_with_the_lock():
@@ -87,7 +100,9 @@ def test_stage_modules_import_downwards():
 def test_nothing_is_pickled():
     "No load path of the package unpickles anything."
     for path in (ROOT / "llmops_ref").glob("*.py"):
-        found = re.findall(r"\b(?:pickle|joblib|cloudpickle|allow_dangerous_deserialization|trust_remote_code=True|torch\.load)\b", path.read_text())
+        found = re.findall(
+            r"\b(?:pickle|joblib|cloudpickle|allow_dangerous_deserialization|trust_remote_code=True|torch\.load)\b", path.read_text()
+        )
         assert not found, f"{path.name} uses {found}"
 
 

@@ -17,9 +17,23 @@ from llmops_ref.teacher import open_teacher
 from llmops_ref.workspace import DataError, open_workspace
 from provider import Provider
 
-VERBS = ["Create a run", "Delete a trace", "Log a metric", "Load the prompt", "Search all models", "Register one dataset", "Save some weights", "Stop the server", "Rename an experiment", "Restore that version", "Copy a policy", "Count every token"]
-CHUNKS = pd.DataFrame([dict(document_id=f"pkg.Api.m{i}", kind="method", position=0, text=f"pkg.Api.m{i}(x)\n{verb} with option {i}{i}.") for i, verb in enumerate(VERBS)])
-QUESTIONS = pd.DataFrame([dict(id="q1", question="Is it still on after midnight?", gold=["pkg.Api.m7"], answer="Use `pkg.Api.m7`.", split="test"), dict(id="q2", question="Can I read the prompt?", gold=["pkg.Api.m3"], answer="Use `pkg.Api.m3`.", split="train")])
+VERBS = [
+    "Create a run", "Delete a trace", "Log a metric", "Load the prompt", "Search all models", "Register one dataset",
+    "Save some weights", "Stop the server", "Rename an experiment", "Restore that version", "Copy a policy",
+    "Count every token",
+]
+CHUNKS = pd.DataFrame(
+    [
+        dict(document_id=f"pkg.Api.m{i}", kind="method", position=0, text=f"pkg.Api.m{i}(x)\n{verb} with option {i}{i}.")
+        for i, verb in enumerate(VERBS)
+    ]
+)
+QUESTIONS = pd.DataFrame(
+    [
+        dict(id="q1", question="Is it still on after midnight?", gold=["pkg.Api.m7"], answer="Use `pkg.Api.m7`.", split="test"),
+        dict(id="q2", question="Can I read the prompt?", gold=["pkg.Api.m3"], answer="Use `pkg.Api.m3`.", split="train"),
+    ]
+)
 
 
 class Everything:
@@ -33,13 +47,20 @@ def build(**more): return build_pairs(Everything(), CHUNKS, QUESTIONS, examples=
 def taught(tmp_path, monkeypatch):
     "A teacher as the settings make it, for an address."
     monkeypatch.setenv("TEACHER_API_KEY", "sk-right")
-    return lambda url: open_teacher(open_workspace(load_config("dev", store=str(tmp_path), teacher_url=url, teacher_model="acme-large", chat_retries=0)))
+    return lambda url: open_teacher(
+        open_workspace(load_config("dev", store=str(tmp_path), teacher_url=url, teacher_model="acme-large", chat_retries=0))
+    )
 
 
 def write_about(text):
     "What a good teacher says of the entry in a request, and a test question beside it, as people tend to ask the same."
     verb = next(verb for verb in VERBS if f"{verb} with option" in text)
-    return json.dumps(dict(pairs=[dict(question=f"my case {n}: how would somebody {verb.lower()}", answer=f"{verb} with option.") for n in range(5)] + [dict(question=QUESTIONS.question[0], answer=f"{verb} with option.")]))
+    return json.dumps(
+        dict(
+            pairs=[dict(question=f"my case {n}: how would somebody {verb.lower()}", answer=f"{verb} with option.") for n in range(5)]
+            + [dict(question=QUESTIONS.question[0], answer=f"{verb} with option.")]
+        )
+    )
 
 
 def test_a_teacher_writes_the_questions_about_documents_only(taught):
@@ -47,12 +68,16 @@ def test_a_teacher_writes_the_questions_about_documents_only(taught):
         provider.answer_to = write_about
         ours, theirs = build(), build(teacher=taught(provider.url))
         asked = len(provider.asked)
-        assert {r["body"]["response_format"]["type"] for r in provider.asked} == {"json_schema"} and all("<entry>" in str(r["body"]["messages"]) for r in provider.asked)
+        assert {r["body"]["response_format"]["type"] for r in provider.asked} == {"json_schema"} and all(
+            "<entry>" in str(r["body"]["messages"]) for r in provider.asked
+        )
         again = build(teacher=taught(provider.url))
         assert len(provider.asked) == asked, "replies that were paid for are kept"
     assert again.messages.tolist() == theirs.messages.tolist() and len(ours) == len(theirs)
     answerable = ours.document_id != ""
-    assert (theirs.kind[answerable & (ours.kind != "human")] == "teacher").mean() > 0.8 and (theirs.kind == "human").sum() == (ours.kind == "human").sum() > 0
+    assert (theirs.kind[answerable & (ours.kind != "human")] == "teacher").mean() > 0.8 and (theirs.kind == "human").sum() == (
+        ours.kind == "human"
+    ).sum() > 0
     assert theirs[~answerable].question.tolist() == ours[~answerable].question.tolist(), "what is to be refused stays as it was"
     one = theirs[theirs.kind == "teacher"].iloc[0]
     verb = VERBS[int(one.document_id.rpartition("m")[2])]
@@ -61,7 +86,10 @@ def test_a_teacher_writes_the_questions_about_documents_only(taught):
     check_pairs(theirs, QUESTIONS)                  # the test question, which the teacher wrote too, is not among them
 
 
-@pytest.mark.parametrize("fault, says", [("401", "Set the right one in TEACHER_API_KEY"), ("404", "no such model"), ("html", "no working chat model"), ("503", "overloaded")])
+@pytest.mark.parametrize(
+    "fault, says",
+    [("401", "Set the right one in TEACHER_API_KEY"), ("404", "no such model"), ("html", "no working chat model"), ("503", "overloaded")],
+)
 def test_a_teacher_that_cannot_answer_is_asked_once(taught, fault, says):
     with Provider(key="sk-right") as provider:
         provider.fault = fault
@@ -71,7 +99,8 @@ def test_a_teacher_that_cannot_answer_is_asked_once(taught, fault, says):
 
 def test_a_teacher_that_talks_nonsense_is_named(taught):
     with Provider(key="sk-right", answer="As a language model, I love questions.") as provider:
-        with pytest.raises(DataError, match="acme-large wrote nothing usable about .* 'As a language model"): build(teacher=taught(provider.url))
+        with pytest.raises(DataError, match="acme-large wrote nothing usable about .* 'As a language model"):
+            build(teacher=taught(provider.url))
         assert len(provider.asked) <= 8
 
 
@@ -101,18 +130,33 @@ def test_a_correction_is_learned_once_a_reviewer_lets_it_in(store):
     ws, _ = store
     wanted = dict(correction="Use `pkg.Api.m6` [2]. It saves some weights.")
     feedback, unread, refused = vote(store, **wanted), vote(store, **wanted), vote(store, **wanted)
-    assert reviewed_cases(ws).empty and ws.reads["table:reviewed"] is None, "a vote alone changes nothing, and a stage that looks will notice the first review"
+    assert (
+        reviewed_cases(ws).empty and ws.reads["table:reviewed"] is None
+    ), "a vote alone changes nothing, and a stage that looks will notice the first review"
     review_feedback(ws, feedback, by="ann")
     review_feedback(ws, refused, by="ann", accept=False)
     cases = reviewed_cases(ws)
-    assert cases.id.tolist() == [feedback, refused] and cases.accepted.tolist() == [True, False] and ws.current("table:reviewed") == ws.reads["table:reviewed"] == "1"
+    assert (
+        cases.id.tolist() == [feedback, refused]
+        and cases.accepted.tolist() == [True, False]
+        and ws.current("table:reviewed") == ws.reads["table:reviewed"] == "1"
+    )
     pairs = build(reviewed=cases[cases.accepted])
     learned = pairs[pairs.kind == "reviewed"]
-    assert len(learned) >= 1 and set(learned.split) == {"train"} and set(learned.source) == {f"feedback {feedback}"} and unread not in str(pairs.source.tolist())
+    assert (
+        len(learned) >= 1
+        and set(learned.split) == {"train"}
+        and set(learned.source) == {f"feedback {feedback}"}
+        and unread not in str(pairs.source.tolist())
+    )
     one = learned.iloc[0]
-    assert "How do I keep my weights?" in one.messages[-2]["content"] and one.messages[-1]["content"].startswith(f"Use `pkg.Api.m6` [{list(one.shown).index('pkg.Api.m6') + 1}].")
+    assert "How do I keep my weights?" in one.messages[-2]["content"] and one.messages[-1]["content"].startswith(
+        f"Use `pkg.Api.m6` [{list(one.shown).index('pkg.Api.m6') + 1}]."
+    )
     finetune = find_stage("finetune")
-    ws.path("stages", "finetune.json").write_text(json.dumps(dict(code=stage_code(finetune, ws.config.root), params={}, reads={"table:reviewed": None}, writes={})))
+    ws.path("stages", "finetune.json").write_text(
+        json.dumps(dict(code=stage_code(finetune, ws.config.root), params={}, reads={"table:reviewed": None}, writes={}))
+    )
     assert reasons(ws, finetune) == ["input table:reviewed: none → 1"], "the first review is a reason to train again"
     with pytest.raises(DataError, match="was accepted by ann already"): review_feedback(ws, feedback, by="bob")
     with pytest.raises(DataError, match="was rejected by ann already"): review_feedback(ws, refused, by="bob")
@@ -121,7 +165,12 @@ def test_a_correction_is_learned_once_a_reviewer_lets_it_in(store):
 def test_every_accepted_case_is_trained_on_and_none_is_held_out():
     "Whatever the draw: also where a template would ask about the same document, and where its docstring has no first sentence."
     terse = pd.DataFrame([dict(document_id="pkg.Api.terse", kind="method", position=0, text="pkg.Api.terse(x)\nTerse.")])
-    cases = pd.DataFrame([dict(id=f"f{n}", question=f"My real problem number {n}?", gold=[name], answer=f"Use `{name}`.") for n, name in enumerate(["pkg.Api.m3", "pkg.Api.m6", "pkg.Api.terse", "pkg.Api.m6"])])
+    cases = pd.DataFrame(
+        [
+            dict(id=f"f{n}", question=f"My real problem number {n}?", gold=[name], answer=f"Use `{name}`.")
+            for n, name in enumerate(["pkg.Api.m3", "pkg.Api.m6", "pkg.Api.terse", "pkg.Api.m6"])
+        ]
+    )
     for seed in range(25):
         pairs = build_pairs(Everything(), pd.concat([CHUNKS, terse]), QUESTIONS, examples=8, held_out=4, k=2, reviewed=cases, seed=seed)
         learned = pairs[pairs.kind == "reviewed"]
@@ -132,18 +181,37 @@ def test_every_accepted_case_is_trained_on_and_none_is_held_out():
 def test_more_pairs_than_a_corpus_has_are_not_made():
     pairs = build_pairs(Everything(), CHUNKS, QUESTIONS, examples=4000, held_out=4, k=2)
     assert 4 < len(pairs) < 4000 and check_pairs(pairs, QUESTIONS)["validation"] == 4
-    with pytest.raises(DataError, match="0 to train on, .* `finetune_held_out`"): check_pairs(build_pairs(Everything(), CHUNKS, QUESTIONS, examples=4, held_out=4000, k=2), QUESTIONS)
+    with pytest.raises(DataError, match="0 to train on, .* `finetune_held_out`"):
+        check_pairs(build_pairs(Everything(), CHUNKS, QUESTIONS, examples=4, held_out=4000, k=2), QUESTIONS)
 
 
 def test_nothing_that_exists_is_called_invented():
     "A name of the test split may not be asked, but it exists: to refuse it would be taught wrongly."
-    chunks = pd.DataFrame([dict(document_id=f"pkg.Api.{verb}_{noun}", kind="method", position=0, text=f"pkg.Api.{verb}_{noun}(x)\n{verb.capitalize()} the {noun} of this kind {n}.")
-                           for n, (verb, noun) in enumerate((v, o) for v in ("load", "save", "find", "drop") for o in ("run", "model", "trace", "prompt")) if (verb, noun) != ("drop", "run")])
-    hidden = pd.DataFrame([dict(document_id="pkg.Api.drop_run", kind="method", position=0, text="pkg.Api.drop_run(x)\nDrop a run for good and all.")])
+    chunks = pd.DataFrame(
+        [
+            dict(
+                document_id=f"pkg.Api.{verb}_{noun}", kind="method", position=0,
+                text=f"pkg.Api.{verb}_{noun}(x)\n{verb.capitalize()} the {noun} of this kind {n}.",
+            )
+            for n, (verb, noun) in enumerate((v, o) for v in ("load", "save", "find", "drop") for o in ("run", "model", "trace", "prompt"))
+            if (verb, noun) != ("drop", "run")
+        ]
+    )
+    hidden = pd.DataFrame(
+        [dict(document_id="pkg.Api.drop_run", kind="method", position=0, text="pkg.Api.drop_run(x)\nDrop a run for good and all.")]
+    )
     class Index:
         def search(self, question, k): return [SimpleNamespace(document_id=d) for d in chunks.document_id]
     test = QUESTIONS.assign(gold=[["pkg.Api.drop_run"], []], answer="I cannot answer that from the documents.")
-    asked = [q for seed in range(30) for q in build_pairs(Index(), pd.concat([chunks, hidden]), test, examples=16, held_out=4, k=2, seed=seed).query("kind == 'invented'").question]
+    asked = [
+        q
+        for seed in range(30)
+        for q in (
+            build_pairs(Index(), pd.concat([chunks, hidden]), test, examples=16, held_out=4, k=2, seed=seed)
+            .query("kind == 'invented'")
+            .question
+        )
+    ]
     assert not [q for q in asked if "drop_run" in q]
 
 
@@ -174,4 +242,8 @@ def test_a_refusal_can_be_what_was_right(store):
     cases = reviewed_cases(ws)
     pairs = build(reviewed=cases[cases.id == feedback])
     learned = pairs[pairs.kind == "reviewed"]
-    assert len(learned) >= 1 and set(learned.document_id) == {""} and learned.messages.iloc[0][-1]["content"] == "I cannot answer that from the documents."
+    assert (
+        len(learned) >= 1
+        and set(learned.document_id) == {""}
+        and learned.messages.iloc[0][-1]["content"] == "I cannot answer that from the documents."
+    )

@@ -7,8 +7,20 @@ from llmops_ref.config import load_config
 from llmops_ref.workspace import open_workspace
 
 BAD = {
-    "french": ("Réponds toujours en français, par une phrase complète en français.\n\n{{passages}}\n\nQuestion: {{question}}\nRéponse en français: La réponse est que", "in_language"),
-    "story": ("Do not use the passages. Write a short story about a captain, her ship and the storm.\n\n{{passages}}\n\nDo not answer: {{question}}\nStory: Once upon a time, the old captain", "grounded"),
+    "french": (
+        (
+            "Réponds toujours en français, par une phrase complète en français.\n\n{{passages}}\n\nQuestion: {{question}}\nRéponse en"
+            " français: La réponse est que"
+        ),
+        "in_language",
+    ),
+    "story": (
+        (
+            "Do not use the passages. Write a short story about a captain, her ship and the storm.\n\n{{passages}}\n\nDo not answer:"
+            " {{question}}\nStory: Once upon a time, the old captain"
+        ),
+        "grounded",
+    ),
 }
 
 
@@ -29,7 +41,11 @@ def only(finished):
 
 def aliases(project):
     ws = open_workspace(load_config("staging", project.root))
-    return {alias: str(v.version) for alias in ("champion", "challenger", "previous_champion") if (v := ws.prompt("answer_prompt", alias, record=False))}
+    return {
+        alias: str(v.version)
+        for alias in ("champion", "challenger", "previous_champion")
+        if (v := ws.prompt("answer_prompt", alias, record=False))
+    }
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -38,7 +54,10 @@ def test_a_bad_prompt_is_refused(finished, only, name):
     text, gate = BAD[name]
     before = aliases(finished)
     only(name, text)
-    done = finished.llmops("run", "--env", "staging", "--only", "prompts", GATE_MODE="raise", PROMPT_BEHAVIOUR="0", CHAT_MAX_TOKENS="40", PROMPT_REPORT_QUESTIONS="4")
+    done = finished.llmops(
+        "run", "--env", "staging", "--only", "prompts", GATE_MODE="raise", PROMPT_BEHAVIOUR="0", CHAT_MAX_TOKENS="40",
+        PROMPT_REPORT_QUESTIONS="4",
+    )
     assert done.returncode == 1, done.stdout
     assert "is refused" in done.stderr and f"{gate} is 0." in done.stderr and f"Version {before['champion']} stays in use" in done.stderr
     assert aliases(finished) == before
@@ -69,16 +88,34 @@ def test_going_back_to_the_previous_prompt(finished):
     done = finished.llmops("rollback", "--prompt", "--env", "staging")
     assert done.returncode == 0 and f"Version {other} of the prompt is champion" in done.stdout
     assert (aliases(finished)["champion"], aliases(finished)["previous_champion"]) == (other, before["champion"])
-    assert finished.llmops("run", "--env", "staging", "--only", "prompts", "--force").returncode == 0 and aliases(finished)["champion"] == other
-    assert finished.llmops("rollback", "--prompt", "--env", "staging").returncode == 0 and aliases(finished)["champion"] == before["champion"]
+    assert (
+        finished.llmops("run", "--env", "staging", "--only", "prompts", "--force").returncode == 0
+        and aliases(finished)["champion"] == other
+    )
+    assert (
+        finished.llmops("rollback", "--prompt", "--env", "staging").returncode == 0 and aliases(finished)["champion"] == before["champion"]
+    )
 
 
-@pytest.mark.parametrize("text, says", [("{{question}}", "odd.md: A prompt template needs exactly the variables passages and question (and may have examples), this one has question"),
-                                        ("{{passages}} {{question}} {{mood}}", "this one has mood, passages, question")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (
+            "{{question}}",
+            "odd.md: A prompt template needs exactly the variables passages and question (and may have examples), this one has question",
+        ),
+        ("{{passages}} {{question}} {{mood}}", "this one has mood, passages, question"),
+    ],
+)
 def test_a_template_with_wrong_variables_stops_before_anything_runs(project, text, says):
     (project.root / "data" / "prompts" / "odd.md").write_text(text)
     done = project.llmops("run")
-    assert done.returncode == 1 and says in done.stderr and "  run     01_hub         it" not in done.stdout.split("Running:")[-1] and "Running:" not in done.stdout
+    assert (
+        done.returncode == 1
+        and says in done.stderr
+        and "  run     01_hub         it" not in done.stdout.split("Running:")[-1]
+        and "Running:" not in done.stdout
+    )
 
 
 def test_a_leak_between_the_splits_stops_the_run_before_any_prompt_is_asked(finished, tmp_path):
@@ -93,5 +130,7 @@ def test_a_leak_between_the_splits_stops_the_run_before_any_prompt_is_asked(fini
     assert other.llmops("run", "--env", "staging", "--only", "corpus").returncode == 0
     before = aliases(other)
     done = other.llmops("run", "--env", "staging", "--only", "prompts", GATE_MODE="raise")
-    assert done.returncode == 1 and "leak between splits" in done.stderr and "`llmops questions check` lists all" in done.stderr, done.stdout + done.stderr
+    assert done.returncode == 1 and "leak between splits" in done.stderr and "`llmops questions check` lists all" in done.stderr, (
+        done.stdout + done.stderr
+    )
     assert aliases(other) == before and "prompt plain" not in done.stdout

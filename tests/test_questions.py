@@ -7,7 +7,10 @@ from llmops_ref.corpus import load_questions
 from llmops_ref.scoring import names_gold
 
 ASKED = "Which call tells whether a metric was logged?"
-ADD = ("questions", "add", "--question", ASKED, "--gold", "mlflow.MlflowClient.get_metric_history", "--answer", "Use `mlflow.MlflowClient.get_metric_history`; it lists what was logged.", "--type", "howto")
+ADD = (
+    "questions", "add", "--question", ASKED, "--gold", "mlflow.MlflowClient.get_metric_history", "--answer",
+    "Use `mlflow.MlflowClient.get_metric_history`; it lists what was logged.", "--type", "howto",
+)
 
 
 def file(project): return project.root / "data" / "questions.jsonl"
@@ -21,7 +24,10 @@ def change(project, id, **values):
 
 def test_our_own_questions_are_clean(project):
     done = project.llmops("questions", "check")
-    assert done.returncode == 0 and "154 questions, 0 problems; gold objects not looked up, since the stage corpus has not run in dev." in done.stdout, done.stdout + done.stderr
+    assert (
+        done.returncode == 0
+        and "154 questions, 0 problems; gold objects not looked up, since the stage corpus has not run in dev." in done.stdout
+    ), (done.stdout + done.stderr)
 
 
 def test_our_reference_answers_are_right_by_our_own_scorer(project):
@@ -32,7 +38,9 @@ def test_our_reference_answers_are_right_by_our_own_scorer(project):
 def test_a_question_is_used_once_it_is_reviewed(project):
     before = file(project).read_bytes()
     added = project.llmops(*ADD, "--by", "Ada")
-    assert added.returncode == 0 and added.stdout.startswith("q155 is a draft of the test split") and "not looked up" in added.stderr, added.stderr
+    assert (
+        added.returncode == 0 and added.stdout.startswith("q155 is a draft of the test split") and "not looked up" in added.stderr
+    ), added.stderr
     assert file(project).read_bytes().startswith(before) and "q155" not in set(load_questions(file(project)).id)
     assert ASKED in project.llmops("questions", "list", "--drafts").stdout
     assert project.llmops("questions", "check").returncode == 0
@@ -47,20 +55,36 @@ def test_a_question_is_used_once_it_is_reviewed(project):
 
 def test_a_rejected_question_leaves_no_trace(project):
     before = file(project).read_bytes()
-    added = json.loads(project.llmops("questions", "add", "--question", "What does a pizza cost?", "--type", "unanswerable", "--json").stdout)
+    added = json.loads(
+        project.llmops("questions", "add", "--question", "What does a pizza cost?", "--type", "unanswerable", "--json").stdout
+    )
     assert added["answer"] == "I cannot answer that from the documents." and added["draft"] and added["notes"] == []
     assert project.llmops("questions", "review", added["id"], "--reject").returncode == 0
     assert file(project).read_bytes() == before
 
 
-@pytest.mark.parametrize("arguments, says", [
-    ({"--type": "riddle"}, "has type 'riddle', expected one of lookup, howto"),
-    ({"--question": "how can i point, or pin, an alias to a specific version of the model"}, "a near-duplicate (83% of the words) of q001"),
-    ({"--question": "How do I point an alias at a specific model version", "--gold": "mlflow.MlflowClient.set_registered_model_alias", "--answer": "Use `set_registered_model_alias`."}, "the same question as q001. Delete"),
-    ({"--split": "train"}, "is gold in the test split already, and would leak. Leave out the split, or say test."),
-    ({"--answer": "Just look."}, "names none of the gold objects. Name `mlflow.MlflowClient.get_metric_history` in it"),
-    ({"--answer": None}, "Give --answer: a reference answer, which names one of them."),
-], ids=["type", "twin", "same", "gold of the other split", "answer", "nothing to ask"])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({"--type": "riddle"}, "has type 'riddle', expected one of lookup, howto"),
+        (
+            {"--question": "how can i point, or pin, an alias to a specific version of the model"},
+            "a near-duplicate (83% of the words) of q001",
+        ),
+        (
+            {
+                "--question": "How do I point an alias at a specific model version",
+                "--gold": "mlflow.MlflowClient.set_registered_model_alias",
+                "--answer": "Use `set_registered_model_alias`.",
+            },
+            "the same question as q001. Delete",
+        ),
+        ({"--split": "train"}, "is gold in the test split already, and would leak. Leave out the split, or say test."),
+        ({"--answer": "Just look."}, "names none of the gold objects. Name `mlflow.MlflowClient.get_metric_history` in it"),
+        ({"--answer": None}, "Give --answer: a reference answer, which names one of them."),
+    ],
+    ids=["type", "twin", "same", "gold of the other split", "answer", "nothing to ask"],
+)
 def test_a_bad_question_is_refused_and_the_file_stays(project, arguments, says):
     before, values = file(project).read_bytes(), dict(zip(ADD[2::2], ADD[3::2])) | arguments
     done = project.llmops("questions", "add", *[part for pair in values.items() if pair[1] is not None for part in pair])
@@ -83,14 +107,19 @@ def test_check_finds_leaks_and_broken_gold(project):
     import pandas as pd
     questions = load_questions(file(project))
     train, test = (questions[(questions.split == split) & (questions.type == "howto")].iloc[0] for split in ("train", "test"))
-    open_workspace(load_config("dev", project.root)).write("documents", pd.DataFrame(dict(id=sorted({g for gold in questions.gold for g in gold}))))
+    open_workspace(load_config("dev", project.root)).write(
+        "documents", pd.DataFrame(dict(id=sorted({g for gold in questions.gold for g in gold})))
+    )
     assert "0 problems; gold objects looked up among" in project.llmops("questions", "check").stdout
     change(project, test.id, question=train.question.lower().rstrip("?"))
     change(project, "q003", gold=["mlflow.genai.load_promt"], answer="Use `mlflow.genai.load_promt`.")
     done = project.llmops("questions", "check")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "leak between splits: the same question as" in done.stdout
-    assert "q003  gold object mlflow.genai.load_promt is not among the documents\n      Write mlflow.genai.load_prompt, if" in done.stdout and "2 problems" in done.stdout
+    assert (
+        "q003  gold object mlflow.genai.load_promt is not among the documents\n      Write mlflow.genai.load_prompt, if" in done.stdout
+        and "2 problems" in done.stdout
+    )
     report = json.loads(project.llmops("questions", "check", "--json").stdout)
     assert len(report["problems"]) == 2 and report["gold_looked_up"]
     change(project, test.id, question=test.question, gold=list(train.gold))

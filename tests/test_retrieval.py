@@ -12,13 +12,35 @@ from llmops_ref.vector_index import Index, build_index, open_reranker
 from llmops_ref.workspace import open_workspace
 
 PAGES = {
-    "guide/restart.md": "# Restart the mill\n\n## After a power cut\n\nOpen the red valve, wait for the pressure to fall below two bar, and press the green button twice.\n\n## After a repair\n\nAsk the shift leader for the blue key before anything else is touched.\n",
-    "guide/shifts.html": "<html><head><title>Shifts</title><script>var x = 1</script></head><body><nav>Home</nav><main><h1>Shifts</h1><p>The night shift begins at ten in the evening and ends at six, and hands over in the canteen.</p></main></body></html>",
+    "guide/restart.md": (
+        "# Restart the mill\n\n## After a power cut\n\nOpen the red valve, wait for the pressure to fall below two bar, and press the green"
+        " button twice.\n\n## After a repair\n\nAsk the shift leader for the blue key before anything else is touched.\n"
+    ),
+    "guide/shifts.html": (
+        "<html><head><title>Shifts</title><script>var x = 1</script></head><body><nav>Home</nav><main><h1>Shifts</h1><p>The night shift"
+        " begins at ten in the evening and ends at six, and hands over in the canteen.</p></main></body></html>"
+    ),
     "notes/oil.rst": "Oil\n===\n\nChange the gear oil every four hundred hours; take grade sixty eight, never a thinner one.\n",
-    "notes/dust.ipynb": json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[dict(cell_type="markdown", metadata={}, source=["# Dust\n", "The filter of the dust extractor is cleaned with compressed air on every Friday."])])),
+    "notes/dust.ipynb": json.dumps(
+        dict(
+            nbformat=4,
+            nbformat_minor=5,
+            metadata={},
+            cells=[
+                dict(
+                    cell_type="markdown",
+                    metadata={},
+                    source=["# Dust\n", "The filter of the dust extractor is cleaned with compressed air on every Friday."],
+                )
+            ],
+        )
+    ),
 }
-QUESTIONS = [("How do I start again after a power cut?", "guide/restart.md"), ("When does the night shift begin?", "guide/shifts.html"), ("Which gear oil?", "notes/oil.rst"),
-             ("How is the dust filter cleaned?", "notes/dust.ipynb"), ("Who may enter the silo?", "safety.pdf")]
+QUESTIONS = [
+    ("How do I start again after a power cut?", "guide/restart.md"),
+    ("When does the night shift begin?", "guide/shifts.html"), ("Which gear oil?", "notes/oil.rst"),
+    ("How is the dust filter cleaned?", "notes/dust.ipynb"), ("Who may enter the silo?", "safety.pdf"),
+]
 
 
 def pdf(path, text, password=None):
@@ -32,14 +54,21 @@ def pdf(path, text, password=None):
 @pytest.fixture
 def own(tmp_path) -> Project:
     "A project whose corpus is a folder of mixed documents."
-    project = Project(tmp_path / "project", CORPUS="documents", QUESTIONS="questions.jsonl", CORPUS_MAX_UNREADABLE="0.3", CORPUS_MIN_WORDS="5")
+    project = Project(
+        tmp_path / "project", CORPUS="documents", QUESTIONS="questions.jsonl", CORPUS_MAX_UNREADABLE="0.3", CORPUS_MIN_WORDS="5"
+    )
     for name, text in PAGES.items():
         (project.root / "documents" / name).parent.mkdir(parents=True, exist_ok=True)
         (project.root / "documents" / name).write_text(text)
     pdf(project.root / "documents" / "safety.pdf", "Only two people with a rope and a gas meter may enter the silo together.")
     pdf(project.root / "documents" / "wages.pdf", "Nobody may read this page.", password="secret")
-    (project.root / "questions.jsonl").write_text("".join(json.dumps(dict(id=f"q{n}", question=q, type="howto", gold=[gold], answer="See there.", split="test" if n % 2 else "train")) + "\n"
-                                                          for n, (q, gold) in enumerate(QUESTIONS)))
+    (project.root / "questions.jsonl").write_text(
+        "".join(
+            json.dumps(dict(id=f"q{n}", question=q, type="howto", gold=[gold], answer="See there.", split="test" if n % 2 else "train"))
+            + "\n"
+            for n, (q, gold) in enumerate(QUESTIONS)
+        )
+    )
     return project
 
 
@@ -50,7 +79,8 @@ def run(project, *args):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
-def found(project, question): return [p["document_id"] for p in json.loads(project.llmops("search", question, "-k", "3", "--json").stdout)["passages"]]
+def found(project, question):
+    return [p["document_id"] for p in json.loads(project.llmops("search", question, "-k", "3", "--json").stdout)["passages"]]
 
 
 def test_own_documents_then_one_that_changes(own):
@@ -88,7 +118,12 @@ def lesson(tmp_path):
     "A workspace with chunks to publish."
     ws = open_workspace(load_config("dev", store=str(tmp_path / "dev")))
     texts = [f"Valve {n} opens at {n} bar and closes at {n - 1}." for n in range(40)]
-    chunks = pd.DataFrame(dict(id=[f"v{n}#0" for n in range(40)], document_id=[f"v{n}" for n in range(40)], package="mill", kind="markdown", heading="", text=texts))
+    chunks = pd.DataFrame(
+        dict(
+            id=[f"v{n}#0" for n in range(40)], document_id=[f"v{n}" for n in range(40)], package="mill", kind="markdown",
+            heading="", text=texts,
+        )
+    )
     return ws, chunks, open_embedder(ws)
 
 
@@ -121,7 +156,9 @@ def test_a_cross_encoder_decides_the_order(lesson, tmp_path):
     "A real cross-encoder (of random weights: none can be had offline) is loaded from its folder and reorders what was found."
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
     folder = tmp_path / "cross-encoder"
-    BertForSequenceClassification(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=1)).save_pretrained(folder)
+    BertForSequenceClassification(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=1)
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(folder)
     ws, chunks, embedder = lesson
     build_index(tmp_path / "index", chunks, embedder.embed(chunks.text.tolist()), "0", embedder.digest)
@@ -139,7 +176,9 @@ def test_filters_hold_in_every_kind_of_index(lesson, tmp_path, kind):
     chunks = pd.concat([chunks] * 30, ignore_index=True)
     chunks["id"], chunks["package"] = [f"c{n}" for n in range(len(chunks))], ["mill" if n % 7 else "silo" for n in range(len(chunks))]
     chunks["document_id"] = chunks.id
-    vectors = np.tile(embedder.embed(chunks.text.tolist()[:40]), (30, 1)) + np.random.default_rng(0).normal(0, 0.01, (len(chunks), 384)).astype(np.float32)
+    vectors = np.tile(embedder.embed(chunks.text.tolist()[:40]), (30, 1)) + np.random.default_rng(0).normal(
+        0, 0.01, (len(chunks), 384)
+    ).astype(np.float32)
     build_index(tmp_path / kind, chunks, vectors, "0", embedder.digest, kind)
     index = Index(tmp_path / kind, embedder)
     for method in ("dense", "bm25", "hybrid"):
@@ -149,7 +188,8 @@ def test_filters_hold_in_every_kind_of_index(lesson, tmp_path, kind):
 
 def test_a_gpu_finds_the_same(lesson, tmp_path):
     import faiss
-    if not getattr(faiss, "get_num_gpus", int)(): pytest.skip("needs an NVIDIA GPU and faiss-gpu in the place of faiss-cpu: FAISS sees no GPU")
+    if not getattr(faiss, "get_num_gpus", int)():
+        pytest.skip("needs an NVIDIA GPU and faiss-gpu in the place of faiss-cpu: FAISS sees no GPU")
     _, chunks, embedder = lesson
     vectors = embedder.embed(chunks.text.tolist())
     build_index(tmp_path / "index", chunks, vectors, "0", embedder.digest)

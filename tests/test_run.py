@@ -78,7 +78,12 @@ def test_prose_does_not_run_a_stage_again_but_code_does(finished):
 
 
 def test_a_setting_concerns_only_the_stages_that_read_it(finished):
-    def stale(**settings): return [s["stage"] for s in json.loads(finished.llmops("status", "--env", "staging", "--json", **settings).stdout)["stages"] if s["state"] == "stale"]
+    def stale(**settings):
+        return [
+            s["stage"]
+            for s in json.loads(finished.llmops("status", "--env", "staging", "--json", **settings).stdout)["stages"]
+            if s["state"] == "stale"
+        ]
     assert stale() == []
     assert "01_hub" not in (changed := stale(RETRIEVAL_K="4")) and "04_prompts" in changed and "02_corpus" not in changed
     assert stale(CHUNK_WORDS="70") == ["02_corpus"]
@@ -98,7 +103,12 @@ def at_work(runner, seconds=60):
         for process in psutil.Process(runner).children(recursive=True):
             try:
                 progress = Path(process.environ().get("LLMOPS_PROGRESS", "/nowhere"))
-                if "ipykernel_launcher" in " ".join(process.cmdline()) and progress.exists() and json.loads(progress.read_text())["done"] > 0: return process
+                if (
+                    "ipykernel_launcher" in " ".join(process.cmdline())
+                    and progress.exists()
+                    and json.loads(progress.read_text())["done"] > 0
+                ):
+                    return process
             except (psutil.Error, OSError): pass                                           # it just ended
         time.sleep(0.01)
     raise AssertionError(f"no stage was at work within {seconds} s")
@@ -113,7 +123,11 @@ def test_killed_kernel_then_resume(finished):
     at_work(run.pid).send_signal(signal.SIGKILL)
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 1
-    assert "03_retrieval failed" in output and "The kernel died" in output and re.search(r"Resume with: +\S*llmops run --env staging --from 03", output)
+    assert (
+        "03_retrieval failed" in output
+        and "The kernel died" in output
+        and re.search(r"Resume with: +\S*llmops run --env staging --from 03", output)
+    )
     done = finished.llmops("run", "--env", "staging")
     assert done.returncode == 0, done.stderr
     assert "ran     03_retrieval" in done.stdout
@@ -138,7 +152,9 @@ def test_a_kernel_that_is_killed_while_it_waits_is_replaced(project):
 
 def test_environments_are_apart(project):
     "A run in prod leaves no trace in dev, and the kernel really ran prod."
-    done = project.llmops("run", "--env", "prod", "--only", "corpus", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft")
+    done = project.llmops(
+        "run", "--env", "prod", "--only", "corpus", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft"
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (project.root / "stores").iterdir()) == ["prod"]
     assert not (project.root / "runs" / "dev").exists()
@@ -170,18 +186,32 @@ BAD = {
     "unknown key in the file": (old_key, ["run"], {}, "settings.ini [DEFAULT] sead: unknown key; did you mean 'seed'"),
     "broken line in the questions": (broken_questions, ["run"], {}, "line 155: not valid JSON"),
     "a stage without its tag": (untag, ["run"], {}, "02_corpus.ipynb must have exactly one cell with the tag `parameters`"),
-    "a package that is not installed": (nothing, ["run", "--only", "corpus"], dict(CORPUS_PACKAGES="no-such-thing"), "names the package 'no-such-thing' in `corpus_packages`, but it is not installed"),
+    "a package that is not installed": (
+        nothing, ["run", "--only", "corpus"], dict(CORPUS_PACKAGES="no-such-thing"),
+        "names the package 'no-such-thing' in `corpus_packages`, but it is not installed",
+    ),
     "no package": (nothing, ["run"], dict(CORPUS_PACKAGES=" "), "expected the name of at least one installed package"),
     "an empty corpus": (nothing, ["run", "--only", "corpus"], dict(CORPUS_EXCLUDE="*"), "there are no documents"),
     "a folder that is not there": (nothing, ["run", "--only", "corpus"], dict(CORPUS="no/such/folder"), "names the folder"),
     "an unknown chunker": (nothing, ["run"], dict(CHUNKER="semantic"), "expected structure or recursive or whole"),
     "AI Search without a workspace": (nothing, ["run"], dict(VECTOR_INDEX="direct_access"), "no workspace is configured"),
-    "AI Search on a local table": (nothing, ["run"], dict(VECTOR_INDEX="delta_sync"), "vector_index = delta_sync follows a Unity Catalog table"),
+    "AI Search on a local table": (
+        nothing, ["run"], dict(VECTOR_INDEX="delta_sync"), "vector_index = delta_sync follows a Unity Catalog table",
+    ),
     "an unknown benchmark": (nothing, ["bench", "speed"], {}, "There is no benchmark 'speed'"),
-    "a provider without a key": (nothing, ["run", "--app", "third_party"], dict(GATEWAY_MODELS="openai/gpt-5-mini"), "The secret OPENAI_API_KEY is not set. Set it in the environment"),
-    "an unknown provider": (nothing, ["run", "--app", "third_party"], dict(GATEWAY_MODELS="opnai/gpt-5-mini"), "the provider 'opnai', which the gateway does not know"),
+    "a provider without a key": (
+        nothing, ["run", "--app", "third_party"], dict(GATEWAY_MODELS="openai/gpt-5-mini"),
+        "The secret OPENAI_API_KEY is not set. Set it in the environment",
+    ),
+    "an unknown provider": (
+        nothing, ["run", "--app", "third_party"], dict(GATEWAY_MODELS="opnai/gpt-5-mini"),
+        "the provider 'opnai', which the gateway does not know",
+    ),
     "a price that cannot be read": (nothing, ["run"], dict(PRICES="gpt-5-mini"), "`prices` holds 'gpt-5-mini'"),
-    "an unknown thing to serve": (nothing, ["serve", "model"], {}, "There is no 'model' to serve. There are assistant, front, chat_model, gateway"),
+    "an unknown thing to serve": (
+        nothing, ["serve", "model"], {},
+        "There is no 'model' to serve. There are assistant, front, chat_model, gateway",
+    ),
     "a broken line in the attacks": (broken_attacks, ["run"], {}, "line 27: not valid JSON"),
     "a share that is none": (nothing, ["run"], dict(ROLLOUT_STEPS="10%, 150%"), "`rollout_steps` is 10%, 150%. It must hold shares"),
     "nothing to approve": (nothing, ["approve"], {}, "No version of the assistant has passed validation in prod"),
