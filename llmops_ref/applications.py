@@ -27,7 +27,7 @@ from .evaluation import answer_all, summarise
 from .prompts import champion_prompt
 from .retrieval import open_index
 from .services import running_services, start_service, stop_service
-from .workspace import DataError, Workspace, open_workspace
+from .workspace import Workspace, open_workspace
 
 # %% ../nbs/06a_applications.ipynb #52926988
 @dataclass(frozen=True)

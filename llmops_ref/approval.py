@@ -9,12 +9,12 @@ __all__ = ['TASK', 'recorded_digest', 'ApprovalNeeded', 'approval_state', 'check
            'decide', 'list_versions']
 
 # %% ../nbs/06b_approval.ipynb #113f4d8d
-import json, os, time
+import os, time
 
 import pandas as pd
 
 from .assistant import logged_digest
-from .config import Config, SettingsError, load_config
+from .config import SettingsError, load_config
 from .evidence import version_facts
 from .workspace import DataError, Workspace, open_workspace
 

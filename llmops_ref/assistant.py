@@ -16,16 +16,15 @@ import contextlib, functools, hashlib, importlib.metadata, json, os, re, shutil,
 from dataclasses import asdict
 from pathlib import Path
 
-from .config import Config, SettingsError, load_config
+from .config import Config, SettingsError
 from .examples import open_examples, wants_examples, write_examples
 from .gateway import destinations, gateway_endpoint, route_settings
 from .hub import chosen_gguf
 from .llm import Endpoint, chat_client, read_prices, serve_gguf
 from .embedding import minilm_folder, minilm_onnx
 from .retrieval import index_folder, index_precision, open_index
-from .vector_index import Index, Passage
 from .scoring import REFUSAL, citations, is_refusal
-from .workspace import DataError, Workspace, file_digest, open_workspace, verify_digest, write_atomic
+from .workspace import DataError, Workspace, file_digest, verify_digest, write_atomic
 
 # %% ../nbs/03a_assistant.ipynb #6cba1c41
 def cut_words(text: str, max_words: int) -> str:

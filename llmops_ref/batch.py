@@ -12,9 +12,9 @@ import functools, os
 
 import pandas as pd
 
-from .config import SettingsError, load_config
+from .config import SettingsError
 from .validation import serving_environment
-from .workspace import DataError, Workspace, open_workspace
+from .workspace import DataError, Workspace
 
 # %% ../nbs/07a_batch.ipynb #aed41db3
 SCHEMA = (

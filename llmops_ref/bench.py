@@ -23,7 +23,7 @@ from .embedding import PRECISIONS, TEXT_TOKENS, minilm_folder, open_embedder
 from .hub import base_checkpoint, fastest_dtype, run_probes, weights
 from .retrieval import embed_chunks, index_precision, open_faiss
 from .scoring import mrr_at_k, ndcg_at_k, recall_at_k
-from .vector_index import FLAT_UP_TO, KINDS, Index, build_index, choose_kind, fuse, make_faiss
+from .vector_index import KINDS, Index, build_index, choose_kind, fuse, make_faiss
 from .workspace import Workspace, open_workspace
 
 # %% ../nbs/03d_bench.ipynb #1e88c5d0

@@ -9,7 +9,7 @@ __all__ = ['RISKS', 'SIGNS', 'MUST', 'load_attacks', 'got_through', 'Planted', '
            'load_regressions', 'holds', 'try_regressions']
 
 # %% ../nbs/03i_cases.ipynb #81305213
-import contextlib, json, re, time
+import contextlib, json, re
 from pathlib import Path
 
 import pandas as pd

@@ -28,7 +28,7 @@ from .config import SettingsError, load_config
 from .feedback import REASONS, record_feedback
 from .hosting import open_host
 from .review import USES, review_feedback, to_review
-from .workspace import DataError, Workspace, open_workspace
+from .workspace import DataError, Workspace
 
 # %% ../nbs/08a_chat.ipynb #0e573b6a
 log = logging.getLogger(__name__)

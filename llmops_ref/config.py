@@ -9,7 +9,7 @@ __all__ = ['ENVIRONMENTS', 'PROFILES', 'PLATFORM', 'SettingsError', 'Config', 'f
            'explain']
 
 # %% ../nbs/00_config.ipynb #f3aa5487
-import configparser, difflib, functools, os, re
+import configparser, difflib, functools, os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args, Literal

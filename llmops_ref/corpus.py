@@ -12,15 +12,13 @@ __all__ = ['SKIP_DIRS', 'QUESTION_TYPES', 'NOTHING', 'RECORD_SCHEMA', 'installed
 
 # %% ../nbs/02_corpus.ipynb #93fe2e75
 import fnmatch, gc, hashlib, importlib.metadata, importlib.util, json, re
-from collections import Counter
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from . import chunking
 from .chunking import make_chunks
-from .config import Config, SettingsError, load_config
+from .config import SettingsError, load_config
 from .documents import corpus_source, read_folder, read_table
 from .reviewed import question_rows, reviewed_cases
 from .workspace import DataError, Workspace, file_digest, open_workspace

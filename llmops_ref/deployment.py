@@ -14,7 +14,7 @@ import contextlib, functools, itertools, json, time
 import pandas as pd
 
 from .approval import check_approved, recorded_digest
-from .config import Config, load_config, read_shares
+from .config import load_config, read_shares
 from .evidence import version_facts
 from .hosting import open_host
 from .validation import load_assistant

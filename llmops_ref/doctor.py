@@ -10,7 +10,7 @@ __all__ = ['NEEDED', 'IN_SCHEMA', 'SAMPLES', 'Finding', 'findings_table', 'guard
            'check_git', 'check_workspace', 'find_samples']
 
 # %% ../nbs/90h_doctor.ipynb #53df693c
-import importlib.metadata, os, re, shutil, subprocess, sys
+import importlib.metadata, re, shutil, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -9,7 +9,7 @@ __all__ = ['MINILM_SHA256', 'DIMENSION', 'TEXT_TOKENS', 'PRECISIONS', 'minilm_fo
            'embedder_digest', 'clean_text', 'minilm_onnx', 'open_embedder']
 
 # %% ../nbs/00e_embedding.ipynb #e70db2eb
-import functools, hashlib, importlib.util, logging, os
+import hashlib, importlib.util, logging, os
 from pathlib import Path
 
 import numpy as np

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import Config, SettingsError, load_config
+from .config import load_config
 from .hub import chosen_gguf
-from .scoring import REFUSAL, asks_for_name, compare, is_refusal, names_gold, score_answer
+from .scoring import REFUSAL, asks_for_name, is_refusal, names_gold, score_answer
 from .workspace import DataError, Workspace, file_digest, open_workspace, write_atomic
 
 # %% ../nbs/03e_evaluation.ipynb #b805df9f

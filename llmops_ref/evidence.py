@@ -9,7 +9,7 @@ __all__ = ['FACTS', 'OUR_FACTS', 'PAGE', 'version_facts', 'missing_facts', 'comp
            'render_evidence']
 
 # %% ../nbs/05a_evidence.ipynb #2f272143
-import json, time
+import time
 
 import pandas as pd
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import Config, load_config, read_shares
+from .config import load_config, read_shares
 from .examples import open_examples
 from .hub import base_checkpoint, chosen_gguf
 from .llm import BASE_LICENCE, BASE_MODEL, BASE_SHA256

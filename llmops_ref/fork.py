@@ -13,7 +13,7 @@ __all__ = ['KEPT', 'Identity', 'read_identity', 'choose_identity', 'rename_text'
 # %% ../nbs/90f_fork.ipynb #0d8d1b36
 import configparser, importlib.util, keyword, os, re, shlex, shutil, subprocess, sys, tempfile, tomllib
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd

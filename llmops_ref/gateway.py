@@ -312,7 +312,7 @@ def open_route(url: str, route: str, fallbacks: bool, workspace: bool) -> Endpoi
 # %% ../nbs/00g_gateway.ipynb #acc709a9
 def _provider_service(config, provider, destinations):
     from databricks.sdk.service import catalog as uc
-    kind, base = uc.ModelProviderServiceConfigExternalModelProviderType, "ModelProviderServiceConfig"
+    kind = uc.ModelProviderServiceConfigExternalModelProviderType
     secret = uc.ModelProviderServiceConfigProviderSecret(
         secret_reference=uc.ModelProviderServiceConfigSecretReference(
             f"secrets/{config.catalog}.{config.schema}.{destinations[0].key_name.lower()}"

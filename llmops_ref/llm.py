@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .config import Config, SettingsError, load_config
-from .workspace import DataError, Workspace, file_digest, open_workspace, usable_cores, verify_digest
+from .workspace import DataError, Workspace, usable_cores, verify_digest
 
 # %% ../nbs/00b_llm.ipynb #04373785
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

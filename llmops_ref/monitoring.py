@@ -31,7 +31,7 @@ from .review import send_to_review, to_review
 from .scoring import score_answer
 from .signals import find_triggers, signal_days, signal_table, staleness, unlearned
 from .simulation import simulate
-from .workspace import DataError, Workspace, open_workspace, write_atomic
+from .workspace import DataError, open_workspace, write_atomic
 
 # %% ../nbs/08_monitoring.ipynb #213185b1
 @dataclass

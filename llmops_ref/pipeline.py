@@ -12,9 +12,9 @@ __all__ = ['STAGES', 'ALONE', 'USUAL_IMPORTS', 'MORE_IMPORTS', 'Stage', 'find_st
            'notebook_html']
 
 # %% ../nbs/90_pipeline.ipynb #25457c87
-import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, sys, tempfile, threading, time, tomllib
+import ast, contextlib, functools, hashlib, importlib.metadata, json, os, platform, re, tempfile, threading, time, tomllib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from jupyter_core.utils import run_sync

@@ -19,7 +19,7 @@ from .assistant import PLAIN_PROMPT, check_template, open_assistants
 from .config import Config, SettingsError, load_config
 from .evaluation import LESS_IS_BETTER, MEASURES, answer_all, by_type, evaluate_in_mlflow, keeper, summarise
 from .examples import open_examples, wants_examples
-from .scoring import REFUSAL, Comparison, Gate, compare
+from .scoring import Comparison, Gate, compare
 from .workspace import DataError, Workspace, folder_digest, git_commit, open_workspace
 
 # %% ../nbs/04_prompts.ipynb #7c0a5a54

@@ -14,7 +14,7 @@ import html, json, re, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .page import SIDES, UNSEEN, answer_card, answer_html, change, direction, duration, picture, relative_link, render_page, show
+from .page import SIDES, UNSEEN, answer_card, change, direction, duration, picture, relative_link, render_page, show
 from .workspace import write_atomic
 
 # %% ../nbs/90a_report.ipynb #18ee69f3

@@ -13,11 +13,11 @@ import argparse, asyncio, contextlib, json, os, sys, time
 
 import httpx
 
-from .config import Config, SettingsError, load_config
+from .config import SettingsError
 from .gateway import forget_routes, gateway_command, gateway_environment, gateway_store
 from .services import Service, owned_by, owner, running_services, start_service, stop_service
 from .validation import serving_environment
-from .workspace import DataError, Workspace, open_workspace
+from .workspace import DataError, Workspace
 
 # %% ../nbs/06c_serving.ipynb #bfe21c7b
 def serve_main(arguments: list[str] | None = None) -> None:

@@ -10,13 +10,12 @@ __all__ = ['log_candidate', 'serving_environment', 'load_assistant', 'check_gate
 
 # %% ../nbs/06_validation.ipynb #c9f3a1ef
 import contextlib, json, os, re, time
-from pathlib import Path
 
 import pandas as pd
 
 from .assistant import cut_words, log_assistant, logged_settings, open_assistant
 from .cases import attack_table, load_attacks, load_regressions, planted, try_attacks, try_regressions
-from .config import Config, SettingsError, load_config
+from .config import Config, load_config
 from .corpus import sample_questions
 from .gateway import gateway_of
 from .evaluation import LESS_IS_BETTER, answer_all, summarise

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import SettingsError, load_config
+from .config import SettingsError
 from .hub import chosen_gguf, run_probes
 from .llm import ENCODINGS, base_gguf, reencode
 from .scoring import compare, is_refusal, score_answer
-from .workspace import DataError, Workspace, file_digest, open_workspace
+from .workspace import DataError, Workspace, file_digest
 
 # %% ../nbs/04c_variants.ipynb #9c64c140
 GGUF_NAMES = dict(

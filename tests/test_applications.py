@@ -1,6 +1,5 @@
 """The two applications as a user meets them: a provider behind the gateway from the first stage to the last, streaming, batches, and both flavours of the logged model."""
 import json, os, re, secrets, signal, sqlite3, subprocess, sys, time
-from pathlib import Path
 
 import pandas as pd, psutil, pytest
 

@@ -1,7 +1,5 @@
 """The chat page: its server over HTTP, and the page in a real browser, with a host that says what it is told to and real traces."""
 import json, os, re, shutil, threading, time
-from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pandas as pd
@@ -10,7 +8,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from conftest import ROOT
-from llmops_ref.chat import AT_ONCE, HEADERS, PAGE, Chat, chat_app, example_questions, open_champion
+from llmops_ref.chat import AT_ONCE, HEADERS, PAGE, chat_app, example_questions, open_champion
 from llmops_ref.config import load_config
 from llmops_ref.services import stop_services
 from llmops_ref.workspace import open_workspace

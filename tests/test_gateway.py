@@ -167,7 +167,7 @@ def test_keys_are_nowhere_to_be_read(two):
 
 
 def test_another_declaration_beside_it_takes_nothing_away(two, route, monkeypatch):
-    ws, (endpoint, first, second) = two[0], route
+    ws, (endpoint, first, _) = two[0], route
     monkeypatch.setenv("LLMOPS_RUN", str(os.getppid()))        # another process, which lives
     other = open_workspace(replace(ws.config, gateway_fallbacks=[]))
     try:

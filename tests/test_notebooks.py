@@ -1,5 +1,5 @@
 """The notebooks are the source: committed clean, in sync with the package, and safe to run under papermill."""
-import json, re, shutil, subprocess, sys
+import json, re, shutil, subprocess
 from pathlib import Path
 
 import pytest

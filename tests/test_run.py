@@ -1,10 +1,10 @@
 """The life cycle as a user meets it: one command, offline, resumable, with errors that say what to do."""
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, time
 from pathlib import Path
 
 import psutil, pytest
 
-from conftest import ROOT, no_network
+from conftest import no_network
 from llmops_ref.pipeline import STAGES
 
 QUESTION = "How do I point an alias at a specific model version?"
