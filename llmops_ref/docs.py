@@ -72,41 +72,62 @@ def site_link(
 
 # %% ../nbs/90j_docs.ipynb #f55a18a8
 _CSS = """
-:root { --ground: #fff; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --panel: #f6f8fa; --link: #0b57d0; --mark: #0b57d0; color-scheme: light dark }
-@media (prefers-color-scheme: dark) { :root { --ground: #0f1419; --ink: #dde3ea; --soft: #9aa5b1; --line: #2b343e; --panel: #171e26; --link: #79b0ff; --mark: #79b0ff } }
+:root { --ground: #fff; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --panel: #f6f8fa; --link: #0b57d0; --mark: #0b57d0;
+color-scheme: light dark }
+@media (prefers-color-scheme: dark) { :root { --ground: #0f1419; --ink: #dde3ea; --soft: #9aa5b1; --line: #2b343e; --panel: #171e26;
+--link: #79b0ff; --mark: #79b0ff } }
 * { box-sizing: border-box }
 html { scroll-padding-top: 1rem }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.6 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; display: grid; grid-template-columns: 17rem minmax(0, 1fr) }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.6 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
+display: grid; grid-template-columns: 17rem minmax(0, 1fr) }
 a { color: var(--link); text-decoration: none } a:hover { text-decoration: underline }
-nav { position: sticky; top: 0; height: 100vh; overflow: auto; padding: 1.25rem 1rem; border-right: 1px solid var(--line); font-size: .875rem; background: var(--panel) }
-nav .name { font-weight: 700; font-size: 1rem } nav h2 { font-size: .75rem; text-transform: uppercase; letter-spacing: .05em; color: var(--soft); margin: 1.2rem 0 .3rem }
-nav ul { list-style: none; margin: 0; padding: 0 } nav li a { display: block; padding: .12rem .5rem; border-radius: .3rem; color: inherit } nav li a[aria-current] { background: var(--mark); color: var(--ground) }
+nav { position: sticky; top: 0; height: 100vh; overflow: auto; padding: 1.25rem 1rem; border-right: 1px solid var(--line);
+font-size: .875rem; background: var(--panel) }
+nav .name { font-weight: 700; font-size: 1rem } nav h2 { font-size: .75rem; text-transform: uppercase; letter-spacing: .05em;
+color: var(--soft); margin: 1.2rem 0 .3rem }
+nav ul { list-style: none; margin: 0; padding: 0 } nav li a { display: block; padding: .12rem .5rem; border-radius: .3rem;
+color: inherit } nav li a[aria-current] { background: var(--mark); color: var(--ground) }
 nav summary { display: none; cursor: pointer; font-weight: 600 }
 main { max-width: 54rem; width: 100%; padding: 1.5rem clamp(1rem, 4vw, 3rem) 5rem; min-width: 0 }
-h1 { font-size: 2rem; line-height: 1.2; margin: .5rem 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem } h1 + blockquote { border: 0; padding: 0; margin: 0 0 2rem; font-size: 1.15rem; color: var(--soft) }
+h1 { font-size: 2rem; line-height: 1.2; margin: .5rem 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line);
+padding-bottom: .3rem } h1 + blockquote { border: 0; padding: 0; margin: 0 0 2rem; font-size: 1.15rem; color: var(--soft) }
 blockquote { margin: 1rem 0; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--soft) }
-code { font: .875em ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; background: var(--panel); padding: .1em .3em; border-radius: .25rem; overflow-wrap: anywhere }
-pre { font: .8125rem/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; overflow: auto; margin: 0 } pre code { background: none; padding: 0; font-size: inherit; overflow-wrap: normal }
-.input, main > pre, .text > pre, .text .highlight { background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; padding: .7rem .9rem; margin: 1rem 0 .4rem; position: relative; overflow: auto }
-.exported { border-left: 3px solid var(--mark) } .exported::after { content: "exported"; position: absolute; top: .25rem; right: .6rem; font-size: .7rem; color: var(--soft) }
+code { font: .875em ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; background: var(--panel); padding: .1em .3em;
+border-radius: .25rem; overflow-wrap: anywhere }
+pre { font: .8125rem/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; overflow: auto; margin: 0 }
+pre code { background: none; padding: 0; font-size: inherit; overflow-wrap: normal }
+.input, main > pre, .text > pre, .text .highlight { background: var(--panel); border: 1px solid var(--line); border-radius: .4rem;
+padding: .7rem .9rem; margin: 1rem 0 .4rem; position: relative; overflow: auto }
+.exported { border-left: 3px solid var(--mark) } .exported::after { content: "exported"; position: absolute; top: .25rem; right: .6rem;
+font-size: .7rem; color: var(--soft) }
 .output { padding: 0 .9rem; margin: 0 0 1rem; overflow: auto } .output pre { color: var(--soft) }
-img { max-width: 100%; height: auto } .output img, p img { background: #fff; border-radius: .4rem; padding: .3rem; border: 1px solid var(--line) }
-table { border-collapse: collapse; font-size: .875rem; display: block; overflow: auto; margin: 1rem 0; max-width: 100% } th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top } thead th { border-bottom: 2px solid var(--line) }
+img { max-width: 100%; height: auto } .output img, p img { background: #fff; border-radius: .4rem; padding: .3rem;
+border: 1px solid var(--line) }
+table { border-collapse: collapse; font-size: .875rem; display: block; overflow: auto; margin: 1rem 0; max-width: 100% }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+thead th { border-bottom: 2px solid var(--line) }
 table[border] { border: 0 } .output .dataframe td, .output .dataframe th { text-align: right; border-width: 0 0 1px }
-details.imports { margin: 1rem 0; font-size: .8125rem; color: var(--soft) } details.imports summary { cursor: pointer } details.imports .input { margin-top: .4rem }
-footer { display: flex; justify-content: space-between; gap: 1rem; margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .9rem }
-@media (max-width: 60rem) { body { display: block } nav { position: static; height: auto; border-right: 0; border-bottom: 1px solid var(--line) } nav summary { display: block } nav summary::before { content: "☰  " } nav summary::marker { content: none } nav a.name { display: none } .exported::after { display: none } }
+details.imports { margin: 1rem 0; font-size: .8125rem; color: var(--soft) } details.imports summary { cursor: pointer }
+details.imports .input { margin-top: .4rem }
+footer { display: flex; justify-content: space-between; gap: 1rem; margin-top: 4rem; padding-top: 1rem;
+border-top: 1px solid var(--line); font-size: .9rem }
+@media (max-width: 60rem) { body { display: block } nav { position: static; height: auto; border-right: 0;
+border-bottom: 1px solid var(--line) } nav summary { display: block } nav summary::before { content: "☰  " }
+nav summary::marker { content: none } nav a.name { display: none } .exported::after { display: none } }
 @media print { nav, footer { display: none } body { display: block } }
 """
 
 _FRAME = Template(
     """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}{% if title != name %} – {{ name }}{% endif %}</title><meta name="description" content="{{ line }}"><link rel="stylesheet" href="{{ up }}site.css"></head>
+<title>{{ title }}{% if title != name %} – {{ name }}{% endif %}</title><meta name="description" content="{{ line }}">
+<link rel="stylesheet" href="{{ up }}site.css"></head>
 <body><nav aria-label="Pages"><details open><summary>{{ name }}</summary><a class="name" href="{{ up }}index.html">{{ name }}</a>
-{% for group, rows in groups %}{% if group != "Start" %}<h2>{{ group }}</h2>{% endif %}<ul>{% for row in rows %}<li><a href="{{ up }}{{ row.page }}" title="{{ row.line }}"{% if row.page == page %} aria-current="page"{% endif %}>{{ "Overview" if group == "Start" else row.title }}</a></li>{% endfor %}</ul>
+{% for group, rows in groups %}{% if group != "Start" %}<h2>{{ group }}</h2>{% endif %}<ul>{% for row in rows %}
+<li><a href="{{ up }}{{ row.page }}" title="{{ row.line }}"{% if row.page == page %} aria-current="page"{% endif %}>{{ "Overview" if group == "Start" else row.title }}</a></li>{% endfor %}</ul>
 {% endfor %}</details></nav>
-<main>{{ body | safe }}<footer>{% if before %}<a href="{{ up }}{{ before.page }}">← {{ before.title }}</a>{% else %}<span></span>{% endif %}{% if after %}<a href="{{ up }}{{ after.page }}">{{ after.title }} →</a>{% endif %}</footer></main>
+<main>{{ body | safe }}
+<footer>{% if before %}<a href="{{ up }}{{ before.page }}">← {{ before.title }}</a>{% else %}<span></span>{% endif %}{% if after %}<a href="{{ up }}{{ after.page }}">{{ after.title }} →</a>{% endif %}</footer></main>
 <script>const nav = document.querySelector("nav"), here = nav.querySelector("[aria-current]"); if (matchMedia("(max-width: 60rem)").matches) nav.firstElementChild.open = false; else if (here) nav.scrollTop = here.offsetTop - nav.clientHeight / 2;</script></body></html>
 """,
     autoescape=True,

@@ -75,16 +75,22 @@ def compare_slices(
 # %% ../nbs/05a_evidence.ipynb #2cac2688
 PAGE = """{% extends 'frame' %}{% block title %}Version {{ e.version }} for {{ e.env }}: {{ e.verdict }}{% endblock %}
 {% block body %}<div class="line soft small"><span>llmops-ref · <b>{{ e.env }}</b></span><span>validated {{ e.when }}</span></div>
-<div class="verdict {{ tone }}"><b class="{{ tone }}">{{ e.verdict }}</b><h1>Assistant version {{ e.version }}: may it serve {{ e.env }}?</h1><ul>{% for r in reasons %}<li>{{ r }}</li>{% endfor %}</ul></div>
+<div class="verdict {{ tone }}"><b class="{{ tone }}">{{ e.verdict }}</b>
+<h1>Assistant version {{ e.version }}: may it serve {{ e.env }}?</h1><ul>{% for r in reasons %}<li>{{ r }}</li>{% endfor %}</ul></div>
 <h2>Gates</h2>{{ m.table(e.gates) }}
-<h2>What it is made of</h2>{% if e.problems %}<ul class="bad">{% for p in e.problems %}<li>{{ p }}</li>{% endfor %}</ul>{% endif %}<dl>{% for k, v in facts.items() %}<dt>{{ k }}</dt><dd>{{ v | cell }}</dd>{% endfor %}</dl>
-{% if e.slices %}<h2>Against version {{ e.champion }}, which serves now</h2><p>{{ e.against }} (right answers, the same questions).</p>{{ m.table(e.slices) }}{% endif %}
+<h2>What it is made of</h2>{% if e.problems %}<ul class="bad">{% for p in e.problems %}<li>{{ p }}</li>{% endfor %}</ul>{% endif %}
+<dl>{% for k, v in facts.items() %}<dt>{{ k }}</dt><dd>{{ v | cell }}</dd>{% endfor %}</dl>
+{% if e.slices %}<h2>Against version {{ e.champion }}, which serves now</h2>
+<p>{{ e.against }} (right answers, the same questions).</p>{{ m.table(e.slices) }}{% endif %}
 {% if e.comparison %}<h2>{{ e.sides.candidate }} against {{ e.sides.base | lower }}</h2>{{ m.table(e.comparison) }}{% endif %}
-{% if e.attacks %}<h2>Attacks</h2>{{ m.table(e.attacks) }}{% if e.through %}<details><summary>{{ e.through | length }} that got through</summary>{{ m.table(e.through) }}</details>{% endif %}{% endif %}
+{% if e.attacks %}<h2>Attacks</h2>{{ m.table(e.attacks) }}{% if e.through %}
+<details><summary>{{ e.through | length }} that got through</summary>{{ m.table(e.through) }}</details>{% endif %}{% endif %}
 {% if e.regressions %}<h2>What was mended once</h2>{{ m.table(e.regressions) }}{% endif %}
-{% if cards %}<h2>How it answers</h2><p class="soft">{{ 'Questions on which the two differ come first.' if e.champion else 'No version serves yet, so there is none to compare with.' }}</p>{% for c in cards %}{{ m.card(c, loop.index) }}{% endfor %}{% endif %}
+{% if cards %}<h2>How it answers</h2>
+<p class="soft">{{ 'Questions on which the two differ come first.' if e.champion else 'No version serves yet, so there is none to compare with.' }}</p>{% for c in cards %}{{ m.card(c, loop.index) }}{% endfor %}{% endif %}
 <h2>To decide</h2><pre>llmops approve --env {{ e.env }} --version {{ e.version }}
-llmops reject  --env {{ e.env }} --version {{ e.version }} --reason "..."</pre><p class="soft small">What is signed for is the content with the digest {{ (e.facts.digest or '')[:16] }}…; another digest needs another approval.</p>{% endblock %}"""
+llmops reject  --env {{ e.env }} --version {{ e.version }} --reason "..."</pre>
+<p class="soft small">What is signed for is the content with the digest {{ (e.facts.digest or '')[:16] }}…; another digest needs another approval.</p>{% endblock %}"""
 
 def evidence_reasons(evidence: dict) -> list[str]:
     "What matters most, in sentences."

@@ -270,12 +270,16 @@ def rehearse(
 # %% ../nbs/08_monitoring.ipynb #d95ded5c
 PAGE = """{% extends 'frame' %}{% block title %}Monitoring of {{ env }}: {{ word }}{% endblock %}
 {% block body %}<div class="line soft small"><span>llmops-ref · <b>{{ env }}</b> · monitoring</span><span>{{ when }}</span></div>
-<div class="verdict {{ tone }}"><b class="{{ tone }}">{{ word }}</b><h1>{{ title }}.</h1><ul>{% for r in reasons %}<li>{{ r }}</li>{% endfor %}</ul></div>
-{% if triggers %}<h2>What to do</h2>{% for t in triggers %}<div class="card"><h3>{{ t.trigger }} <span class="tag">{{ t.stage }}</span></h3><p>{{ t.because }}</p><pre>{{ t.command }}</pre>{% if t.job %}<p class="soft small">On Databricks, the job <b>{{ t.job }}</b>.</p>{% endif %}</div>{% endfor %}{% endif %}
+<div class="verdict {{ tone }}"><b class="{{ tone }}">{{ word }}</b><h1>{{ title }}.</h1><ul>{% for r in reasons %}
+<li>{{ r }}</li>{% endfor %}</ul></div>
+{% if triggers %}<h2>What to do</h2>{% for t in triggers %}<div class="card">
+<h3>{{ t.trigger }} <span class="tag">{{ t.stage }}</span></h3><p>{{ t.because }}</p><pre>{{ t.command }}</pre>{% if t.job %}
+<p class="soft small">On Databricks, the job <b>{{ t.job }}</b>.</p>{% endif %}</div>{% endfor %}{% endif %}
 <h2>Signals</h2>{{ m.table(signals) }}
 {% if figure %}<h2>The last {{ window }} days</h2><img src="{{ figure }}" alt="Charts of the window">{% endif %}
 {% if worst %}<h2>Votes that wait for a person</h2>{{ m.table(worst) }}<pre>llmops review --env {{ env }}</pre>{% endif %}
-{% if planted %}<h2>The rehearsal: a simulated fortnight</h2><p>These {{ simulated }} requests were never asked. What was hidden in them, and the day on which the same alarms found it:</p>{{ m.table(planted) }}
+{% if planted %}<h2>The rehearsal: a simulated fortnight</h2>
+<p>These {{ simulated }} requests were never asked. What was hidden in them, and the day on which the same alarms found it:</p>{{ m.table(planted) }}
 {% if simulated_triggers %}{{ m.table(simulated_triggers) }}{% endif %}<img src="{{ simulated_figure }}" alt="Charts of a simulated fortnight">{% endif %}{% endblock %}"""
 
 def _inline(figure):                                # a matplotlib figure as the source of an image

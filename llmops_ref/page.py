@@ -156,44 +156,75 @@ def _numeric(rows):
 
 # %% ../nbs/00d_page.ipynb #ebcbace9
 STYLE = """
-:root { color-scheme: light dark; --bg:#fff; --panel:#f5f7f9; --ink:#1a2027; --soft:#5a6672; --line:#dfe4e9; --accent:#2456c4; --mark:#fff4cc; --good:#12693a; --good-bg:#e6f4eb;
+:root { color-scheme: light dark; --bg:#fff; --panel:#f5f7f9; --ink:#1a2027; --soft:#5a6672; --line:#dfe4e9; --accent:#2456c4;
+--mark:#fff4cc; --good:#12693a; --good-bg:#e6f4eb;
   --bad:#b1241b; --bad-bg:#fcebe9; --warn:#855700; --warn-bg:#fcf2da; --plain-bg:#eef2f7; --bar:#5b86d6 }
-@media screen and (prefers-color-scheme: dark) { :root { --bg:#101418; --panel:#1a2026; --ink:#e5e9ed; --soft:#9aa5b0; --line:#2b333b; --accent:#83abff; --mark:#3a3216; --good:#5ccb8c;
+@media screen and (prefers-color-scheme: dark) { :root { --bg:#101418; --panel:#1a2026; --ink:#e5e9ed; --soft:#9aa5b0; --line:#2b333b;
+--accent:#83abff; --mark:#3a3216; --good:#5ccb8c;
   --good-bg:#12291d; --bad:#ff8a80; --bad-bg:#331a18; --warn:#e8bb55; --warn-bg:#2e2410; --plain-bg:#1a212a; --bar:#4a74c0 } }
 * { box-sizing: border-box; print-color-adjust: exact; -webkit-print-color-adjust: exact }
-body { margin: 0 auto; max-width: 64rem; padding: 2rem 1.5rem 4rem; background: var(--bg); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word }
+body { margin: 0 auto; max-width: 64rem; padding: 2rem 1.5rem 4rem; background: var(--bg); color: var(--ink);
+font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word }
 h1 { font-size: 1.75rem; line-height: 1.25; margin: .5rem 0 .75rem; font-weight: 650; letter-spacing: -.01em; text-wrap: balance }
-h2 { font-size: 1.2rem; margin: 3rem 0 .75rem; font-weight: 650 } h3 { font-size: 1rem; margin: 0; font-weight: 600 } p { margin: .4rem 0; max-width: 46rem }
-h4 { font-size: .8125rem; margin: 1.25rem 0 .35rem; font-weight: 600; color: var(--soft) } a { color: var(--accent); text-decoration: none } a:hover { text-decoration: underline }
-code, pre { font: .875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--panel); border-radius: 4px } code { padding: .08em .25em; overflow-wrap: anywhere }
-pre { padding: .6rem .75rem; margin: .5rem 0; white-space: pre-wrap } .soft { color: var(--soft) } .small { font-size: .875rem } .good { color: var(--good) } .bad { color: var(--bad) } .warn { color: var(--warn) }
-.line { display: flex; flex-wrap: wrap; gap: .25rem 1rem; justify-content: space-between; align-items: baseline } .verdict { border-radius: 12px; padding: 1.4rem 1.6rem 1.2rem; margin-top: 1rem; background: var(--plain-bg) }
-.verdict.good { background: var(--good-bg) } .verdict.bad { background: var(--bad-bg) } .verdict.warn { background: var(--warn-bg) } .verdict h1, .verdict ul { color: var(--ink) }
-.verdict b { font-size: .8125rem; letter-spacing: .08em } .verdict ul { margin: 0; padding-left: 1.1rem; max-width: 50rem } .verdict li { margin: .2rem 0 }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 1.25rem; margin-top: 1.75rem } .tiles > div { border-top: 2px solid var(--line); padding-top: .6rem }
-.tiles .label { font-size: .875rem; line-height: 1.35; min-height: 2.7em; color: var(--soft) } .tiles .number { font-size: 1.75rem; font-weight: 600; line-height: 1.3; letter-spacing: -.01em }
-.row { display: grid; grid-template-columns: 8.5rem 1fr 8rem; gap: 0 1rem; align-items: center; padding: .3rem 0 } .row > :last-child { text-align: right; font-size: .875rem }
-.track { position: relative; height: 1.4rem; border-radius: 4px; background: var(--panel) } .track i { position: absolute; top: 0; bottom: 0; min-width: 4px; border-radius: 4px; background: var(--bar) }
-.track i.failed { background: var(--bad) } .track i.cached { min-width: 1.4rem; background: repeating-linear-gradient(135deg, var(--soft) 0 2px, transparent 2px 6px); opacity: .7 }
-.axis { position: relative; height: 1.2rem } .axis span { position: absolute; font-size: .75rem; color: var(--soft); white-space: nowrap; transform: translateX(-50%) } .axis span:first-child { transform: none }
+h2 { font-size: 1.2rem; margin: 3rem 0 .75rem; font-weight: 650 } h3 { font-size: 1rem; margin: 0; font-weight: 600 }
+p { margin: .4rem 0; max-width: 46rem }
+h4 { font-size: .8125rem; margin: 1.25rem 0 .35rem; font-weight: 600; color: var(--soft) } a { color: var(--accent);
+text-decoration: none } a:hover { text-decoration: underline }
+code, pre { font: .875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--panel); border-radius: 4px }
+code { padding: .08em .25em; overflow-wrap: anywhere }
+pre { padding: .6rem .75rem; margin: .5rem 0; white-space: pre-wrap } .soft { color: var(--soft) } .small { font-size: .875rem }
+.good { color: var(--good) } .bad { color: var(--bad) } .warn { color: var(--warn) }
+.line { display: flex; flex-wrap: wrap; gap: .25rem 1rem; justify-content: space-between; align-items: baseline }
+.verdict { border-radius: 12px; padding: 1.4rem 1.6rem 1.2rem; margin-top: 1rem; background: var(--plain-bg) }
+.verdict.good { background: var(--good-bg) } .verdict.bad { background: var(--bad-bg) } .verdict.warn { background: var(--warn-bg) }
+.verdict h1, .verdict ul { color: var(--ink) }
+.verdict b { font-size: .8125rem; letter-spacing: .08em } .verdict ul { margin: 0; padding-left: 1.1rem; max-width: 50rem }
+.verdict li { margin: .2rem 0 }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 1.25rem; margin-top: 1.75rem }
+.tiles > div { border-top: 2px solid var(--line); padding-top: .6rem }
+.tiles .label { font-size: .875rem; line-height: 1.35; min-height: 2.7em; color: var(--soft) } .tiles .number { font-size: 1.75rem;
+font-weight: 600; line-height: 1.3; letter-spacing: -.01em }
+.row { display: grid; grid-template-columns: 8.5rem 1fr 8rem; gap: 0 1rem; align-items: center; padding: .3rem 0 }
+.row > :last-child { text-align: right; font-size: .875rem }
+.track { position: relative; height: 1.4rem; border-radius: 4px; background: var(--panel) } .track i { position: absolute; top: 0;
+bottom: 0; min-width: 4px; border-radius: 4px; background: var(--bar) }
+.track i.failed { background: var(--bad) } .track i.cached { min-width: 1.4rem;
+background: repeating-linear-gradient(135deg, var(--soft) 0 2px, transparent 2px 6px); opacity: .7 }
+.axis { position: relative; height: 1.2rem } .axis span { position: absolute; font-size: .75rem; color: var(--soft); white-space: nowrap;
+transform: translateX(-50%) } .axis span:first-child { transform: none }
 """
 
 # %% ../nbs/00d_page.ipynb #4aa5f348
 STYLE += """
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem } td, .number, .row { font-variant-numeric: tabular-nums } th { text-align: left; font-weight: 500; color: var(--soft); font-size: .8125rem }
-th, td { padding: .4rem 1.25rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top } th:last-child, td:last-child { padding-right: 0 } .num { text-align: right; white-space: nowrap }
-td:has(> code), td.long { min-width: 9rem } .card { border: 1px solid var(--line); border-radius: 10px; padding: 1.1rem 1.25rem; margin: 1rem 0; break-inside: avoid }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: 1.25rem; margin: .8rem 0 .6rem } .side { border-left: 3px solid var(--line); padding-left: .9rem; min-width: 0 }
-.side.yes { border-color: var(--good) } .side.no { border-color: var(--bad) } .side header { font-size: .8125rem; font-weight: 600; margin-bottom: .2rem } .answer { white-space: pre-line; font-size: .95rem }
-.cite { font-size: .75em; font-weight: 600; vertical-align: .15em; border: 1px solid; border-radius: 4px; padding: 0 .3em; margin: 0 .1em 0 .3em } s.cite { color: var(--bad) }
-.tag { font-size: .75rem; font-weight: 400; color: var(--soft); border: 1px solid; border-radius: 99px; padding: .05rem .5rem; margin-left: .35rem; white-space: nowrap }
-details { margin-top: .6rem } summary { cursor: pointer; color: var(--soft); font-size: .875rem } details[open] > summary { margin-bottom: .5rem }
-.passage { border-left: 3px solid var(--line); padding: .35rem .8rem; margin: .5rem 0; font-size: .875rem } .passage div { white-space: pre-wrap; margin-top: .2rem } .passage:target { outline: 2px solid var(--accent) }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .9rem }
+td, .number, .row { font-variant-numeric: tabular-nums } th { text-align: left; font-weight: 500; color: var(--soft); font-size: .8125rem }
+th, td { padding: .4rem 1.25rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th:last-child, td:last-child { padding-right: 0 } .num { text-align: right; white-space: nowrap }
+td:has(> code), td.long { min-width: 9rem } .card { border: 1px solid var(--line); border-radius: 10px; padding: 1.1rem 1.25rem;
+margin: 1rem 0; break-inside: avoid }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: 1.25rem; margin: .8rem 0 .6rem }
+.side { border-left: 3px solid var(--line); padding-left: .9rem; min-width: 0 }
+.side.yes { border-color: var(--good) } .side.no { border-color: var(--bad) } .side header { font-size: .8125rem; font-weight: 600;
+margin-bottom: .2rem } .answer { white-space: pre-line; font-size: .95rem }
+.cite { font-size: .75em; font-weight: 600; vertical-align: .15em; border: 1px solid; border-radius: 4px; padding: 0 .3em;
+margin: 0 .1em 0 .3em } s.cite { color: var(--bad) }
+.tag { font-size: .75rem; font-weight: 400; color: var(--soft); border: 1px solid; border-radius: 99px; padding: .05rem .5rem;
+margin-left: .35rem; white-space: nowrap }
+details { margin-top: .6rem } summary { cursor: pointer; color: var(--soft); font-size: .875rem }
+details[open] > summary { margin-bottom: .5rem }
+.passage { border-left: 3px solid var(--line); padding: .35rem .8rem; margin: .5rem 0; font-size: .875rem }
+.passage div { white-space: pre-wrap; margin-top: .2rem } .passage:target { outline: 2px solid var(--accent) }
 .passage.cited { background: var(--mark); border-color: #d9a514 } section { border-top: 1px solid var(--line); padding: 1.5rem 0 1rem }
-img { display: block; max-width: 100%; margin: .9rem 0; background: #fff; border-radius: 8px; padding: .5rem } dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; font-size: .9rem } dt { color: var(--soft) } dd { margin: 0; min-width: 0 }
-@media screen and (max-width: 40rem) { body { padding: 1.25rem 1rem 3rem } h1 { font-size: 1.4rem } .verdict { padding: 1.1rem } .card { padding: .9rem 1rem } .tiles { grid-template-columns: 1fr 1fr; gap: 1rem } .tiles .number { font-size: 1.5rem }
-  .tiles > :last-child { grid-column: 1 / -1 } .tiles > :last-child .label { min-height: 0 } .row { grid-template-columns: 1fr auto } .row > :nth-child(2) { grid-column: 1 / -1; grid-row: 2 } .wide { display: none } th, td { padding-right: .8rem } dl { display: block } dd { margin-bottom: .5rem } }
-@media print { html { font-size: 13px } body { font-size: 13px; max-width: none; padding: 0 } .tiles { grid-template-columns: repeat(5, 1fr) } .tiles .number { font-size: 1.4rem } h2, h3, h4 { break-after: avoid } img { max-height: 8cm } tr, .row, .tiles { break-inside: avoid } }
+img { display: block; max-width: 100%; margin: .9rem 0; background: #fff; border-radius: 8px; padding: .5rem } dl { display: grid;
+grid-template-columns: max-content 1fr; gap: .25rem 1.25rem; font-size: .9rem } dt { color: var(--soft) } dd { margin: 0; min-width: 0 }
+@media screen and (max-width: 40rem) { body { padding: 1.25rem 1rem 3rem } h1 { font-size: 1.4rem } .verdict { padding: 1.1rem }
+.card { padding: .9rem 1rem } .tiles { grid-template-columns: 1fr 1fr; gap: 1rem } .tiles .number { font-size: 1.5rem }
+  .tiles > :last-child { grid-column: 1 / -1 } .tiles > :last-child .label { min-height: 0 } .row { grid-template-columns: 1fr auto }
+.row > :nth-child(2) { grid-column: 1 / -1; grid-row: 2 } .wide { display: none } th, td { padding-right: .8rem } dl { display: block }
+dd { margin-bottom: .5rem } }
+@media print { html { font-size: 13px } body { font-size: 13px; max-width: none; padding: 0 }
+.tiles { grid-template-columns: repeat(5, 1fr) } .tiles .number { font-size: 1.4rem } h2, h3, h4 { break-after: avoid }
+img { max-height: 8cm } tr, .row, .tiles { break-inside: avoid } }
 """
 
 # %% ../nbs/00d_page.ipynb #37d51da2
@@ -201,59 +232,90 @@ PARTS = dict(
     frame="""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{% block title %}{{ verdict.word }}: {{ run.project }} {{ run.env }} {{ run.run_id }}{% endblock %}</title><style>{{ style }}</style></head><body>
+<title>{% block title %}{{ verdict.word }}: {{ run.project }} {{ run.env }} {{ run.run_id }}{% endblock %}</title>
+<style>{{ style }}</style></head><body>
 {% import 'macros' as m %}{% block body %}{% include 'head' %}{% include 'time' %}{% include 'numbers' %}{% include 'answers' %}{% include 'stages' %}{% include 'foot' %}{% endblock %}</body></html>""",
     macros="""
-{% macro table(rows) %}{% set numeric = rows | numeric %}<div class="scroll"><table><tr>{% for c in rows | columns %}<th{% if c in numeric %} class="num"{% endif %}>{{ c | replace('_', ' ') }}</th>{% endfor %}</tr>
-{% for row in rows[:15] %}<tr>{% for c in rows | columns %}<td class="{{ 'num' if c in numeric else 'long' if row[c] | string | length > 30 }}">{{ row[c] | cell(c) }}</td>{% endfor %}</tr>{% endfor %}</table></div>
-{% if rows | length > 15 %}<p class="soft small">{{ rows | length - 15 }} more rows are in the executed notebook.</p>{% endif %}{% endmacro %}
-{% macro numbers(rows, compared, stage) %}<div class="scroll"><table><tr><th>Number</th>{% if stage %}<th class="wide">Stage</th>{% endif %}<th class="num">This run</th>{% if compared %}<th class="num">Last run</th><th class="num">Change</th>{% endif %}</tr>
-{% for k in rows %}<tr><td>{{ k.label }}</td>{% if stage %}<td class="wide"><a href="#{{ k.stage }}">{{ k.stage }}</a></td>{% endif %}<td class="num">{{ k.value }}</td>
-{% if compared %}<td class="num soft">{{ k.previous }}</td><td class="num {{ k.change.tone or 'soft' }}">{{ k.change.text }}</td>{% endif %}</tr>{% endfor %}</table></div>{% endmacro %}
-{% macro sides(card) %}<div class="two">{% for s in card.sides %}<div class="side {{ {true: 'yes', false: 'no'}[s.correct] }}"><header>{{ s.name }}
-{{ {true: '<span class="good">✓ right</span>', false: '<span class="bad">✗ wrong</span>'}[s.correct] | safe }}</header><div class="answer">{{ s.html }}</div></div>{% endfor %}</div>{% endmacro %}
-{% macro card(c, number) %}<article class="card" id="{{ c.anchor }}"><h3>{{ number }}. {{ c.question }}{% if c.type %} <span class="tag">{{ c.type }}</span>{% endif %}</h3>
+{% macro table(rows) %}{% set numeric = rows | numeric %}<div class="scroll"><table>
+<tr>{% for c in rows | columns %}<th{% if c in numeric %} class="num"{% endif %}>{{ c | replace('_', ' ') }}</th>{% endfor %}</tr>
+{% for row in rows[:15] %}<tr>{% for c in rows | columns %}
+<td class="{{ 'num' if c in numeric else 'long' if row[c] | string | length > 30 }}">{{ row[c] | cell(c) }}</td>{% endfor %}</tr>{% endfor %}</table></div>
+{% if rows | length > 15 %}
+<p class="soft small">{{ rows | length - 15 }} more rows are in the executed notebook.</p>{% endif %}{% endmacro %}
+{% macro numbers(rows, compared, stage) %}<div class="scroll"><table><tr><th>Number</th>{% if stage %}
+<th class="wide">Stage</th>{% endif %}<th class="num">This run</th>{% if compared %}<th class="num">Last run</th>
+<th class="num">Change</th>{% endif %}</tr>
+{% for k in rows %}<tr><td>{{ k.label }}</td>{% if stage %}<td class="wide"><a href="#{{ k.stage }}">{{ k.stage }}</a></td>{% endif %}
+<td class="num">{{ k.value }}</td>
+{% if compared %}<td class="num soft">{{ k.previous }}</td>
+<td class="num {{ k.change.tone or 'soft' }}">{{ k.change.text }}</td>{% endif %}</tr>{% endfor %}</table></div>{% endmacro %}
+{% macro sides(card) %}<div class="two">{% for s in card.sides %}
+<div class="side {{ {true: 'yes', false: 'no'}[s.correct] }}"><header>{{ s.name }}
+{{ {true: '<span class="good">✓ right</span>', false: '<span class="bad">✗ wrong</span>'}[s.correct] | safe }}</header>
+<div class="answer">{{ s.html }}</div></div>{% endfor %}</div>{% endmacro %}
+{% macro card(c, number) %}<article class="card" id="{{ c.anchor }}">
+<h3>{{ number }}. {{ c.question }}{% if c.type %} <span class="tag">{{ c.type }}</span>{% endif %}</h3>
 {% if c.expected %}<p class="soft small">Expected: {{ c.expected }}</p>{% endif %}{{ sides(c) }}
-{% if c.passages %}<details><summary>{{ c.passages | length }} passage{{ 's' if c.passages | length > 1 }} shown, {{ c.cited or 'none' }} cited</summary>
-{% for p in c.passages %}<div class="passage{{ ' cited' if p.by }}" id="{{ c.anchor }}p{{ p.number }}"><b>[{{ p.number }}] {{ p.document }}</b>{% if p.gold %}<span class="tag good">answers the question</span>{% endif %}
-{% for by in p.by %}<span class="tag">cited by the {{ by | lower }}</span>{% endfor %}<div>{{ p.text }}</div></div>{% endfor %}</details>{% endif %}</article>{% endmacro %}""",
+{% if c.passages %}
+<details><summary>{{ c.passages | length }} passage{{ 's' if c.passages | length > 1 }} shown, {{ c.cited or 'none' }} cited</summary>
+{% for p in c.passages %}
+<div class="passage{{ ' cited' if p.by }}" id="{{ c.anchor }}p{{ p.number }}"><b>[{{ p.number }}] {{ p.document }}</b>{% if p.gold %}<span class="tag good">answers the question</span>{% endif %}
+{% for by in p.by %}<span class="tag">cited by the {{ by | lower }}</span>{% endfor %}
+<div>{{ p.text }}</div></div>{% endfor %}</details>{% endif %}</article>{% endmacro %}""",
     head="""
 <div class="line soft small"><span>{{ run.project }} · <b>{{ run.env }}</b></span><span>{{ when }} · run {{ run.run_id }}</span></div>
-<div class="verdict {{ verdict.tone }}"><b class="{{ verdict.tone }}">{{ verdict.word }}</b><h1>{{ verdict.title }}.</h1><ul>{% for reason in verdict.reasons %}<li{% if reason.startswith('Attention') %} class="warn"{% endif %}>{{ reason }}</li>{% endfor %}</ul></div>
-<div class="tiles">{% for k in keys[:4] %}<div><div class="label">{{ k.label }}</div><div class="number">{{ k.value }}</div>{% if compared %}<div class="small {{ k.change.tone or 'soft' }}">{{ k.change.text }}</div>{% endif %}</div>{% endfor %}
-<div><div class="label">Time of the run</div><div class="number">{{ run.seconds | duration }}</div><div class="small soft">{{ counts }}</div></div></div>""",
+<div class="verdict {{ verdict.tone }}"><b class="{{ verdict.tone }}">{{ verdict.word }}</b><h1>{{ verdict.title }}.</h1>
+<ul>{% for reason in verdict.reasons %}<li{% if reason.startswith('Attention') %} class="warn"{% endif %}>{{ reason }}</li>{% endfor %}</ul></div>
+<div class="tiles">{% for k in keys[:4] %}<div><div class="label">{{ k.label }}</div>
+<div class="number">{{ k.value }}</div>{% if compared %}
+<div class="small {{ k.change.tone or 'soft' }}">{{ k.change.text }}</div>{% endif %}</div>{% endfor %}
+<div><div class="label">Time of the run</div><div class="number">{{ run.seconds | duration }}</div>
+<div class="small soft">{{ counts }}</div></div></div>""",
 )
 
 # %% ../nbs/00d_page.ipynb #f5cb6ce8
 PARTS |= dict(
     time="""
-<h2>Where the time went</h2>{% for s in stages %}<div class="row"><span><a href="#{{ s.name }}">{{ s.number }} {{ s.name }}</a></span><div class="track">
+<h2>Where the time went</h2>{% for s in stages %}<div class="row"><span><a href="#{{ s.name }}">{{ s.number }} {{ s.name }}</a></span>
+<div class="track">
 {% if s.state not in ('pending', 'skipped', 'waiting') %}<i class="{{ s.state }}" style="left:min({{ '%.2f' | format(s.left) }}%, 100% - 4px);width:{{ '%.2f' | format(s.width) }}%"></i>{% endif %}</div>
 <span>{% if s.state == 'ran' %}{{ s.seconds | duration }}{% elif s.state == 'failed' %}<span class="bad">failed, {{ s.seconds | duration }}</span>{% else %}<span class="soft">{{ 'up to date' if s.state == 'cached' else 'skipped' if s.state == 'skipped' else 'waits' if s.state == 'waiting' else 'not run' }}</span>{% endif %}</span></div>{% endfor %}
-<div class="row"><span></span><div class="axis">{% for t in ticks if t.left < 97 %}<span style="left:{{ '%.2f' | format(t.left) }}%">{{ t.text }}</span>{% endfor %}</div><span></span></div>""",
+<div class="row"><span></span>
+<div class="axis">{% for t in ticks if t.left < 97 %}<span style="left:{{ '%.2f' | format(t.left) }}%">{{ t.text }}</span>{% endfor %}</div><span></span></div>""",
     numbers="""
 <h2>{{ 'Numbers against the last run' if compared else 'Numbers of this first run' }}</h2>{{ m.numbers(keys, compared, true) }}
-{% if compared %}<p class="soft small">Green is better and red is worse. The colour gives the direction, not the significance. Counts, and timings that moved by less than a tenth, have none.</p>{% endif %}""",
+{% if compared %}
+<p class="soft small">Green is better and red is worse. The colour gives the direction, not the significance. Counts, and timings that moved by less than a tenth, have none.</p>{% endif %}""",
     answers="""
-{% if cards %}<h2>{{ cards | length }} question{{ 's' if cards | length > 1 }}, answered by both</h2><p>{{ tally }}</p>{% if comparison %}{{ m.table(comparison) }}{% endif %}
+{% if cards %}<h2>{{ cards | length }} question{{ 's' if cards | length > 1 }}, answered by both</h2>
+<p>{{ tally }}</p>{% if comparison %}{{ m.table(comparison) }}{% endif %}
 {% for c in cards %}{{ m.card(c, loop.index) }}{% endfor %}{% endif %}""",
 )
 
 # %% ../nbs/00d_page.ipynb #deca9b07
 PARTS |= dict(
     stages="""
-<h2>Stage by stage</h2>{% for s in stages %}<section id="{{ s.name }}"><div class="line"><h3>{{ s.number }} {{ s.name }}{% if s.result.headline %}: {{ s.result.headline }}{% endif %}</h3>
+<h2>Stage by stage</h2>{% for s in stages %}<section id="{{ s.name }}"><div class="line">
+<h3>{{ s.number }} {{ s.name }}{% if s.result.headline %}: {{ s.result.headline }}{% endif %}</h3>
 <span class="small">{% if s.link %}<a href="{{ s.link }}">executed notebook</a>{% endif %}{% if s.page %} · <a href="{{ s.page }}">as a page</a>{% endif %}</span></div>
 <p class="soft small">{% if s.title %}{{ s.title }}. {% endif %}{{ s.said }}{% if s.why %}: {{ s.why }}{% endif %}.</p>{% if s.error %}<pre class="bad">{{ s.error }}</pre>{% endif %}
-{% for f in s.images %}{% if f.data %}<img src="{{ f.data }}" alt="{{ f.name }}">{% else %}<p class="soft small">The figure {{ f.name }} is missing from the store.</p>{% endif %}{% endfor %}
+{% for f in s.images %}{% if f.data %}<img src="{{ f.data }}" alt="{{ f.name }}">{% else %}
+<p class="soft small">The figure {{ f.name }} is missing from the store.</p>{% endif %}{% endfor %}
 {% if s.facts %}<dl>{% for k, v in s.facts.items() %}<dt>{{ k }}</dt><dd>{{ v | cell }}</dd>{% endfor %}</dl>{% endif %}
-{% for k, rows in s.tables.items() %}<h4>{{ k }}</h4>{{ m.table(rows) }}{% endfor %}{% if s.pairs %}<details><summary>{{ s.pairs | length }} example{{ 's' if s.pairs | length > 1 }}</summary>{% for c in s.pairs %}<h4>{{ c.question }}</h4>{{ m.sides(c) }}{% endfor %}</details>{% endif %}
-{% if s.rows %}<details><summary>All {{ s.rows | length }} numbers of this stage</summary>{{ m.numbers(s.rows, s.previous, false) }}</details>{% endif %}</section>{% endfor %}""",
+{% for k, rows in s.tables.items() %}<h4>{{ k }}</h4>{{ m.table(rows) }}{% endfor %}{% if s.pairs %}
+<details><summary>{{ s.pairs | length }} example{{ 's' if s.pairs | length > 1 }}</summary>{% for c in s.pairs %}
+<h4>{{ c.question }}</h4>{{ m.sides(c) }}{% endfor %}</details>{% endif %}
+{% if s.rows %}
+<details><summary>All {{ s.rows | length }} numbers of this stage</summary>{{ m.numbers(s.rows, s.previous, false) }}</details>{% endif %}</section>{% endfor %}""",
     foot="""
-<h2>How to repeat this run</h2><dl>{% for k, v in (facts or {}).items() %}{% if v %}<dt>{{ k }}</dt><dd>{{ v | cell }}</dd>{% endif %}{% endfor %}</dl>
-{% if run.settings %}<details><summary>All {{ run.settings | length }} settings, and where each value comes from</summary><div class="scroll"><table><tr><th>Setting</th><th>Value</th><th>From</th></tr>
-{% for s in run.settings %}<tr><td>{{ s.key }}</td><td>{{ s.value | cell }}</td><td class="soft">{{ s.origin }}</td></tr>{% endfor %}</table></div></details>{% endif %}
-{% if versions %}<details><summary>Versions of all that was read and written</summary><dl>{% for k, v in versions.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></details>{% endif %}""",
+<h2>How to repeat this run</h2><dl>{% for k, v in (facts or {}).items() %}{% if v %}<dt>{{ k }}</dt>
+<dd>{{ v | cell }}</dd>{% endif %}{% endfor %}</dl>
+{% if run.settings %}<details><summary>All {{ run.settings | length }} settings, and where each value comes from</summary>
+<div class="scroll"><table><tr><th>Setting</th><th>Value</th><th>From</th></tr>
+{% for s in run.settings %}<tr><td>{{ s.key }}</td><td>{{ s.value | cell }}</td>
+<td class="soft">{{ s.origin }}</td></tr>{% endfor %}</table></div></details>{% endif %}
+{% if versions %}<details><summary>Versions of all that was read and written</summary><dl>{% for k, v in versions.items() %}
+<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl></details>{% endif %}""",
 )
 
 # %% ../nbs/00d_page.ipynb #8d627990
