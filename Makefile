@@ -5,13 +5,11 @@
 # TORCH=cpu        take PyTorch's CPU build (190 MB; on Linux the default brings gigabytes of CUDA); any backend that uv knows
 # INSTALLER=pip    install with pip alone, if uv cannot be had
 # PYTHON=python3.12
-# WORKERS=1        how many files of tests run beside each other; the cores are shared among them
 
 PYTHON ?= python3
 ENV ?= dev
 TORCH ?=
 INSTALLER ?= uv
-WORKERS ?= 2
 BIN := .venv/bin
 
 export TOKENIZERS_PARALLELISM := false
@@ -24,7 +22,7 @@ run: .venv/installed
 
 test: .venv/installed
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && TMPDIR=$$scratch $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest
 
 # The same promises with the network cut off: only loopback is left (Linux, needs root or user namespaces)
 offline: .venv/installed
