@@ -14,12 +14,21 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
 # A life cycle that is complete but small: every stage does its real work on little data.
-SMALL = dict(CORPUS_DOCUMENTS="220", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft", HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120",
-             PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16", FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="6", MONITORING_PROBES="3", SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120")   # no timed assertions: CI machines may be slow
+SMALL = dict(
+    CORPUS_DOCUMENTS="220", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft",
+    HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16",
+    FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="6", MONITORING_PROBES="3",
+    SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120",
+)  # no timed assertions: CI machines may be slow
 
 # The tests are about the sample, also in a fork whose settings name other documents by now (`llmops adopt`).
-SAMPLE = {("DEFAULT", "corpus"): "packages", ("DEFAULT", "questions"): "data/questions.jsonl", ("DEFAULT", "prompts"): "data/prompts", ("DEFAULT", "regressions"): "data/regressions.jsonl", ("DEFAULT", "passage_words"): "32",
-          ("DEFAULT", "finetune"): "on", ("dev", "draft_questions"): "false", ("dev", "chat_max_tokens"): "40", ("dev", "prompt_search"): "1", ("dev", "prompt_questions"): "6", ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "96", ("smoke", "finetune_tokens"): "1024"}
+SAMPLE = {
+    ("DEFAULT", "corpus"): "packages", ("DEFAULT", "questions"): "data/questions.jsonl",
+    ("DEFAULT", "prompts"): "data/prompts", ("DEFAULT", "regressions"): "data/regressions.jsonl",
+    ("DEFAULT", "passage_words"): "32", ("DEFAULT", "finetune"): "on", ("dev", "draft_questions"): "false",
+    ("dev", "chat_max_tokens"): "40", ("dev", "prompt_search"): "1", ("dev", "prompt_questions"): "6",
+    ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "96", ("smoke", "finetune_tokens"): "1024",
+}
 
 CACHE = tempfile.mkdtemp(prefix="llmops-cache-")        # converted weights, made once for all projects
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
@@ -27,7 +36,11 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 def no_network() -> list[str]:
     "A prefix that runs a command without any network but loopback, where the system lets us; else nothing."
-    probe = subprocess.run(["unshare", "-rn", "ip", "link", "set", "lo", "up"], capture_output=True) if shutil.which("unshare") and shutil.which("ip") else None
+    probe = (
+        subprocess.run(["unshare", "-rn", "ip", "link", "set", "lo", "up"], capture_output=True)
+        if shutil.which("unshare") and shutil.which("ip")
+        else None
+    )
     return ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"] if probe and probe.returncode == 0 else []
 
 
@@ -35,7 +48,10 @@ class Project:
     "A copy of the tracked files in a folder of its own, and the `llmops` command in it."
     def __init__(self, folder: Path, **settings):
         self.root = folder
-        listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"], capture_output=True,
+            text=True, check=True,
+        )
         for name in filter(None, listed.stdout.split("\0")):
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -45,9 +61,13 @@ class Project:
         for (section, key), value in SAMPLE.items():
             if here.has_option(section, key): write_setting(folder, key, value, section)
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOPS_", "MLFLOW_"))}
-        self.environment = keep | {f"LLMOPS_{k}": v for k, v in (dict(CACHE=CACHE) | settings).items()} | dict(PYTHONPATH=str(folder), HF_HUB_OFFLINE="1")
+        self.environment = (
+            keep | {f"LLMOPS_{k}": v for k, v in (dict(CACHE=CACHE) | settings).items()} | dict(PYTHONPATH=str(folder), HF_HUB_OFFLINE="1")
+        )
 
-    def llmops(self, *args: str, stdin: str | None = None, timeout: float = 900, offline: bool = False, **settings) -> subprocess.CompletedProcess:
+    def llmops(
+        self, *args: str, stdin: str | None = None, timeout: float = 900, offline: bool = False, **settings
+    ) -> subprocess.CompletedProcess:
         "Run the command to its end."
         environment = self.environment | {f"LLMOPS_{k}": v for k, v in settings.items()}
         command = [*(no_network() if offline else []), str(BIN / "llmops"), *args]
@@ -55,8 +75,11 @@ class Project:
 
     def start(self, *args: str, **settings) -> subprocess.Popen:
         "Start the command and come back at once."
-        return subprocess.Popen([str(BIN / "llmops"), *args], cwd=self.root, env=self.environment | {f"LLMOPS_{k}": v for k, v in settings.items()} | dict(PYTHONUNBUFFERED="1"),
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            [str(BIN / "llmops"), *args], cwd=self.root,
+            env=self.environment | {f"LLMOPS_{k}": v for k, v in settings.items()} | dict(PYTHONUNBUFFERED="1"),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
 
 
 def _link_or_copy(source, target):
@@ -81,7 +104,8 @@ def pytest_runtest_protocol(item):
     "A test that takes minutes says so every minute, so that nobody wonders whether it hangs."
     begun, ended = time.time(), threading.Event()
     def tell():
-        while not ended.wait(60): os.write(item.config.heard, f"\n  ... {item.nodeid} since {(time.time() - begun) / 60:.0f} min\n".encode())
+        while not ended.wait(60):
+            os.write(item.config.heard, f"\n  ... {item.nodeid} since {(time.time() - begun) / 60:.0f} min\n".encode())
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
     try: return (yield)
