@@ -657,6 +657,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llmops_ref.llm.Endpoint.__repr__': ('llm.html#endpoint.__repr__', 'llmops_ref/llm.py'),
                                 'llmops_ref.llm._copy_fields': ('llm.html#_copy_fields', 'llmops_ref/llm.py'),
                                 'llmops_ref.llm._in_words': ('llm.html#_in_words', 'llmops_ref/llm.py'),
+                                'llmops_ref.llm._say_hello': ('llm.html#_say_hello', 'llmops_ref/llm.py'),
                                 'llmops_ref.llm.base_gguf': ('llm.html#base_gguf', 'llmops_ref/llm.py'),
                                 'llmops_ref.llm.chat_class': ('llm.html#chat_class', 'llmops_ref/llm.py'),
                                 'llmops_ref.llm.chat_client': ('llm.html#chat_client', 'llmops_ref/llm.py'),

@@ -24,7 +24,8 @@ from .llm import Endpoint, chat_client, read_prices, serve_gguf
 from .embedding import minilm_folder, minilm_onnx
 from .retrieval import index_folder, index_precision, open_index
 from .scoring import REFUSAL, citations, is_refusal
-from .workspace import DataError, Workspace, file_digest, verify_digest, write_atomic
+from .files import DataError, file_digest, known_digest, verify_digest, write_atomic
+from .workspace import Workspace
 
 # %% ../nbs/03a_assistant.ipynb #6cba1c41
 def cut_words(text: str, max_words: int) -> str:
@@ -271,9 +272,9 @@ def open_assistants(ws: Workspace, templates: dict[str, str | None], passages: b
         yield {name: chain(template) for name, template in templates.items()}
 
 @contextlib.contextmanager
-def open_assistant(ws: Workspace, template: str | None = None, passages: bool = True):
-    "The chain as the settings describe it, while the `with` block runs."
-    with open_assistants(ws, dict(one=template), passages) as chains: yield chains["one"]
+def open_assistant(ws: Workspace, template: str | None = None, passages: bool = True, **options):
+    "The chain as the settings describe it, while the `with` block runs; `options` as for `open_chains`."
+    with open_assistants(ws, dict(one=template), passages, **options) as chains: yield chains["one"]
 
 # %% ../nbs/03a_assistant.ipynb #ccfcb3f0
 ENTRY = "assistant_model.py"                        # what MLflow runs when it loads a version
@@ -320,7 +321,7 @@ def assistant_parts(
             files |= dict(tokenizer=minilm_folder() / "tokenizer.json", embedder=minilm_onnx(ws, settings["precision"]))
     settings["packages"] = _pinned()
     settings["digests"] = {
-        name: file_digest(path / "manifest.json" if path.is_dir() else path) for name, path in files.items()
+        name: known_digest(path / "manifest.json" if path.is_dir() else path) for name, path in files.items()
     }  # the manifest of an index names its files by theirs
     return settings, files
 

@@ -157,7 +157,8 @@ def open_faiss(
     embedder: Embedder | None = None, # If one is open already; another is opened where the index wants it
 ) -> Index:
     "The published FAISS index, verified and loaded with its embedder; `DataError` if it cannot be used."
-    if embedder is None:  # slow, and no index changes it: so it comes first
+    if embedder is None:  # slow, and no index changes it: so it comes before the loop
+        index_folder(ws)                            # `DataError` at once if there is none
         embedder = open_embedder(ws, index_precision(ws) or "fp32")
     reranker = open_reranker(ws.config.reranker)
     for attempt in range(10):

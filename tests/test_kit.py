@@ -172,14 +172,14 @@ def test_neither_fine_tuning_nor_an_index(acme):
     ],
 )
 def test_a_name_that_would_not_do_is_refused_before_anything_changes(upstream, words, says):
-    done = upstream.llmops("init", *words, "--yes", "--no-smoke")
+    done = upstream.inside("init", *words, "--yes", "--no-smoke")
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert git(upstream.root, "status", "--porcelain") == ""
 
 
 def test_init_refuses_what_is_not_committed_and_shows_what_it_would_do(upstream, tmp_path):
     fork = clone_of(upstream, tmp_path / "fork")
-    shown = fork.llmops(*INIT, "--dry-run")
+    shown = fork.inside(*INIT, "--dry-run")
     assert (
         shown.returncode == 0
         and "pyproject.toml" in shown.stdout
@@ -187,10 +187,10 @@ def test_init_refuses_what_is_not_committed_and_shows_what_it_would_do(upstream,
         and read_identity(fork.root) == HERE
     )
     (fork.root / "settings.ini").write_text((fork.root / "settings.ini").read_text() + "\n")
-    done = fork.llmops(*INIT, "--no-smoke")
+    done = fork.inside(*INIT, "--no-smoke")
     assert done.returncode == 1 and "settings.ini" in done.stderr and "git stash" in done.stderr
     shutil.rmtree(fork.root / ".git")
-    done = fork.llmops(*INIT, "--no-smoke")
+    done = fork.inside(*INIT, "--no-smoke")
     assert done.returncode == 1 and "git init" in done.stderr
 
 
@@ -327,12 +327,12 @@ def test_a_conflict_is_named_and_left_in_a_notebook_that_opens(acme, upstream):
 
 
 def test_upgrade_says_how_to_begin(upstream, tmp_path):
-    done = upstream.llmops("upgrade")
+    done = upstream.inside("upgrade")
     assert done.returncode == 1 and "llmops init" in done.stderr
     fork = clone_of(upstream, tmp_path / "fork")
     assert fork.llmops(*INIT, "--no-smoke").returncode == 0
     git(fork.root, "remote", "remove", "upstream")
-    done = fork.llmops("upgrade", "upstream/main")
+    done = fork.inside("upgrade", "upstream/main")
     assert done.returncode == 1 and "git remote add upstream" in done.stderr
 
 
@@ -346,10 +346,10 @@ def test_doctor_passes_here_and_names_what_would_stop_a_run(project):
 
     pyproject = project.root / "pyproject.toml"
     pyproject.write_text(pyproject.read_text().replace('allowed_cell_metadata_keys = ["tags"]', ""))
-    done = project.llmops("doctor", "--local")
+    done = project.inside("doctor", "--local")
     assert done.returncode == 1 and "allowed_cell_metadata_keys" in done.stdout and "1 would stop a run" in done.stdout
 
-    done = project.llmops("doctor", "--local", "--env", "prod", "--json", RETRIEVAL_K="many")
+    done = project.inside("doctor", "--local", "--env", "prod", "--json", RETRIEVAL_K="many")
     assert done.returncode == 1 and "LLMOPS_RETRIEVAL_K" in json.dumps(json.loads(done.stdout)["findings"])
 
 

@@ -12,7 +12,7 @@ QUESTION = "How do I point an alias at a specific model version?"
 
 def metrics(project, env="staging", volatile=("version", "second", "ms", "tok_s", "mb", "load", "memory", "embedded", "cut")):
     "Metrics that must not depend on the machine's mood."
-    stages = json.loads(project.llmops("status", "--env", env, "--json").stdout)["stages"]
+    stages = json.loads(project.inside("status", "--env", env, "--json").stdout)["stages"]
     return {f"{s['stage']}.{k}": v for s in stages for k, v in s["metrics"].items() if not any(word in k.lower() for word in volatile)}
 
 
@@ -33,11 +33,9 @@ def test_nothing_keeps_running_after_a_run(finished):
 
 
 def test_second_run_does_nothing(finished):
-    start = time.time()
     again = finished.llmops("run", "--env", "staging")
     assert again.returncode == 0 and "Everything is up to date" in again.stdout
     assert "  ran " not in again.stdout
-    print(f"second run: {time.time() - start:.1f} s")
 
 
 def test_report_stands_alone(finished):
@@ -57,7 +55,7 @@ def test_asking_the_champion(finished):
 
 
 def test_many_questions_from_standard_input(finished):
-    done = finished.llmops("search", "-k", "2", "--env", "staging", stdin=f"{QUESTION}\nlog a metric\n")
+    done = finished.inside("search", "-k", "2", "--env", "staging", stdin=f"{QUESTION}\nlog a metric\n")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["question"] for row in rows] == [QUESTION, "log a metric"]
     assert all(len(row["passages"]) == 2 for row in rows)
@@ -69,11 +67,11 @@ def test_prose_does_not_run_a_stage_again_but_code_does(finished):
     prose = next(c for c in notebook["cells"][2:] if c["cell_type"] == "markdown")
     prose["source"].append("\n\nOne more sentence.")
     path.write_text(json.dumps(notebook))
-    assert json.loads(finished.llmops("why", "03", "--env", "staging", "--json").stdout)["reasons"] == []
+    assert json.loads(finished.inside("why", "03", "--env", "staging", "--json").stdout)["reasons"] == []
     code = next(c for c in reversed(notebook["cells"]) if c["cell_type"] == "code")
     code["source"].append("\n1 + 1")
     path.write_text(json.dumps(notebook))
-    assert json.loads(finished.llmops("why", "03", "--env", "staging", "--json").stdout)["reasons"] == ["03_retrieval.ipynb changed"]
+    assert json.loads(finished.inside("why", "03", "--env", "staging", "--json").stdout)["reasons"] == ["03_retrieval.ipynb changed"]
     path.write_text(original)
 
 
@@ -81,7 +79,7 @@ def test_a_setting_concerns_only_the_stages_that_read_it(finished):
     def stale(**settings):
         return [
             s["stage"]
-            for s in json.loads(finished.llmops("status", "--env", "staging", "--json", **settings).stdout)["stages"]
+            for s in json.loads(finished.inside("status", "--env", "staging", "--json", **settings).stdout)["stages"]
             if s["state"] == "stale"
         ]
     assert stale() == []
@@ -93,7 +91,7 @@ def test_changed_questions_are_noticed(finished):
     path = finished.root / "data" / "questions.jsonl"
     original = path.read_text()
     path.write_text(original.replace("specific model version", "particular model version", 1))
-    assert "input file:data/questions.jsonl" in finished.llmops("why", "corpus", "--env", "staging").stdout
+    assert "input file:data/questions.jsonl" in finished.inside("why", "corpus", "--env", "staging").stdout
     path.write_text(original)
 
 
@@ -223,11 +221,17 @@ BAD = {
     "no index": (nothing, ["search", "Anything?"], {}, "No index is published in dev"),
 }
 
+# As a user calls it, one of each kind: an argument, a file, data, a key, a table that is not there.
+AS_PROCESSES = {
+    "unknown environment", "unknown key in the file", "an empty corpus", "a provider without a key", "a batch without a table",
+}
+
+
 @pytest.mark.parametrize("case", BAD, ids=lambda c: c.replace(" ", "-"))
 def test_bad_input_is_one_clear_error(project, case):
     breaks, command, settings, expected = BAD[case]
     breaks(project)
-    done = project.llmops(*command, **settings)
+    done = (project.llmops if case in AS_PROCESSES else project.inside)(*command, **settings)
     assert done.returncode == 1
     assert expected in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -239,7 +243,7 @@ def test_busy_port(project):
     import socket
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0)); listener.listen()
-        done = project.llmops("run", SERVING_PORT=str(listener.getsockname()[1]))
+        done = project.inside("run", SERVING_PORT=str(listener.getsockname()[1]))
     assert done.returncode == 1 and "is in use" in done.stderr and "  ran " not in done.stdout
 
 
@@ -278,5 +282,5 @@ def test_two_runs_of_one_environment(project):
     from filelock import FileLock
     (project.root / "stores" / "dev").mkdir(parents=True)
     with FileLock(project.root / "stores" / "dev" / ".run.lock"):
-        done = project.llmops("run")
+        done = project.inside("run")
     assert done.returncode == 1 and "Another run of dev is in progress" in done.stderr
