@@ -46,7 +46,7 @@ COMMANDS = {command: name for name, text in PAGES.items() for command in said(te
 ELSEWHERE = {
     r"make (run|test)( TORCH=cpu)?": "test_kit.py::test_the_two_commands_of_the_renamed_project",
     r"make setup( TORCH=cpu)?": "test_kit.py::acme=*INIT", r"make site": "test_docs.py::site=build_site(",
-    r"make prepare": "test_kit.py::test_a_renamed_fork_takes_over_what_upstream_changed=upgrade",
+    r"make prepare": "test_kit.py::test_the_upgrade_command_of_a_renamed_project=upgrade",
     r"llmops run --env (dev|staging)": "conftest.py::finished",
     r"llmops run --env dev --app third_party": "test_applications.py::third",
     r"llmops compare.*": "test_applications.py::test_one_table_compares_the_applications",
@@ -60,7 +60,7 @@ ELSEWHERE = {
     r"llmops run --env dev --set (hub_retired=smollm2-q8_0|retrieval=off)": "test_kit.py::test_neither_fine_tuning_nor_an_index",
     r"llmops run --env dev --set finetune=off": "test_kit.py::test_the_two_commands_of_the_renamed_project",
     r"llmops adopt .*": "test_adopt.py::adopted", r"llmops init.*": "test_kit.py::acme=*INIT",
-    r"llmops upgrade": "test_kit.py::test_a_renamed_fork_takes_over_what_upstream_changed",
+    r"llmops upgrade": "test_kit.py::test_the_upgrade_command_of_a_renamed_project",
     r"git remote add upstream .*": "test_kit.py::test_a_template_without_history",
     r"llmops run --env dev --to prompts": "test_prompts.py::test_a_new_prompt_that_is_no_better_changes_nothing",
     r"llmops questions (add|review) .*": "test_questions.py::test_a_question_is_used_once_it_is_reviewed",
