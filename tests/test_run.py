@@ -1,11 +1,13 @@
 """The life cycle as a user meets it: one command, offline, resumable, with errors that say what to do."""
-import json, os, re, shutil, signal, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import psutil, pytest
 
 from conftest import no_network
-from llmops_ref.pipeline import STAGES
+from llmops_ref.config import load_config
+from llmops_ref.pipeline import STAGES, lessons
+from llmops_ref.workspace import open_workspace
 
 QUESTION = "How do I point an alias at a specific model version?"
 
@@ -36,6 +38,39 @@ def test_second_run_does_nothing(finished):
     again = finished.llmops("run", "--env", "staging")
     assert again.returncode == 0 and "Everything is up to date" in again.stdout
     assert "  ran " not in again.stdout
+
+
+def test_lessons_are_read_in_an_executed_notebook_and_not_run(finished):
+    "They have been tested, and an assertion about a bound that somebody moved must not end a run. Their outputs are those of the repository."
+    there = json.loads((finished.root / "nbs" / "06_validation.ipynb").read_text())["cells"]
+    ran = {c["id"]: c for c in json.loads((finished.root / "runs" / "staging" / "latest" / "06_validation.ipynb").read_text())["cells"] if "id" in c}
+    taught = lessons(there)
+    assert len(taught) > 3 and all(ran[cell["id"]]["execution_count"] is None for cell in taught)
+    assert [ran[cell["id"]]["outputs"] for cell in taught] == [cell["outputs"] for cell in taught] and any(c["outputs"] for c in taught)
+    start = next(i for i, cell in enumerate(there) if "parameters" in cell["metadata"].get("tags", []))
+    assert all(ran[cell["id"]]["execution_count"] for cell in there[start + 1 :] if cell["cell_type"] == "code")
+
+
+def test_aliases_are_those_that_mlflow_knows(finished):
+    "We read them from its database, since that takes a thousandth of the time: the same answer for models and prompts, also after a change that went round us."
+    ws = open_workspace(load_config("staging", finished.root))
+    client = ws.mlflow().MlflowClient()
+    assert ws.alias("assistant", "champion") == str(client.get_model_version_by_alias(ws.registered("assistant"), "champion").version)
+    assert ws.current("prompt:answer_prompt@champion") == str(ws.prompt("answer_prompt", "champion").version)
+    version = ws.alias("assistant", "champion")
+    client.set_registered_model_alias(ws.registered("assistant"), "spare", version)
+    assert ws.alias("assistant", "spare") == version
+    client.delete_registered_model_alias(ws.registered("assistant"), "spare")
+    assert ws.alias("assistant", "spare") is None and ws.alias("nothing", "champion") is None
+
+
+def test_what_only_shows_imports_no_model_and_no_mlflow(finished):
+    "Help, a plan and a status are read a hundred times a day."
+    slow = {"torch", "mlflow", "transformers", "langchain_core", "onnxruntime", "faiss", "pyspark"}
+    script = f"import sys\nfrom llmops_ref.cli import app\ntry: app()\nfinally: print(sorted({slow} & set(sys.modules)), file=sys.stderr)"
+    for words in (["--help"], ["status", "--env", "staging"], ["run", "--env", "staging"], ["why", "retrieval", "--env", "staging"]):
+        done = subprocess.run([sys.executable, "-c", script, *words], cwd=finished.root, env=finished.environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]", (words, done.stderr[-500:])
 
 
 def test_report_stands_alone(finished):
