@@ -25,7 +25,8 @@ SMALL = dict(
     CORPUS_DOCUMENTS="220", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft",
     HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16",
     FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="6", MONITORING_PROBES="3",
-    SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120",
+    SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120", PROMPT_REPORT_QUESTIONS="4", PROMPT_BEHAVIOUR="1",
+    PROMPT_SEARCH="1",
 )  # no timed assertions: CI machines may be slow
 
 # The tests are about the sample, also in a fork whose settings name other documents by now (`llmops adopt`).
@@ -33,8 +34,7 @@ SAMPLE = {
     ("DEFAULT", "corpus"): "packages", ("DEFAULT", "questions"): "data/questions.jsonl",
     ("DEFAULT", "prompts"): "data/prompts", ("DEFAULT", "regressions"): "data/regressions.jsonl",
     ("DEFAULT", "passage_words"): "32", ("DEFAULT", "finetune"): "on", ("dev", "draft_questions"): "false",
-    ("dev", "chat_max_tokens"): "40", ("dev", "prompt_search"): "1", ("dev", "prompt_questions"): "6",
-    ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "96", ("smoke", "finetune_tokens"): "1024",
+    ("dev", "chat_max_tokens"): "40", ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "96", ("smoke", "finetune_tokens"): "1024",
 }
 
 # Converted weights, made once for all projects and all workers: the first process makes the folder, the others are told.
