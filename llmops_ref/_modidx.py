@@ -229,6 +229,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llmops_ref.chat.WithHeaders.__call__': ('chat.html#withheaders.__call__', 'llmops_ref/chat.py'),
                                  'llmops_ref.chat.WithHeaders.__init__': ('chat.html#withheaders.__init__', 'llmops_ref/chat.py'),
                                  'llmops_ref.chat._close': ('chat.html#_close', 'llmops_ref/chat.py'),
+                                 'llmops_ref.chat._found_first': ('chat.html#_found_first', 'llmops_ref/chat.py'),
                                  'llmops_ref.chat.answer_events': ('chat.html#answer_events', 'llmops_ref/chat.py'),
                                  'llmops_ref.chat.as_json': ('chat.html#as_json', 'llmops_ref/chat.py'),
                                  'llmops_ref.chat.chat_app': ('chat.html#chat_app', 'llmops_ref/chat.py'),

@@ -160,7 +160,7 @@ def ask_first(
     index, # With `search(question, k)`
     questions: pd.DataFrame, # From `first_questions`
     k: int, # Passages that the model is shown
-) -> pd.DataFrame: # One row a question: `id question shown right`
+) -> pd.DataFrame: # One row a question: `id question gold shown right`
     "Whether the right object is among the passages shown."
     shown = [[p.document_id for p in index.search(q, k)] for q in questions.question]
-    return questions[["id", "question"]].assign(shown=shown, right=[bool(set(s) & set(g)) for s, g in zip(shown, questions.gold)])
+    return questions.assign(shown=shown, right=[bool(set(s) & set(g)) for s, g in zip(shown, questions.gold)])
