@@ -434,7 +434,8 @@ class Gate:
     @property
     def remark(self) -> str:
         "What is to be said of a value that is beyond a bound which only informs."
-        return "" if self.met or not self.informs else f"{self.metric} is {self.value:.3g}, over its bound of {self.bound:g}: {self.informs}"
+        if self.met or not self.informs: return ""
+        return f"{self.metric} is {self.value:.3g}, beyond its bound of {self.bound:g}: {self.informs}"
 
     def row(self) -> dict:
         must_be = f"{'≥' if self.at_least else '≤'} {self.bound:g}" + (", informs" if self.informs else "")
@@ -442,7 +443,9 @@ class Gate:
         return row | (dict(remark=self.remark) if self.remark else {})
 
 # %% ../nbs/00c_scoring.ipynb #f9ca1ad5
-MAY_BE_BUSY = "other programs make every time longer, so where gates inform (dev) this fails nothing; time it again when the machine is quiet"
+MAY_BE_BUSY = (
+    "other programs make every time longer, so where gates inform (dev) this fails nothing; measure again when the machine is quiet"
+)
 
 # %% ../nbs/00c_scoring.ipynb #baef4f21
 def machine_share(

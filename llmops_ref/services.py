@@ -116,7 +116,7 @@ def stop_leftovers(ws: Workspace) -> None:
         if not psutil.pid_exists(service.owner): stop_service(ws, service)
 
 # %% ../nbs/00f_services.ipynb #cb8eaa9b
-PATIENCE = 10                                       # times as long as a bound says: for what this machine does itself, if it goes on working
+PATIENCE = 10                                       # times as long as a bound says: for what this machine does itself and works on
 
 class Patience:
     "A bound on a process of ours, in seconds of its own work; on the clock for one that does nothing."
