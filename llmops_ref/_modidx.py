@@ -1039,6 +1039,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmops_ref.training._no_disk': ('training.html#_no_disk', 'llmops_ref/training.py'),
                                      'llmops_ref.training._out_of_memory': ('training.html#_out_of_memory', 'llmops_ref/training.py'),
                                      'llmops_ref.training._plan': ('training.html#_plan', 'llmops_ref/training.py'),
+                                     'llmops_ref.training._recomputing': ('training.html#_recomputing', 'llmops_ref/training.py'),
                                      'llmops_ref.training._trainer': ('training.html#_trainer', 'llmops_ref/training.py'),
                                      'llmops_ref.training._wanted': ('training.html#_wanted', 'llmops_ref/training.py'),
                                      'llmops_ref.training.answer_loss': ('training.html#answer_loss', 'llmops_ref/training.py'),
