@@ -3,12 +3,20 @@
     python benchmarks/finetune_gpu.py                       a tiny model, on whatever is there: does it run?
     python benchmarks/finetune_gpu.py smollm2               SmolLM2-135M (random weights of its shape): two CPU cores, or a GPU
     python benchmarks/finetune_gpu.py 1b 7b --row 4096      on a GPU: Llama-shaped models, random weights (throughput does not depend on them)
+    python benchmarks/finetune_gpu.py 7b --rungs 8 7        the two to compare: what a user would run, and ours
 
-It needs torch, transformers, peft, accelerate, and this repository beside it. Tokens are counted as the examples have
-them, without padding and with each passage as often as an example holds it, so that a rung that reads less is faster.
-MFU counts what was really computed, 4 operations a parameter and place that goes through it (LoRA: forward, and backward
-without the frozen weights' gradients), over what the device can do: layers for each place of a row, padding included, the
-output layer for those of which logits are made, embeddings not at all. Attention scores and recomputation do not count.
+It needs torch, transformers, peft, accelerate, and this repository beside it. Two speeds are given, because a rung can be
+faster in two ways. *Tokens* are those that the examples have, without padding and with each passage as often as an example
+holds it: a rung that reads a passage once for four examples has more of them a second. *Places* are what goes through the
+layers, padding included: a rung that uses the device better has more of those. MFU counts places, 4 operations a parameter
+and place that goes through it (LoRA: forward, and backward without the frozen weights' gradients), over what the device can
+do: layers for each place of a row, the output layer for those of which logits are made, embeddings not at all. Attention
+scores and recomputation do not count.
+
+What a rung computes in is in its name. The weights that learn are float32 everywhere, as PEFT makes them. Rungs 2 to 5 add
+one thing each to the plain Trainer in float32. To be compared are 7 and 8: ours, and what a user would run, the plain
+Trainer with `bf16=True` on bfloat16 weights. Without that switch its adapters compute in float32, which costs a third.
+Activations are kept, unless `--recompute` says otherwise for every rung.
 """
 import argparse, gc, json, random, statistics, sys, tempfile, time
 from pathlib import Path
@@ -50,7 +58,9 @@ def build(shape, dtype, device, recompute):
     torch.set_default_dtype(before)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=MODULES, task_type="CAUSAL_LM"))
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        if hasattr(model, "activation_checkpointing_enable"):           # its name since transformers 5.23
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=dict(use_reentrant=False))
+        else: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
         model.disable_input_require_grads()         # a hook that only the reentrant kind needs: the compiler would give up at it
     return model
 
@@ -83,8 +93,8 @@ def fill(row, length):
     }
 
 
-def rate(model, batches, loss, collator, counts, windows, per_window, device):
-    "Run a Trainer over the batches; tokens of the examples and computed tokens a second, medians of windows after one of warm-up."
+def rate(model, batches, loss, collator, counts, windows, per_window, device, autocast):
+    "Run a Trainer over the batches; tokens of the examples and places computed a second, medians of windows after one of warm-up."
     stamps = []
     class Timed(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -104,6 +114,7 @@ def rate(model, batches, loss, collator, counts, windows, per_window, device):
             tempfile.gettempdir(), max_steps=steps, per_device_train_batch_size=1, learning_rate=1e-4,
             logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
             train_sampling_strategy="sequential", use_cpu=device == "cpu", dataloader_pin_memory=False,
+            bf16=autocast,
         ),
     ).train()
     rates = []
@@ -114,7 +125,7 @@ def rate(model, batches, loss, collator, counts, windows, per_window, device):
     return [statistics.median(r[i] for r in rates) for i in (0, 1)]
 
 
-def ladder(shape, row, windows, per_window, device, rungs):
+def ladder(shape, row, windows, per_window, device, rungs, recompute=False):
     rng, out = random.Random(1), []
     groups = examples(SHAPES[shape][-1], (windows + 1) * per_window * max(1, row // 400) + 8, rng)
     flat = [one for group in groups for one in group]
@@ -132,19 +143,19 @@ def ladder(shape, row, windows, per_window, device, rungs):
         packed.append((sum(next(lengths) for _ in range(branches)), len(r["labels"])))
     plain = [(sum(len(p) + len(a) for p, a in b), len(b) * max(len(p) + len(a) for p, a in b)) for b in batches]
     full = [fill(r, row) for r in rows]
-    recompute = shape == "7b"
-    table = [
-        ("plain Trainer, padded", torch.float32, batches, None, lambda b: padded(b[0]), plain, False),
-        ("packed rows", torch.float32, rows, whole_loss, collate, packed, False),
-        ("+ bfloat16", torch.bfloat16, rows, whole_loss, collate, packed, False),
-        ("+ compiled", torch.bfloat16, full, whole_loss, collate, [(c[0], row) for c in packed], True),
-        ("+ only answers' logits", torch.bfloat16, full, answer_loss, collate, [(c[0], row) for c in packed], True),
-        ("ours on a CPU: packed, fp32, only answers' logits", torch.float32, rows, answer_loss, collate, packed, False),
-        ("ours on a GPU: packed, bfloat16 with autocast, only answers' logits", torch.bfloat16, rows, answer_loss, collate, packed, False),
-        ("plain Trainer, padded, bfloat16", torch.bfloat16, batches, None, lambda b: padded(b[0]), plain, False),
+    fixed, half = [(c[0], row) for c in packed], torch.bfloat16
+    own = device == "cuda"                          # there `answer_loss` has its own autocast; the others need the Trainer's
+    table = [ # name, weights, rows, loss (None: the model's own), collator, counts, compiled, the Trainer's autocast
+        ("plain Trainer, padded, float32", torch.float32, batches, None, lambda b: padded(b[0]), plain, False, False),
+        ("packed rows, float32", torch.float32, rows, whole_loss, collate, packed, False, False),
+        ("+ bfloat16 with autocast", half, rows, whole_loss, collate, packed, False, True),
+        ("+ compiled", half, full, whole_loss, collate, fixed, True, True),
+        ("+ only answers' logits", half, full, answer_loss, collate, fixed, True, not own),
+        ("ours on a CPU: packed, float32, only answers' logits", torch.float32, rows, answer_loss, collate, packed, False, False),
+        ("ours on a GPU: packed, bfloat16 with autocast, only answers' logits", half, rows, answer_loss, collate, packed, False, not own),
+        ("plain Trainer, padded, bfloat16 with autocast", half, batches, None, lambda b: padded(b[0]), plain, False, True),
     ]
-    for number, (name, dtype, data, loss, collator, counts, compiled) in enumerate(table, 1):
-        if rungs and number not in rungs: continue
+    for name, dtype, data, loss, collator, counts, compiled, autocast in [table[n - 1] for n in rungs or range(1, len(table) + 1)]:
         try:
             model = build(shape, dtype, device, recompute)
             layers, head = (
@@ -152,11 +163,11 @@ def ladder(shape, row, windows, per_window, device, rungs):
             )
             parameters = layers + head * (answers if loss is answer_loss else 1)
             if compiled: model.base_model.model.model.compile(dynamic=False)
-            tokens, computed = rate(model, data, loss, collator, counts, windows, per_window, device)
+            tokens, computed = rate(model, data, loss, collator, counts, windows, per_window, device, autocast)
             peak = next((p for key, p in PEAK.items() if device == "cuda" and key in torch.cuda.get_device_name()), None)
             out.append(
                 dict(
-                    model=shape, rung=name, tokens_s=round(tokens), computed_s=round(computed),
+                    model=shape, rung=name + ", recomputed" * recompute, tokens_s=round(tokens), places_s=round(computed),
                     mfu=round(4 * parameters * computed / peak, 3) if peak else None,
                     times=round(tokens / (out[0]["tokens_s"] or float("nan")), 2) if out else 1.0,
                     memory_gb=round(torch.cuda.max_memory_allocated() / 1e9, 1) if device == "cuda" else None,
@@ -165,7 +176,7 @@ def ladder(shape, row, windows, per_window, device, rungs):
         except (RuntimeError, torch.OutOfMemoryError) as error:
             out.append(
                 dict(
-                    model=shape, rung=name, tokens_s=0, computed_s=0, mfu=None, times=0, memory_gb=None,
+                    model=shape, rung=name, tokens_s=0, places_s=0, mfu=None, times=0, memory_gb=None,
                     error=str(error).strip().splitlines()[0][:160],
                 )
             )
@@ -183,7 +194,8 @@ if __name__ == "__main__":
     parser.add_argument("--row", type=int, help="tokens of a packed row; 4096 on a GPU, 1024 on a CPU")
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of a window; 8 on a GPU, 2 on a CPU")
-    parser.add_argument("--rungs", type=int, nargs="*", help="only these, from 1")
+    parser.add_argument("--rungs", type=int, nargs="*", help="only these, from 1, in this order; 8 and 7 are those to compare on a GPU")
+    parser.add_argument("--recompute", action="store_true", help="compute activations twice, to hold fewer of them")
     chosen, device = parser.parse_args(), "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}, torch {torch.__version__}")
     rows = [
@@ -191,13 +203,13 @@ if __name__ == "__main__":
         for shape in chosen.shapes
         for r in ladder(
             shape, chosen.row or (4096 if device == "cuda" else 1024), chosen.windows,
-            chosen.steps or (8 if device == "cuda" else 2), device, chosen.rungs,
+            chosen.steps or (8 if device == "cuda" else 2), device, chosen.rungs, chosen.recompute,
         )
     ]
-    print("\n| model | | tokens/s | computed tokens/s | MFU | times the plain Trainer | GB |\n|---|---|--:|--:|--:|--:|--:|")
+    print("\n| model | | tokens/s | places/s | MFU | tokens/s, times the first row's | GB |\n|---|---|--:|--:|--:|--:|--:|")
     for r in rows:
         print(
-            f"| {r['model']} | {r['rung']} | {r['tokens_s']:,} | {r['computed_s']:,} |"
+            f"| {r['model']} | {r['rung']} | {r['tokens_s']:,} | {r['places_s']:,} |"
             f" {'' if r['mfu'] is None else format(r['mfu'], '.1%')} | {r['times']:.2f} | {r['memory_gb'] or ''} |"
             + (f" {r['error']}" if 'error' in r else "")
         )

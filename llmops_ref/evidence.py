@@ -96,7 +96,10 @@ def evidence_reasons(evidence: dict) -> list[str]:
     "What matters most, in sentences."
     gates = evidence.get("gates") or []
     broken = [f"{g['gate']} is {g['value']} and must be {g['must_be']}" for g in gates if not g["holds"]]
-    out = [f"{len(broken)} of {len(gates)} gates do not hold: {'; '.join(broken)}." if broken else f"All gates hold ({len(gates)})."]
+    remarks = [g["remark"] for g in gates if g.get("remark")]
+    held = "All gates hold" if not remarks else "All gates that judge hold"
+    out = [f"{len(broken)} of {len(gates)} gates do not hold: {'; '.join(broken)}." if broken else f"{held} ({len(gates) - len(remarks)})."]
+    out += [f"Attention: {remark}." for remark in remarks]
     out.append(
         f"Right answers against version {evidence['champion']}, which serves now: {evidence['against']}."
         if evidence.get("champion")

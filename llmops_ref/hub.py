@@ -23,7 +23,8 @@ from .config import SettingsError
 from .gateway import gateway_endpoint
 from .llm import BASE_MODEL, BASE_SHA256, Endpoint, base_gguf, gguf_in_memory, openai_client, q8_gguf, serve_gguf
 from .embedding import TEXT_TOKENS
-from .scoring import mrr_at_k, recall_at_k
+from .scoring import MAY_BE_BUSY, fair_seconds, mrr_at_k, recall_at_k
+from .services import Patience
 from .workspace import DataError, Workspace, file_digest, verify_digest, write_atomic
 
 # %% ../nbs/01_hub.ipynb #a2c7bdc6
@@ -207,7 +208,7 @@ def probe_main() -> None:
 
 def run_probes(
     jobs: list[dict], # These import at the same time; two, on two cores
-    seconds: float = 60.0, # A probe that takes longer, for one of both parts, is killed
+    seconds: float = 60.0, # Of its own work: a probe that takes longer, for one of both parts, is killed; see `Patience`
     code: str = "from llmops_ref.hub import probe_main; probe_main()",
 ) -> list[dict]: # As from `measure`, or `error`
     "Measure candidates in processes of their own, one after the other."
@@ -225,14 +226,23 @@ def run_probes(
             with contextlib.suppress(BrokenPipeError):
                 print(json.dumps(job | dict(ready=f"{folder}/{number}")), file=process.stdin, flush=True)
             started.append((process, Path(folder, str(number))))
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and any(process.poll() is None and not ready.exists() for process, ready in started): time.sleep(0.02)
+        waiting = {process.pid: Patience(process.pid, seconds) for process, _ in started}
+        def imports(process, ready): return process.poll() is None and not ready.exists() and not waiting[process.pid].over()
+        while any([imports(process, ready) for process, ready in started]): time.sleep(0.02)
         return [_measured(process, ready.exists() or process.poll() is not None, seconds) for process, ready in started]
+
+def _communicate(process, patience):
+    go = "go\n"
+    while True:
+        try: return process.communicate(go, timeout=min(patience.seconds, 0.5))
+        except subprocess.TimeoutExpired:
+            if patience.over(): raise
+            go = None                               # it has been said
 
 def _measured(process, imported, seconds):
     try:
         if not imported: raise subprocess.TimeoutExpired(process.args, seconds)
-        said, complaint = process.communicate("go\n", timeout=seconds)
+        said, complaint = _communicate(process, Patience(process.pid, seconds))
     except subprocess.TimeoutExpired:
         process.kill(); process.communicate()
         return dict(error=f"no result within {seconds:g} s: stopped")
@@ -356,7 +366,17 @@ def probe_candidates(
         ws.progress(start, len(probed), "probing " + " and ".join(c.name for c in both))
         for c, result in zip(both, run_probes([jobs[c.name] for c in both])): rows[c.name] |= summarise(c.kind, questions[c.kind], result)
     ws.progress(1, 1, "all is probed")
+    for c in probed: rows[c.name] |= _fairly(ws, jobs[c.name], rows[c.name])
     return list(rows.values())
+
+def _fairly(ws, job, row):                          # where gates raise, one that is too slow is timed once more before that counts
+    bound = ws.config.hub_max_seconds_per_answer
+    if not row.get("seconds", 0) > bound or ws.config.gate_mode == "inform": return {}
+    def again():
+        ws.progress(0, 1, f"probing {row['name']} again: it was slow")
+        found, = run_probes([job])
+        return pd.DataFrame(found["answers"]).seconds.median() if "answers" in found else np.nan
+    return dict(seconds=fair_seconds(row["seconds"], bound, again))
 
 # %% ../nbs/01_hub.ipynb #34e32feb
 LICENCES = {"apache-2.0", "mit"}
@@ -382,9 +402,12 @@ def choose(
     max_seconds: float,
     champion: str | None = None, # Name of the candidate that was chosen last time
     busy: bool = False, # Whether other programs disturbed the measurements
+    informs: bool = False, # A time rules nobody out: it is said of the chosen one
 ) -> tuple[str, pd.Series]: # The chosen name, and the verdict on each name
     "Apply the rule; `DataError` if nobody is eligible."
-    verdict = (card := card.set_index("name")).apply(_ineligible, axis=1, max_seconds=max_seconds)
+    verdict = (card := card.set_index("name")).apply(
+        _ineligible, axis=1, max_seconds=np.inf if informs else max_seconds
+    )
     if busy and champion in card.index and pd.notna(card.digest[champion]):
         verdict[champion] = "kept: the machine is too busy to judge"
         return champion, verdict.replace("", "not judged")
@@ -400,6 +423,8 @@ def choose(
     verdict[eligible.index] = [f"{eligible.right.max() - right:.0f} more wrong than the best" for right in eligible.right]
     verdict[tied.index] = [f"tied, {seconds / tied.seconds[chosen]:.2f}x the time of the chosen" for seconds in tied.seconds]
     verdict[chosen] = "chosen"
+    if card.seconds[chosen] > max_seconds:
+        verdict[chosen] += f"; {card.seconds[chosen]:.1f} s an answer is over {max_seconds:g} s: {MAY_BE_BUSY}"
     return chosen, verdict
 
 # %% ../nbs/01_hub.ipynb #f9c46250

@@ -86,6 +86,7 @@ class Endpoint:
     api_key: str | Callable[[], str] | None = None # A function where keys expire
     key_name: str = "" # Where the key comes from, for errors
     backup: "Endpoint | None" = None # Asked when a reply is unusable: what a gateway cannot see
+    patience: int = 1 # Times the time-out: more for a model in this process, which is silent only while the machine is busy
 
     def __repr__(self): return f"Endpoint({self.base_url!r}, {self.model!r})"    # never the key
 
@@ -99,7 +100,7 @@ def _say_hello(endpoint):                           # the first request, without
 def openai_client(endpoint: Endpoint):
     "The bare `openai.OpenAI` client of an endpoint, for what only the protocol knows, such as timings."
     from openai import OpenAI
-    return OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none", timeout=60.0)
+    return OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none", timeout=60.0 * endpoint.patience)
 
 @contextlib.contextmanager
 def serve_gguf(
@@ -126,7 +127,7 @@ def serve_gguf(
     try: server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise DataError(f"llama.cpp cannot load {model}: {error}. The file is damaged or of an unknown kind.") from None
-    endpoint = Endpoint(f"{server.listening_address}/v1", name, params.api_keys[0])
+    endpoint = Endpoint(f"{server.listening_address}/v1", name, params.api_keys[0], patience=10)
     _say_hello(endpoint)
     try: yield endpoint
     finally: del server
@@ -237,7 +238,8 @@ def chat_client(
     def one(endpoint):
         return chat_class()(
             base_url=endpoint.base_url, api_key=endpoint.api_key or "none", model=endpoint.model, key_name=endpoint.key_name,
-            silence=timeout, temperature=0.0, max_tokens=max_tokens, timeout=httpx.Timeout(timeout, connect=min(timeout, 5.0)),
+            silence=timeout * endpoint.patience, temperature=0.0, max_tokens=max_tokens,
+            timeout=httpx.Timeout(timeout * endpoint.patience, connect=min(timeout, 5.0)),
             max_retries=retries, stream_usage=True, **kwargs,
         )
     return one(endpoint).with_fallbacks([one(endpoint.backup)], exceptions_to_handle=(BadReply,)) if endpoint.backup else one(endpoint)

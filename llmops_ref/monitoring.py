@@ -28,7 +28,7 @@ from .page import render_page
 from .asking import first_sentence, page_sentences, question_about
 from .retrieval import index_precision, open_index
 from .review import send_to_review, to_review
-from .scoring import score_answer
+from .scoring import MAY_BE_BUSY, score_answer
 from .signals import find_triggers, signal_days, signal_table, staleness, unlearned
 from .simulation import simulate
 from .workspace import DataError, open_workspace, write_atomic
@@ -316,6 +316,8 @@ def render_monitoring(
         if rehearsal
         else {}
     )
+    waits = table.state[table.signal == "slow answers"].eq("watch").any() and config.gate_mode == "inform"
+    slow = [f"Attention: more than one answer in twenty took over {config.monitoring_max_p95_seconds:g} s: {MAY_BE_BUSY}."] * bool(waits)
     return render_page(
         PAGE, env=config.env,
         word=f"{len(alarms)} ALARM{'S' if len(alarms) > 1 else ''}" if alarms else "NO ALARM" if len(look.requests) else "NO TRAFFIC",
@@ -325,7 +327,7 @@ def render_monitoring(
             if alarms
             else "All signals are within their bounds" if len(look.requests) else "Nobody asked anything in this window"
         ),
-        reasons=[basis, f"Of windows in which all is well, at most {config.monitoring_false_alarms:.1%} raise an alarm."],
+        reasons=[basis, f"Of windows in which all is well, at most {config.monitoring_false_alarms:.1%} raise an alarm.", *slow],
         when=f"{pd.Timestamp.now(tz='UTC'):%d %B %Y, %H:%M} UTC", triggers=look.triggers.to_dict("records"),
         signals=table.to_dict("records"), window=config.monitoring_days,
         figure=_inline(figure) if figure and len(set(look.days.day)) > 2 else None,

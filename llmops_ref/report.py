@@ -74,9 +74,11 @@ def verdict(
         str(checked.get("verdict")).upper(), False if "Validation failed" in str((stop or {}).get("error")) else None
     )
     gates, reasons = checked.get("gates") or [], []
+    remarks = [g["remark"] for g in gates if g.get("remark")]
     if broken := [f"{g.get('gate')} is {show('', g.get('value'))} and must be {g.get('must_be')}" for g in gates if not g.get("holds")]:
         reasons.append(f"{len(broken)} of {len(gates)} gates do not hold: {'; '.join(broken)}.")
-    elif gates: reasons.append(f"All {len(gates)} gates hold.")
+    elif gates: reasons.append(f"All {len(gates) - len(remarks)} gates {'that judge ' * bool(remarks)}hold.")
+    reasons += [f"Attention: {remark}." for remark in remarks]
     for row in (checked.get("comparison") or [])[:1]:
         reasons.append(
             f"Score “{row.get('metric')}”: {show('', row.get('base'))} for what it is compared with ({_names(checked)['base'].lower()}),"

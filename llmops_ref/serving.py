@@ -15,7 +15,7 @@ import httpx
 
 from .config import SettingsError
 from .gateway import forget_routes, gateway_command, gateway_environment, gateway_store
-from .services import Service, owned_by, owner, running_services, start_service, stop_service
+from .services import PATIENCE, Service, owned_by, owner, running_services, start_service, stop_service
 from .validation import serving_environment
 from .workspace import DataError, Workspace
 
@@ -56,7 +56,7 @@ def start_endpoint(
     for service in running_services(ws):
         if service.name == name and service.digest == version:
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{service.url}/health", timeout=5).status_code == 200: return service
+                if httpx.get(f"{service.url}/health", timeout=30).status_code == 200: return service
     code = ws.mlflow().artifacts.download_artifacts(
         f"{uri}/code", dst_path=str(ws.here("served", version, "code").parent)
     )  # where it stays as long as it is served
@@ -194,6 +194,9 @@ class LocalHost:
         "The address for clients, as far as there is one."
         return front_url(self.front) if self.front else next(iter(self.endpoints.values())).url if self.endpoints else ""
 
+    @property
+    def _timeout(self): return PATIENCE * self.ws.config.chat_timeout   # what the assistant asks has a time-out of its own
+
     def start(self, version: str) -> None:
         "Bring a version up beside what serves; `DataError` if it does not come up in time."
         with owned_by(self.front.owner) if self.front else contextlib.nullcontext():
@@ -207,11 +210,11 @@ class LocalHost:
 
     def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
         "Ask a version that was started, or whoever has the traffic; gives and raises what `ask_endpoint` does."
-        return ask_endpoint(self.endpoints[version].url if version else self.url, question, purpose)
+        return ask_endpoint(self.endpoints[version].url if version else self.url, question, purpose, self._timeout)
 
     def stream(self, question: str, version: str | None = None, inputs: dict | None = None):
         "The same in pieces: yields and raises what `stream_endpoint` does."
-        yield from stream_endpoint(self.endpoints[version].url if version else self.url, question, inputs)
+        yield from stream_endpoint(self.endpoints[version].url if version else self.url, question, inputs, self._timeout)
 
     def share(self, shares: dict[str, float]) -> None:
         "Share the traffic between versions that were started; when this returns, it is. `SettingsError` if the shares do not add up to 1."

@@ -199,8 +199,8 @@ def load_for_training(
     linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if "Linear" in type(part).__name__} - {"lm_head"})
     if unknown := sorted(set(recipe.modules) - set(linear)):
         raise SettingsError(f"`finetune_modules` names {', '.join(unknown)}, which this model has not. It has {', '.join(linear)}.")
-    if more: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=recipe.recompute)
-    elif recipe.recompute: model.enable_input_require_grads()
+    if more: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)     # the Trainer does it, by the name of today
+    if recipe.recompute: model.enable_input_require_grads()
     total = model.config.num_hidden_layers
     lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=list(recipe.modules), task_type="CAUSAL_LM",
                       layers_to_transform=list(range(max(total - recipe.layers, 0), total)) if recipe.layers else None)
@@ -296,6 +296,10 @@ def _no_disk(folder, error):
     )
 
 # %% ../nbs/04b_training.ipynb #bf402bf6
+def _recomputing(arguments):                        # before transformers 5.23 it has the name that goes in 6
+    name = "activation_checkpointing" if "activation_checkpointing" in arguments.__dataclass_fields__ else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": dict(use_reentrant=False)}
+
 def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
     import torch
     from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
@@ -335,7 +339,7 @@ def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
         include_num_input_tokens_seen="all", seed=recipe.seed, use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(), report_to="none", disable_tqdm=True, log_level="error",
         remove_unused_columns=False,
-        **dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False)) if recipe.recompute else {},
+        **_recomputing(TrainingArguments) if recipe.recompute else {},
     )
     stop = [EarlyStoppingCallback(recipe.patience)] if recipe.patience and checked else []
     trainer = AnswerTrainer(

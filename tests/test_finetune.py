@@ -1,5 +1,5 @@
 "Training in processes of its own: killed, on two devices, on a full disk."
-import functools, importlib.metadata, json, resource, signal, subprocess, sys
+import functools, importlib.metadata, json, resource, signal, subprocess, sys, warnings
 from dataclasses import replace
 
 import pandas as pd
@@ -108,6 +108,16 @@ def test_the_result_counts_what_was_learned_from(base, undisturbed, tmp_path):
     assert whole["pairs"] == 96 and whole["steps"] == whole["wanted"]
     short = fit(prepare_training(tmp_path, base, pairs(), replace(RECIPE, seconds=1e-6, checks=1)))
     assert short["steps"] == short["best_step"] == 3 < short["wanted"] and 0 < short["pairs"] < 96
+
+
+def test_activations_computed_again(base, undisturbed, tmp_path, monkeypatch):
+    "It takes less memory and learns the same; and by the name that transformers will still know."
+    whole = undisturbed("float32")
+    monkeypatch.setattr("llmops_ref.training.training_dtype", lambda device: "float32")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*gradient_checkpointing(_enable)?` is deprecated", category=FutureWarning)
+        again = fit(prepare_training(tmp_path, base, pairs(), replace(RECIPE, recompute=True)))
+    assert again["steps"] == whole["steps"] and again["loss"] == pytest.approx(whole["loss"], rel=0.01)
 
 
 def test_two_devices(base, tmp_path):
