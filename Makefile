@@ -1,6 +1,8 @@
 # make run    set up what is missing, then run the whole life cycle in dev
-# make test   set up what is missing, then run everything that must pass
+# make test   set up what is missing, then run everything that a change must pass
+# make test-all   that, and what takes long for its own sake: a renamed fork with an environment of its own, and its two commands
 #
+# WORKERS=2        how many tests `make test` runs beside each other; they share the cores
 # ENV=staging      the environment that `make run` runs in
 # TORCH=cpu        take PyTorch's CPU build (190 MB; on Linux the default brings gigabytes of CUDA); any backend that uv knows
 # INSTALLER=pip    install with pip alone, if uv cannot be had
@@ -10,6 +12,7 @@ PYTHON ?= python3
 ENV ?= dev
 TORCH ?=
 INSTALLER ?= uv
+WORKERS ?= 2
 BIN := .venv/bin
 
 export TOKENIZERS_PARALLELISM := false
@@ -20,9 +23,14 @@ unexport PYTHONDONTWRITEBYTECODE
 run: .venv/installed
 	$(BIN)/llmops run --env $(ENV) || test $$? -eq 3   # 3: it waits for a person, which is no failure
 
-test: .venv/installed
-	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && TMPDIR=$$scratch $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/pytest
+test: lessons
+	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+
+test-all: lessons
+	$(BIN)/pytest -n $(WORKERS)
+
+lessons: .venv/installed   # those of all notebooks
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && TMPDIR=$$scratch $(BIN)/nbdev-test --n-workers $(WORKERS)
 
 # The same promises with the network cut off: only loopback is left (Linux, needs root or user namespaces)
 offline: .venv/installed
@@ -84,4 +92,4 @@ environment.yml: requirements.lock
 clean:                     # remove what runs left (not the environment)
 	rm -rf runs stores
 
-.PHONY: run test offline setup prepare site lock clean
+.PHONY: run test test-all lessons offline setup prepare site lock clean

@@ -32,7 +32,7 @@ from .workspace import DataError, open_workspace, write_atomic
 FOR_PAGES = {
     ("DEFAULT", "prompts"): "data/prompts/pages", ("DEFAULT", "passage_words"): "50", ("DEFAULT", "regressions"): "",
     ("DEFAULT", "draft_questions"): "false", ("dev", "draft_questions"): "true", ("dev", "chat_max_tokens"): "60",
-    ("dev", "prompt_search"): "0", ("dev", "prompt_questions"): "4", ("dev", "prompt_report_questions"): "4",
+    ("dev", "prompt_report_questions"): "4",
     ("smoke", "finetune_examples"): "176", ("smoke", "finetune_tokens"): "512",
 }
 FEWEST = 24  # chunks of which a prompt shows a whole sentence, outside the pages of the test; with fewer, the base model serves as it is

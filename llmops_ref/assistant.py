@@ -6,10 +6,10 @@ Reads the index, a prompt and an endpoint. Leaves the chain that every later sta
 
 # %% auto #0
 __all__ = ['FENCE', 'PLAIN_PROMPT', 'DIRECT_PROMPT', 'ENTRY', 'REQUIREMENTS', 'cut_words', 'passage_block', 'check_template',
-           'build_messages', 'check_citations', 'make_chain', 'retriever_class', 'as_retriever', 'open_endpoint',
-           'served_endpoint', 'lowest_cosine', 'open_chains', 'open_assistants', 'open_assistant', 'assistant_parts',
-           'assistant_digest', 'logged_settings', 'logged_digest', 'verify_files', 'find_version', 'log_assistant',
-           'log_chain']
+           'build_messages', 'check_citations', 'take_out_marks', 'make_chain', 'retriever_class', 'as_retriever',
+           'open_endpoint', 'served_endpoint', 'lowest_cosine', 'open_chains', 'open_assistants', 'open_assistant',
+           'assistant_parts', 'assistant_digest', 'logged_settings', 'logged_digest', 'verify_files', 'find_version',
+           'log_assistant', 'log_chain']
 
 # %% ../nbs/03a_assistant.ipynb #e2b9e145
 import contextlib, functools, hashlib, importlib.metadata, json, os, re, shutil, tempfile
@@ -24,7 +24,8 @@ from .llm import Endpoint, chat_client, read_prices, serve_gguf
 from .embedding import minilm_folder, minilm_onnx
 from .retrieval import index_folder, index_precision, open_index
 from .scoring import REFUSAL, citations, is_refusal
-from .workspace import DataError, Workspace, file_digest, verify_digest, write_atomic
+from .files import DataError, file_digest, known_digest, verify_digest, write_atomic
+from .workspace import Workspace
 
 # %% ../nbs/03a_assistant.ipynb #6cba1c41
 def cut_words(text: str, max_words: int) -> str:
@@ -103,8 +104,17 @@ def check_citations(
         return f"{group['space']}[{', '.join(numbers)}]" if numbers else ""
     return re.sub(r"(?P<space>\s?)\[(?P<numbers>\d{1,2}(?:\s*,\s*\d{1,2})*)\]", kept, _follow_names(text, documents))
 
+# %% ../nbs/03a_assistant.ipynb #27b43c31
+_MARK = re.compile(r"\s*<\s*/?\s*passages\s*>", re.I)
+
+def take_out_marks(
+    text: str, # As a model wrote it
+) -> str:
+    "The text without the marks that fence the passages of a prompt, and the space before them."
+    return _MARK.sub("", text).lstrip()
+
 # %% ../nbs/03a_assistant.ipynb #3e72dda4
-def _settled(text): return re.sub(r"\s*(\[[\d\s,]*)?$", "", text)            # without an open bracket at its end, and the space before it
+def _settled(text): return re.sub(r"\s*(\[[\d\s,]*|<[\s/]*\w*\s*)?$", "", text)     # without an open bracket at its end, and the space before it
 
 def _check(chunks):
     from langchain_core.runnables import AddableDict
@@ -113,10 +123,10 @@ def _check(chunks):
         state |= {key: value for key, value in chunk.items() if key != "reply"}
         if (piece := chunk.get("reply")) is None: continue
         reply = piece if reply is None else reply + piece
-        text = check_citations(_settled(reply.text.lstrip()), state["documents"])
+        text = check_citations(_settled(take_out_marks(reply.text)), state["documents"])
         if len(text) > len(sent): yield AddableDict(answer=text[len(sent):])
         sent = max(text, sent, key=len)
-    text = REFUSAL if reply is None else check_citations(reply.text.strip(), state["documents"])
+    text = (reply is not None and check_citations(take_out_marks(reply.text).strip(), state["documents"])) or REFUSAL
     if text != sent: yield AddableDict(answer=text[len(sent):])
     yield AddableDict(_facts(state, reply, text))
 
@@ -262,9 +272,9 @@ def open_assistants(ws: Workspace, templates: dict[str, str | None], passages: b
         yield {name: chain(template) for name, template in templates.items()}
 
 @contextlib.contextmanager
-def open_assistant(ws: Workspace, template: str | None = None, passages: bool = True):
-    "The chain as the settings describe it, while the `with` block runs."
-    with open_assistants(ws, dict(one=template), passages) as chains: yield chains["one"]
+def open_assistant(ws: Workspace, template: str | None = None, passages: bool = True, **options):
+    "The chain as the settings describe it, while the `with` block runs; `options` as for `open_chains`."
+    with open_assistants(ws, dict(one=template), passages, **options) as chains: yield chains["one"]
 
 # %% ../nbs/03a_assistant.ipynb #ccfcb3f0
 ENTRY = "assistant_model.py"                        # what MLflow runs when it loads a version
@@ -311,7 +321,7 @@ def assistant_parts(
             files |= dict(tokenizer=minilm_folder() / "tokenizer.json", embedder=minilm_onnx(ws, settings["precision"]))
     settings["packages"] = _pinned()
     settings["digests"] = {
-        name: file_digest(path / "manifest.json" if path.is_dir() else path) for name, path in files.items()
+        name: known_digest(path / "manifest.json" if path.is_dir() else path) for name, path in files.items()
     }  # the manifest of an index names its files by theirs
     return settings, files
 

@@ -6,12 +6,13 @@ Reads the installed packages, or documents of your own, and `data/questions.json
 
 # %% auto #0
 __all__ = ['SKIP_DIRS', 'QUESTION_TYPES', 'NOTHING', 'RECORD_SCHEMA', 'installed', 'package_files', 'parse_file', 'public_names',
-           'public_path', 'plain_docstring', 'clean_documents', 'sample_documents', 'chunk_recipe', 'update_chunks',
+           'public_path', 'plain_docstring', 'clean_documents', 'add_prominence', 'chunk_recipe', 'update_chunks',
            'question_problem', 'load_questions', 'check_splits', 'sample_questions', 'check_corpus', 'parse_batches',
            'read_api', 'read_corpus']
 
 # %% ../nbs/02_corpus.ipynb #93fe2e75
 import fnmatch, gc, hashlib, importlib.metadata, importlib.util, json, re
+from collections import defaultdict
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,7 @@ from . import chunking
 from .chunking import make_chunks
 from .config import SettingsError, load_config
 from .documents import corpus_source, read_folder, read_table
+from .prominence import FIRST_QUESTIONS, first_questions, prominence, sample_documents
 from .reviewed import question_rows, reviewed_cases
 from .workspace import DataError, Workspace, file_digest, open_workspace
 
@@ -94,19 +96,27 @@ def _is_public(path: str) -> bool: return not any(part.startswith("_") for part 
 
 def _shortest(name): return name.count("."), len(name), name
 
+def _through(package, stars):                       # the modules that `from ... import *` brings in, also through one another
+    found = []
+    for module in stars.get(package, []):
+        if module not in found: found += [module, *(m for m in _through(module, stars) if m not in found)]
+    return found
+
 def public_names(
     records: pd.DataFrame, # Output of `parse_file` for all files of one package
 ) -> dict[str, str]: # Where an object is defined -> the shortest public name for it
     "Follow re-exports to find the name under which each top-level object is meant to be imported."
     alias = records[records.kind == "alias"]
     target, exported = dict(zip(alias.path, alias.text)), dict(zip(alias.path, alias.source != ""))
-    stars = [(p.removesuffix(".*"), t.removesuffix(".*")) for p, t in target.items() if p.endswith(".*")]
-    defined = records.loc[records.kind.isin(["class", "function"]), "path"]
-    for package, module in stars:
-        for path in defined[defined.str.startswith(module + ".")]:
-            if "." not in (rest := path[len(module) + 1:]):
-                target.setdefault(f"{package}.{rest}", path)
-                exported.setdefault(f"{package}.{rest}", True)
+    defined, stars = defaultdict(list), defaultdict(list)
+    for path in records.loc[records.kind.isin(["class", "function"]), "path"]: defined[path.rpartition(".")[0]].append(path)
+    for name, module in zip(alias.path, alias.text):
+        if name.endswith(".*"): stars[name.removesuffix(".*")].append(module.removesuffix(".*"))
+    for package in list(stars):
+        for path in (path for module in _through(package, stars) for path in defined[module]):
+            name = f"{package}.{path.rpartition('.')[2]}"
+            target.setdefault(name, path)
+            exported.setdefault(name, True)
     best = {}
     for name in target:
         end, hops = target[name], 0
@@ -159,16 +169,14 @@ def clean_documents(
     return objects.drop(columns="path").sort_values("id", ignore_index=True)[
         ["id", "package", "version", "kind", "signature", "text", "source", "words", "digest"]]
 
-# %% ../nbs/02_corpus.ipynb #fa787aec
-def sample_documents(
-    documents: pd.DataFrame,
-    n: int, # How many documents to keep; 0 = all
-    keep: set[str], # Ids that must stay
-) -> pd.DataFrame:
-    "Keep `n` documents: those in `keep`, then others in the order of a hash of their id."
-    if not n or len(documents) <= n: return documents
-    order = documents.id.map(lambda i: (i not in keep, hashlib.md5(i.encode(), usedforsecurity=False).hexdigest()))
-    return documents.loc[order.sort_values().index[:max(n, len(keep))]].sort_values("id", ignore_index=True)
+# %% ../nbs/02_corpus.ipynb #cd1608e3
+def add_prominence(
+    documents: pd.DataFrame, # All of the corpus
+) -> pd.DataFrame: # With a column `prominence`, and a digest that knows it
+    "How prominent each document is among the others; a page of a folder has 0, and stays as it is."
+    found = prominence(documents).prominence
+    digest = [hashlib.sha256(f"{d} {p}".encode()).hexdigest()[:16] if p else d for d, p in zip(documents.digest, found)]
+    return documents.assign(digest=digest, prominence=found)
 
 # %% ../nbs/02_corpus.ipynb #56caaff4
 def chunk_recipe(words: int, chunker: str) -> str:
@@ -336,9 +344,10 @@ def read_corpus(
     ws: Workspace,
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # All documents; and the files with a problem, `source problem kept`
     "Documents from where the setting `corpus` says; `SettingsError` or `DataError` names what is wrong there."
-    config, nothing = ws.config, pd.DataFrame(columns=["source", "problem", "kept"])
-    source = corpus_source(config.corpus, config.root)
-    if source == "packages": return read_api(ws, config.corpus_packages, config.corpus_exclude, config.corpus_min_words), nothing
-    if source == "folder":
-        return read_folder(ws, config.corpus, config.corpus_max_unreadable, config.corpus_exclude, config.corpus_min_words)
-    return read_table(ws, config.corpus), nothing
+    config, problems = ws.config, pd.DataFrame(columns=["source", "problem", "kept"])
+    source, least = corpus_source(config.corpus, config.root), config.corpus_min_words
+    if source == "packages": documents = read_api(ws, config.corpus_packages, config.corpus_exclude, least)
+    elif source == "folder":
+        documents, problems = read_folder(ws, config.corpus, config.corpus_max_unreadable, config.corpus_exclude, least)
+    else: documents = read_table(ws, config.corpus)
+    return add_prominence(documents), problems

@@ -18,7 +18,8 @@ import pandas as pd
 from .config import load_config
 from .hub import chosen_gguf
 from .scoring import REFUSAL, asks_for_name, is_refusal, names_gold, score_answer
-from .workspace import DataError, Workspace, file_digest, open_workspace, write_atomic
+from .files import DataError, known_digest, write_atomic
+from .workspace import Workspace, open_workspace
 
 # %% ../nbs/03e_evaluation.ipynb #b805df9f
 def answer_all(
@@ -122,7 +123,7 @@ def model_digest(
     **settings, # Whatever else decides a reply
 ) -> str: # 64 hexadecimal digits
     "Digest of what answers."
-    return hashlib.sha256(json.dumps([[file_digest(f) for f in files if f], settings], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([[known_digest(f) for f in files if f], settings], sort_keys=True).encode()).hexdigest()
 
 def keep_replies(
     client, # Chat client: a runnable from messages to a message

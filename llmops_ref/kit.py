@@ -14,12 +14,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from .adopt import adopt_folder, plan_adoption
 from .config import SettingsError, find_settings, load_config
-from .doctor import check_machine, check_project, check_workspace, find_samples, guarded
-from .fork import check_clean, choose_identity, fork_project, git, plan_rename, read_identity, read_upstream, upgrade_project
+from .files import DataError
 from .terminal import Env, Json, manners, me, one_of, out
-from .workspace import DataError
 
 # %% ../nbs/90i_kit.ipynb #33a65cbd
 kit_app = typer.Typer()
@@ -49,6 +46,7 @@ def init(
 ):
     "Make this fork a project of your own: rename it everywhere, record what it was made from, commit."
     with manners():
+        from llmops_ref.fork import check_clean, choose_identity, fork_project, git, plan_rename, read_identity, read_upstream
         root = project_root()
         check_clean(root)
         old, here = read_identity(root), load_config("dev", root)
@@ -119,6 +117,7 @@ def adopt(
 ):
     "Answer from your own documents: make them the corpus, and draft questions about them."
     with manners():
+        from llmops_ref.adopt import adopt_folder, plan_adoption
         root = project_root()
         plan = plan_adoption(root, folder, questions, teacher=not dry_run)
         overridden = [] if dry_run else adopt_folder(root, plan)
@@ -169,6 +168,7 @@ def upgrade(
 ):
     "Take over what has changed upstream, as if it had always been called like this project."
     with manners():
+        from llmops_ref.fork import check_clean, git, read_upstream, upgrade_project
         root = project_root()
         check_clean(root)
         if fetch and "upstream" in git(root, "remote").splitlines():  # both may have a tag of one name
@@ -215,6 +215,7 @@ def doctor(
 ):
     "Look at everything that a run needs, and say how to mend what is missing; exit code 1 if a run would fail."
     with manners():
+        from llmops_ref.doctor import check_machine, check_project, check_workspace, guarded
         root = project_root()
         findings, there = [], databricks or databricks is None and bool(os.environ.get("DATABRICKS_HOST"))
         looks = [("machine", lambda: check_machine(root)), ("project", lambda: check_project(root, env))] + [
@@ -235,6 +236,7 @@ def doctor(
 def todo(env: Env = "dev", as_json: Json = False):
     "List what is still the sample's, and what waits for a person."
     with manners():
+        from llmops_ref.doctor import find_samples
         findings = find_samples(project_root(), env)
         if as_json: return out(dict(env=env, findings=[vars(f) for f in findings]))
         _show(findings)

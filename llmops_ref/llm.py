@@ -91,6 +91,12 @@ class Endpoint:
     def __repr__(self): return f"Endpoint({self.base_url!r}, {self.model!r})"    # never the key
 
 # %% ../nbs/00b_llm.ipynb #4a7837d6
+def _say_hello(endpoint):                           # the first request, without the second that OpenAI's client takes to be imported
+    import httpx
+    hello = dict(model=endpoint.model, messages=[dict(role="user", content="Hello")], max_tokens=1)
+    bearer = dict(Authorization=f"Bearer {endpoint.api_key}")
+    httpx.post(f"{endpoint.base_url}/chat/completions", json=hello, headers=bearer, timeout=60).raise_for_status()
+
 def openai_client(endpoint: Endpoint):
     "The bare `openai.OpenAI` client of an endpoint, for what only the protocol knows, such as timings."
     from openai import OpenAI
@@ -122,7 +128,7 @@ def serve_gguf(
     except RuntimeError as error:
         raise DataError(f"llama.cpp cannot load {model}: {error}. The file is damaged or of an unknown kind.") from None
     endpoint = Endpoint(f"{server.listening_address}/v1", name, params.api_keys[0], patience=10)
-    openai_client(endpoint).chat.completions.create(model=endpoint.model, messages=[dict(role="user", content="Hello")], max_tokens=1)
+    _say_hello(endpoint)
     try: yield endpoint
     finally: del server
 

@@ -14,9 +14,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from .config import SettingsError, load_config
-from .terminal import By, Env, Json, manners, me, out, seen, watched, who
-from .workspace import DataError, open_workspace
+from .config import SettingsError
+from .files import DataError, write_atomic
+from .terminal import By, Env, Json, manners, me, out, seen, watched, who, workspace_of
 
 # %% ../nbs/90k_operations.ipynb #04ec6c3f
 operations_app = typer.Typer()
@@ -27,7 +27,6 @@ Version = Annotated[Optional[str], typer.Option("--version", help="Of the assist
 def _show_evidence(ws, version, facts):
     from llmops_ref.approval import read_evidence
     from llmops_ref.evidence import evidence_reasons, render_evidence
-    from llmops_ref.workspace import write_atomic
     evidence = read_evidence(ws, facts)
     page = write_atomic(ws.path("evidence", f"version-{version}.html"), render_evidence(evidence))
     typer.echo(
@@ -48,7 +47,7 @@ def approve(
     "Show the evidence of a validated version, ask, and let it be deployed."
     with manners():
         from llmops_ref.approval import decide, to_decide
-        ws = open_workspace(load_config(env))
+        ws = workspace_of(env)
         version, facts = to_decide(ws, version)
         _show_evidence(ws, version, facts)
         if not yes:
@@ -64,7 +63,7 @@ def reject(
     "Say no to a validated version, and why; it is not deployed."
     with manners():
         from llmops_ref.approval import decide, to_decide
-        ws = open_workspace(load_config(env))
+        ws = workspace_of(env)
         version, _ = to_decide(ws, version)
         tags = decide(ws, version, False, who(by), reason)
         typer.echo(f"Version {version} is rejected by {tags['approval_by']}. What serves {env} now goes on serving.")
@@ -77,14 +76,14 @@ def promote(
     "Copy a validated fine-tuned model from one environment to another (promotion = model)."
     with manners():
         from llmops_ref.promotion import promote_model
-        version, digest = promote_model(open_workspace(load_config(source)), open_workspace(there := load_config(target)))
+        version, digest = promote_model(workspace_of(source), there := workspace_of(target))
         typer.echo(
             f"The model of {source} with the digest {digest[:16]} is version {version} of chat_model in {target}. Validate it there: {me()}"
             f" run --env {target}"
         )
-        if there.promotion != "model":
+        if there.config.promotion != "model":
             typer.secho(
-                f"Note: promotion = {there.promotion} in {target}, so the next run there trains a model of its own. Set promotion = model"
+                f"Note: promotion = {there.config.promotion} in {target}, so the next run there trains a model of its own. Set promotion = model"
                 " in settings.ini.",
                 fg="yellow",
                 err=True,
@@ -100,7 +99,7 @@ def versions(
     with manners():
         from llmops_ref.approval import list_versions
         from llmops_ref.deployment import remove_version
-        ws = open_workspace(load_config(env))
+        ws = workspace_of(env)
         if remove: remove_version(ws, remove)
         table = list_versions(ws)
         if as_json: return out(table.to_dict("records"))
@@ -118,12 +117,12 @@ def rollback(
         if prompt:
             from llmops_ref.prompts import rollback_prompt
             typer.echo(
-                f"Version {rollback_prompt(open_workspace(load_config(env)))} of the prompt is champion of {env} again. Give it to the"
+                f"Version {rollback_prompt(workspace_of(env))} of the prompt is champion of {env} again. Give it to the"
                 f" assistant: {me()} run --env {env} --from finetune"
             )
             return
         from llmops_ref.deployment import rollback as back
-        version, answer = back(open_workspace(load_config(env)), question)
+        version, answer = back(workspace_of(env), question)
         typer.echo(f"Version {version} of the assistant is champion of {env} again. It was asked first: {question}\n  {seen(answer)}")
 
 # %% ../nbs/90k_operations.ipynb #d7073cd1
@@ -182,7 +181,7 @@ def serve(
         from llmops_ref.services import running_services, stop_leftovers, stop_services
         if what not in SERVED: raise SettingsError(f"There is no {what!r} to serve. There are {', '.join(SERVED)}.")
         settings = {"gateway_port": port} if what == "gateway" and port else {}
-        ws = open_workspace(load_config(env, **settings))
+        ws = workspace_of(env, **settings)
         stop_leftovers(ws)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))          # what we started ends with us, however politely we are asked
         url, example = _serve(ws, what, port)
@@ -211,14 +210,14 @@ def bench(
         os.environ["TQDM_DISABLE"] = "1"            # bars of other libraries
         from llmops_ref.bench import BENCHES, run_bench
         if name not in BENCHES: raise SettingsError(f"There is no benchmark {name!r}. There are {', '.join(BENCHES)}.")
-        _show_table(run_bench(watched(open_workspace(load_config(env))), name), as_json)
+        _show_table(run_bench(watched(workspace_of(env)), name), as_json)
 
 @operations_app.command()
 def compare(env: Env = "dev", as_json: Json = False):
     "Let the applications answer the same test questions: quality, time, size and price on one table."
     with manners():
         from llmops_ref.applications import break_even, compare_applications
-        ws = watched(open_workspace(load_config(env)))
+        ws = watched(workspace_of(env))
         table, answers = compare_applications(ws)
         ws.write("applications", table.reset_index())
         _show_table(table.drop(columns="app").T, False) if not as_json else _show_table(table, True)
@@ -241,7 +240,7 @@ def batch(
     "Answer the questions of a table with the logged assistant; run again, it goes on where it stopped."
     with manners():
         from llmops_ref.batch import answer_table
-        ws = watched(open_workspace(load_config(env)))
+        ws = watched(workspace_of(env))
         counts = answer_table(ws, source, target, version, slice_rows)
         if as_json: return out(counts)
         typer.echo(
@@ -263,7 +262,7 @@ def load(
         from llmops_ref.load import load_champion, plot_load
         try: numbers = [int(n) for n in askers.split(",")]
         except ValueError: raise SettingsError(f"--askers takes numbers with commas, such as 1,2,4, not {askers!r}.") from None
-        ws = watched(open_workspace(load_config(env)))
+        ws = watched(workspace_of(env))
         table, lasting = load_champion(ws, numbers, seconds, soak)
         plot_load(table).savefig(figure := ws.path("figures", "load.png"), dpi=110)
         if as_json:

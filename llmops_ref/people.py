@@ -13,10 +13,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from .config import SettingsError, load_config
-from .pipeline import StageFailed, find_stage, make_plan, preflight, run_pipeline
-from .terminal import By, Env, Json, manners, me, one_of, out, seen, who
-from .workspace import DataError, open_workspace
+from .config import SettingsError
+from .files import DataError
+from .terminal import By, Env, Json, manners, me, one_of, out, seen, who, workspace_of
 
 # %% ../nbs/90e_people.ipynb #8f87031e
 people_app = typer.Typer()
@@ -27,7 +26,7 @@ def chat(env: Env = "dev", port: Annotated[int, typer.Option(help="0 = a free on
     with manners():
         from llmops_ref.chat import open_champion, serve_chat
         from llmops_ref.services import free_port, stop_leftovers, stop_services
-        ws = open_workspace(load_config(env))
+        ws = workspace_of(env)
         stop_leftovers(ws)
         port = free_port(port, "--port")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -62,7 +61,7 @@ def vote(
     with manners():
         from llmops_ref.feedback import record_feedback
         if good is None: raise SettingsError("Say --up or --down.")
-        row = record_feedback(open_workspace(load_config(env)), trace_id, good, comment, correction, who(by) or "user", reason)
+        row = record_feedback(workspace_of(env), trace_id, good, comment, correction, who(by) or "user", reason)
         if as_json: return out(row)
         typer.echo(
             f"Noted as {row['feedback_id']}." + ("" if good and not correction else f" A person reads it: {me()} review --env {env}")
@@ -114,7 +113,7 @@ def review(
     "Decide what becomes of users' votes."
     with manners():
         from llmops_ref.review import review_feedback, to_review, trace_case
-        ws = open_workspace(load_config(env))
+        ws = workspace_of(env)
         if where:
             if not feedback_id: raise SettingsError("Whose way? Give the id of a vote.")
             table = trace_case(ws, feedback_id)
@@ -151,8 +150,9 @@ def monitor(
 ):
     "Look at traffic, votes and drift now; say what is wrong and what to do."
     with manners():
+        from llmops_ref.pipeline import StageFailed, find_stage, make_plan, preflight, run_pipeline
         one_of(fail_on, "--fail-on", ("breach", "never"))
-        ws = open_workspace(load_config(env))
+        ws = workspace_of(env)
         steps = make_plan(ws, only=find_stage("monitoring"), force=True)
         preflight(ws, [step.stage for step in steps])
         try: record = run_pipeline(ws, steps, True, command="llmops monitor")

@@ -190,7 +190,8 @@ CAPTIONS = dict(
     against_base="Each variant against the base model, on the held-out pairs",
     wrong="Where the tuned model still fails", scaling="What more pairs buy", scorecard="The candidates",
     packages="Where the documents come from", by_method="Ways to search, on the test questions",
-    misses="Questions that the search misses", smoke="Smoke test of the endpoint", alerts="Signals and their bounds",
+    misses="Questions that the search misses", first_questions="What a newcomer asks first",
+    first_misses="First questions without it", sample="Why they are in", smoke="Smoke test of the endpoint", alerts="Signals and their bounds",
     triggers="What to do, by cause", drift="Drift of questions, day by day",
     planted="The rehearsal: hidden in made-up traffic, and found", basis="What the numbers are of",
     cases_left_out="Reviewed cases that were left out", url="Endpoint", rollback="To go back",
@@ -207,6 +208,11 @@ def split_details(
     tables, facts = {}, {}
     if card := details.get("scorecard"):
         details = details | dict(scorecard=[{c: row[c] for c in SCORECARD if c in row} or row for row in card])
+    if asked := details.get("first_questions"):
+        missed = [dict(question=q["question"], shown=", ".join(q["shown"])) for q in asked if not q["right"]]
+        many = max(len(q["shown"]) for q in asked)
+        line = f"{len(asked) - len(missed)} of {len(asked)} have the right object among the {many} passages shown"
+        details = details | dict(first_questions=line, first_misses=missed)
     for key, value in details.items():
         if key in skip or value in (None, "", [], {}): continue
         rows = isinstance(value, list) and all(isinstance(row, dict) for row in value)

@@ -19,7 +19,7 @@ from .cases import attack_table, load_attacks, load_regressions, planted, try_at
 from .config import Config, load_config
 from .corpus import sample_questions
 from .gateway import gateway_of
-from .evaluation import LESS_IS_BETTER, answer_all, summarise
+from .evaluation import LESS_IS_BETTER, answer_all, keeper, summarise
 from .finetune import model_facts, tuned_files
 from .evidence import OUR_FACTS, compare_slices, missing_facts, render_evidence, version_facts
 from .prompts import champion_prompt
@@ -174,7 +174,8 @@ def side_by_side(
 
 def open_baseline(ws: Workspace, template: str):
     "What a candidate is compared with: the base model, or the same model without passages if nothing was tuned."
-    return open_assistant(ws, template) if _ours(ws.config) else open_assistant(ws, passages=False)
+    kept = dict(wrap=keeper(ws))                    # 04 has asked the base model some of these questions already
+    return open_assistant(ws, template, **kept) if _ours(ws.config) else open_assistant(ws, passages=False, **kept)
 
 def sides(config: Config) -> dict[str, str]:
     "What the two are called in the report."

@@ -3,22 +3,30 @@
 The lessons of a notebook are tested in the notebook (`nbdev-test`). Here is what needs another process: the command,
 kernels that get killed, servers, a machine without a network.
 """
-import atexit, configparser, copy, os, shutil, subprocess, sys, tempfile, threading, time
+import atexit, configparser, contextlib, copy, json, os, shutil, sqlite3, subprocess, sys, tempfile, threading, time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+from filelock import FileLock
 
 from llmops_ref.fork import write_setting
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
+# In a worker of pytest-xdist the main module has no spec, by which Spark's client believes that doctests run, and leaves.
+if getattr(sys.modules["__main__"], "__spec__", None) is None: sys.modules["__main__"].__spec__ = ModuleSpec("__main__", None)
+
 # A life cycle that is complete but small: every stage does its real work on little data.
 SMALL = dict(
     CORPUS_DOCUMENTS="220", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft",
     HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16",
     FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="6", MONITORING_PROBES="3",
-    SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120",
+    SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120", PROMPT_REPORT_QUESTIONS="4", PROMPT_BEHAVIOUR="1",
+    PROMPT_SEARCH="1",
 )  # no timed assertions: CI machines may be slow
 
 # The tests are about the sample, also in a fork whose settings name other documents by now (`llmops adopt`).
@@ -26,12 +34,14 @@ SAMPLE = {
     ("DEFAULT", "corpus"): "packages", ("DEFAULT", "questions"): "data/questions.jsonl",
     ("DEFAULT", "prompts"): "data/prompts", ("DEFAULT", "regressions"): "data/regressions.jsonl",
     ("DEFAULT", "passage_words"): "32", ("DEFAULT", "finetune"): "on", ("dev", "draft_questions"): "false",
-    ("dev", "chat_max_tokens"): "40", ("dev", "prompt_search"): "1", ("dev", "prompt_questions"): "6",
-    ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "96", ("smoke", "finetune_tokens"): "1024",
+    ("dev", "chat_max_tokens"): "40", ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "96", ("smoke", "finetune_tokens"): "1024",
 }
 
-CACHE = tempfile.mkdtemp(prefix="llmops-cache-")        # converted weights, made once for all projects
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+# Converted weights, made once for all projects and all workers: the first process makes the folder, the others are told.
+if "TESTS_CACHE" not in os.environ:
+    os.environ["TESTS_CACHE"] = tempfile.mkdtemp(prefix="llmops-cache-")
+    atexit.register(shutil.rmtree, os.environ["TESTS_CACHE"], ignore_errors=True)
+CACHE = os.environ["TESTS_CACHE"]
 
 
 def no_network() -> list[str]:
@@ -73,6 +83,16 @@ class Project:
         command = [*(no_network() if offline else []), str(BIN / "llmops"), *args]
         return subprocess.run(command, cwd=self.root, env=environment, input=stdin or "", capture_output=True, text=True, timeout=timeout)
 
+    def inside(self, *args: str, stdin: str = "", **settings) -> SimpleNamespace: # `returncode stdout stderr`, as of a process
+        "The same command in this process: what reads arguments and files, and starts nothing, needs no interpreter of its own."
+        from typer.testing import CliRunner
+        from llmops_ref.cli import app
+        environment = self.environment | {f"LLMOPS_{k}": v for k, v in settings.items()}
+        with patch.dict(os.environ, environment, clear=True), contextlib.chdir(self.root), _same_mlflow():
+            done = CliRunner().invoke(app, list(args), input=stdin, prog_name="llmops")
+        if done.exception and not isinstance(done.exception, SystemExit): raise done.exception      # what a user would see as a stack trace
+        return SimpleNamespace(returncode=done.exit_code, stdout=done.stdout, stderr=done.stderr)
+
     def start(self, *args: str, **settings) -> subprocess.Popen:
         "Start the command and come back at once."
         return subprocess.Popen(
@@ -82,21 +102,55 @@ class Project:
         )
 
 
+@contextlib.contextmanager
+def _same_mlflow():
+    "A command points MLflow at the store of its project; the test goes on with its own."
+    mlflow = sys.modules.get("mlflow")
+    before = (mlflow.get_tracking_uri(), mlflow.get_registry_uri()) if mlflow else None
+    try: yield
+    finally:
+        if before: mlflow.set_tracking_uri(before[0]), mlflow.set_registry_uri(before[1])
+
+
 def _link_or_copy(source, target):
     if Path(source).suffix in (".gguf", ".onnx", ".safetensors"): os.link(source, target)
     else: shutil.copy2(source, target)
 
 
+def _say_where(database: Path, old: Path, new: Path) -> None:
+    "MLflow keeps absolute paths: in the copy of a store they are those of the copy."
+    with contextlib.closing(sqlite3.connect(database)) as tables, tables:
+        names = [name for name, in tables.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        for name in names:
+            for column in [row[1] for row in tables.execute(f'PRAGMA table_info("{name}")') if "CHAR" in row[2].upper() or "TEXT" in row[2].upper()]:
+                tables.execute(
+                    f'UPDATE "{name}" SET "{column}" = replace("{column}", ?, ?) WHERE "{column}" LIKE ?', (str(old), str(new), f"%{old}%")
+                )
+
+
 def copy_of(finished: Project, folder: Path) -> Project:
-    "A copy of a project with all that its runs left, to change things in. What MLflow keeps of the versions so far stays where it was."
+    "A copy of a project with all that its runs left, to change things in."
     project = copy.copy(finished)
     project.root = folder / "project"
     shutil.copytree(finished.root, project.root, copy_function=_link_or_copy, symlinks=True)
+    for database in project.root.glob("stores/*/mlflow.db"): _say_where(database, finished.root, project.root)
+    for manifest in project.root.glob("stores/*/stages/*.json"):
+        manifest.write_text(manifest.read_text().replace(str(finished.root), str(project.root)))
     project.environment = finished.environment | dict(PYTHONPATH=str(project.root))
     return project
 
 
-def pytest_configure(config): config.heard = os.dup(1)         # where people look, before pytest begins to keep what is printed
+def pytest_configure(config):
+    config.heard = os.dup(1)                                    # where people look, before pytest begins to keep what is printed
+    if count := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):    # workers share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(count))))
+
+
+def pytest_collection_modifyitems(items):
+    "One worker begins with the life cycle; what needs it comes after what does not, so that the other worker need not wait."
+    first = next((item.path for item in items if "pristine" in item.fixturenames), None)
+    needing = {item.path for item in items if "pristine" in item.fixturenames}
+    items.sort(key=lambda item: 0 if item.path == first else 2 if item.path in needing else 1)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -115,14 +169,27 @@ def pytest_runtest_protocol(item):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Project:
-    "A project whose whole life cycle has run once, without a network."
-    project = Project(tmp_path_factory.mktemp("project"), **SMALL)
-    start = time.time()
-    done = project.llmops("run", "--env", "staging", offline=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    project.first_run, project.first_seconds = done, time.time() - start
+def pristine(tmp_path_factory) -> Project:
+    "A project whose whole life cycle has run once, without a network; all workers share it, and nobody writes into it."
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: shared = shared.parent
+    with FileLock(shared / "pristine.lock"):
+        if not (shared / "pristine.json").exists():
+            project = Project(shared / "pristine", **SMALL)
+            done = project.llmops("run", "--env", "staging", offline=True)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            facts = dict(root=str(project.root), environment=project.environment)
+            (shared / "pristine.json").write_text(json.dumps(facts))
+        facts = json.loads((shared / "pristine.json").read_text())
+    project = object.__new__(Project)
+    project.root, project.environment = Path(facts["root"]), facts["environment"]
     return project
+
+
+@pytest.fixture(scope="module")
+def finished(pristine, tmp_path_factory) -> Project:
+    "A project whose whole life cycle has run once, for the tests of one file."
+    return copy_of(pristine, tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture

@@ -75,13 +75,13 @@ def test_drafts_are_asked_in_dev_and_everywhere_called_drafts(adopted):
     corpus = json.loads((adopted.root / "stores" / "dev" / "stages" / "corpus.json").read_text())
     assert corpus["metrics"]["drafts"] == corpus["metrics"]["questions"] == 30 and "30 of them drafts" in corpus["headline"]
     assert "30 of the 30 evaluation questions are drafts" in (adopted.root / "runs" / "dev" / "latest" / "report.html").read_text()
-    left = {f["about"]: f for f in json.loads(adopted.llmops("todo", "--json").stdout)["findings"]}
+    left = {f["about"]: f for f in json.loads(adopted.inside("todo", "--json").stdout)["findings"]}
     assert (
         left["corpus"]["state"] == left["questions"]["state"] == "ok"
         and "30 questions" in left["drafts"]["found"]
         and "flatter" in left["drafts"]["found"]
     )
-    staging = adopted.llmops("run", "--env", "staging", "--to", "corpus")
+    staging = adopted.inside("run", "--env", "staging", "--to", "corpus")
     assert staging.returncode == 1 and "only drafts" in staging.stderr, "nothing is gated on what nobody has read"
 
 
@@ -107,7 +107,7 @@ def test_prose_is_scored_as_prose(adopted):
     )
     tested = {g for gold in questions[questions.split == "test"].gold for g in gold}
     assert not tested & set(pairs.shown.explode().str.replace(r"#\d+$", "", regex=True))
-    assert adopted.llmops("questions", "check", "--env", "dev").returncode == 0
+    assert adopted.inside("questions", "check", "--env", "dev").returncode == 0
 
 
 def test_a_correction_in_prose_finds_its_page(adopted):
@@ -118,15 +118,15 @@ def test_a_correction_in_prose_finds_its_page(adopted):
     q = learned.iloc[0]
     reply = asked(adopted, q.question)
     assert q.gold[0] in {p["document_id"] for p in reply["passages"]}, "the search shows the page"
-    vote = json.loads(adopted.llmops("vote", reply["trace_id"], "--down", "--correction", q.answer, "--by", "ann", "--json").stdout)
-    nonsense = adopted.llmops("review", vote["feedback_id"], "--accept", "--answer", "Elephants paint violins at dusk.", "--by", "bob")
+    vote = json.loads(adopted.inside("vote", reply["trace_id"], "--down", "--correction", q.answer, "--by", "ann", "--json").stdout)
+    nonsense = adopted.inside("review", vote["feedback_id"], "--accept", "--answer", "Elephants paint violins at dusk.", "--by", "bob")
     assert nonsense.returncode == 1 and "no page that was shown says it" in nonsense.stderr
-    row = json.loads(adopted.llmops("review", vote["feedback_id"], "--accept", "--by", "bob", "--json").stdout)
+    row = json.loads(adopted.inside("review", vote["feedback_id"], "--accept", "--by", "bob", "--json").stdout)
     assert row["gold"] == q.gold[0] and row["answer"] == q.answer
     liked = next(r for other in learned.iloc[1:7].itertuples() if (r := asked(adopted, other.question))["citations"])
-    good = json.loads(adopted.llmops("vote", liked["trace_id"], "--up", "--by", "eve", "--json").stdout)
+    good = json.loads(adopted.inside("vote", liked["trace_id"], "--up", "--by", "eve", "--json").stdout)
     assert (
-        "According" not in json.loads(adopted.llmops("review", good["feedback_id"], "--accept", "--by", "bob", "--json").stdout)["answer"]
+        "According" not in json.loads(adopted.inside("review", good["feedback_id"], "--accept", "--by", "bob", "--json").stdout)["answer"]
     ), "the form comes with the next pair"
 
 
@@ -140,21 +140,21 @@ def test_only_named_settings_change_and_a_second_time_nothing(adopted):
     (adopted.root / "settings.ini").write_text(
         (adopted.root / "settings.ini").read_text().replace("passage_words = 50", "passage_words = 44")
     )
-    again = json.loads(adopted.llmops("adopt", "handbook", "--json").stdout)
+    again = json.loads(adopted.inside("adopt", "handbook", "--json").stdout)
     assert again["settings"] == [] and again["drafts"] == [] and again["kept"] == 30, "what somebody decided since stays"
     (adopted.root / "handbook" / "parking.md").write_text(
         "# Parking\n\n## Where cars stand\n\nCars stand behind the northern building, and nobody pays for that.\n"
     )
-    more = json.loads(adopted.llmops("adopt", "handbook", "--questions", "40", "--json").stdout)
+    more = json.loads(adopted.inside("adopt", "handbook", "--questions", "40", "--json").stdout)
     assert {g for q in more["drafts"] for g in q["gold"]} == {"parking.md"} and more["kept"] == 30
     (adopted.root / "handbook" / "parking.md").unlink()
-    lost = adopted.llmops("adopt", "handbook")
+    lost = adopted.inside("adopt", "handbook")
     assert "about pages that are gone" in lost.stderr and more["drafts"][0]["id"] in lost.stderr
 
 
 def test_what_overrides_an_adopted_setting_is_named(adopted, project):
     shutil.copytree(adopted.root / "handbook", project.root / "handbook")
-    done = project.llmops("adopt", "handbook", CORPUS="packages")
+    done = project.inside("adopt", "handbook", CORPUS="packages")
     assert done.returncode == 1 and "Without effect" in done.stderr and "LLMOPS_CORPUS" in done.stderr
 
 
@@ -170,8 +170,8 @@ def test_what_cannot_be_adopted(project):
         (["one"], "at least two documents"), (["pictures"], "holds no document"),
         (["README.md"], "There is no folder README.md"),
     ):
-        done = project.llmops("adopt", *words)
+        done = project.inside("adopt", *words)
         assert done.returncode == 1 and says in done.stderr, done.stderr
     shutil.copytree(ROOT / "nbs" / "guides", project.root / "guides")
-    assert project.llmops("adopt", "guides", "--dry-run").returncode == 0
+    assert project.inside("adopt", "guides", "--dry-run").returncode == 0
     assert (project.root / "settings.ini").read_text() == before and not list((project.root / "data").glob("*_questions.jsonl"))

@@ -31,7 +31,7 @@ def third(finished):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         gateway = finished.start("serve", "gateway", "--env", "dev", **settings)       # for those who ask afterwards
         assert any("The gateway of dev is at" in line for line in gateway.stdout)
-        yield finished, llmops, acme, done.stdout
+        yield finished, llmops, acme, done.stdout, settings
         gateway.terminate(); gateway.wait()
         del finished.environment["ACME_API_KEY"]
 
@@ -44,9 +44,9 @@ def traces(project):
 
 
 def test_the_life_cycle_of_a_provider(third):
-    project, llmops, acme, said = third
+    project, llmops, acme, said, settings = third
     assert "skipped 05_finetune" in said and "a provider's model is not ours to tune" in said and len(acme.asked) > 10
-    states = {s["stage"]: s["state"] for s in json.loads(llmops("status", "--env", "dev", "--json").stdout)["stages"]}
+    states = {s["stage"]: s["state"] for s in json.loads(project.inside("status", "--env", "dev", "--json", **settings).stdout)["stages"]}
     assert states.pop("05_finetune") == "skipped" and set(states.values()) == {"up to date"}
     assert "Everything is up to date" in llmops("run", "--env", "dev").stdout
     page = (project.root / "runs" / "dev" / "latest" / "report.html").read_text()
@@ -80,7 +80,7 @@ def test_a_planted_key_is_in_nothing_that_a_run_wrote(third):
 
 
 def test_the_fallback_answers_when_the_provider_is_down(third):
-    project, llmops, acme, _ = third
+    project, llmops, acme, *_ = third
     acme.fault = "503"
     reply = json.loads(llmops("ask", QUESTION, "--env", "dev", "--json").stdout)
     acme.fault = None
@@ -88,7 +88,7 @@ def test_the_fallback_answers_when_the_provider_is_down(third):
 
 
 def test_streamed_and_whole_are_the_same_answer(third):
-    project, llmops, acme, _ = third
+    project, llmops, acme, *_ = third
     acme.answer, before = "Use `mlflow.MlflowClient.set_registered_model_alias` [1]. It moves an alias [9] to a version.", acme.answer
     whole, streamed = (json.loads(llmops("ask", QUESTION, "--env", "dev", "--json", *more).stdout) for more in ([], ["--stream"]))
     printed = llmops("ask", QUESTION, "--env", "dev", "--stream").stdout
@@ -100,7 +100,7 @@ def test_streamed_and_whole_are_the_same_answer(third):
 
 def test_a_version_asks_whom_it_was_validated_with(third):
     "Somebody changes the provider's model in the settings: what serves stays as it was, and with the next run it is another version."
-    project, llmops, acme, _ = third
+    project, llmops, acme, *_ = third
     reply = json.loads(
         llmops(
             "ask", QUESTION, "--env", "dev", "--json", GATEWAY_MODELS="local/smollm2-q4_1", GATEWAY_FALLBACKS="", GATEWAY_PROVIDERS=""
@@ -116,7 +116,7 @@ def test_a_version_asks_whom_it_was_validated_with(third):
 
 
 def test_a_key_that_is_refused_is_one_clear_error(third):
-    project, llmops, acme, _ = third
+    project, llmops, acme, *_ = third
     acme.fault = "401"
     done = llmops("run", "--env", "dev", "--only", "prompts", "--force", GATEWAY_FALLBACKS="")
     acme.fault = None
@@ -127,7 +127,7 @@ def test_a_key_that_is_refused_is_one_clear_error(third):
 
 def test_without_an_index(third):
     "retrieval = off: the same stages, prompts of their own, no passages."
-    project, llmops, acme, _ = third
+    project, llmops, acme, *_ = third
     done = llmops("run", "--env", "dev", "--from", "prompts", "--to", "validation", "--set", "retrieval=off")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     details = json.loads((project.root / "stores" / "dev" / "stages" / "validation.json").read_text())["details"]

@@ -43,7 +43,7 @@ def alias(project, name): return workspace(project).alias("assistant", name, rec
 def details(project, stage): return json.loads((project.root / "stores" / "staging" / "stages" / f"{stage}.json").read_text())["details"]
 
 
-def versions(project): return json.loads(project.llmops("versions", "--env", "staging", "--json").stdout)
+def versions(project): return json.loads(project.inside("versions", "--env", "staging", "--json").stdout)
 
 
 def test_evidence_of_a_version(finished):
@@ -65,12 +65,12 @@ def test_approval_rollout_and_rollback(shop):
     assert alias(shop, "champion") == before and alias(shop, "challenger") != before
     assert "waits for a person" in (shop.root / "runs" / "staging" / "latest" / "report.html").read_text()
 
-    unseen = shop.llmops("approve", "--env", "staging", APPROVAL="person")
+    unseen = shop.inside("approve", "--env", "staging", APPROVAL="person")
     assert unseen.returncode == 1 and "Nobody can be asked here" in unseen.stderr
     alone = shop.llmops("run", "--env", "staging", "--only", "deployment", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW)
     assert alone.returncode == 3
 
-    approved = shop.llmops("approve", "--env", "staging", "--yes", "--by", "Ada", APPROVAL="person")
+    approved = shop.inside("approve", "--env", "staging", "--yes", "--by", "Ada", APPROVAL="person")
     assert approved.returncode == 0 and "Approved by Ada" in approved.stdout and "gates" in approved.stdout, approved.stderr
     done = shop.llmops("run", "--env", "staging", "--from", "validation", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -114,8 +114,8 @@ def test_a_rejected_version_is_not_deployed(shop):
     other = dict(QUESTION_WORDS="140")
     before = alias(shop, "champion")
     assert shop.llmops("run", "--env", "staging", "--only", "validation", **other).returncode == 0
-    assert "Why?" in shop.llmops("reject", "--env", "staging", "--by", "Ada").stderr
-    assert shop.llmops("reject", "--env", "staging", "--by", "Ada", "--reason", "q001 is wrong").returncode == 0
+    assert "Why?" in shop.inside("reject", "--env", "staging", "--by", "Ada").stderr
+    assert shop.inside("reject", "--env", "staging", "--by", "Ada", "--reason", "q001 is wrong").returncode == 0
     for approval in ("person", "none"):
         refused = shop.llmops("run", "--env", "staging", "--only", "deployment", APPROVAL=approval, **other)
         assert refused.returncode == 1 and "Ada rejected it: q001 is wrong" in refused.stderr and alias(shop, "champion") == before
@@ -133,7 +133,7 @@ def test_killed_between_registering_and_the_verdict(shop):
     process.wait()
     newest = versions(shop)[0]
     assert newest["validation"] == "PENDING" and alias(shop, "champion") == champion
-    unready = shop.llmops("approve", "--env", "staging", "--version", newest["version"], "--yes", "--by", "Ada")
+    unready = shop.inside("approve", "--env", "staging", "--version", newest["version"], "--yes", "--by", "Ada")
     assert unready.returncode == 1 and "validation status PENDING" in unready.stderr
     done = shop.llmops("run", "--env", "staging", "--only", "validation", **other)
     assert done.returncode == 0, done.stderr
@@ -182,9 +182,9 @@ def test_two_deployments_at_once(shop):
 
 def test_a_version_with_an_alias_is_not_deleted(shop):
     version = alias(shop, "champion")
-    done = shop.llmops("versions", "--env", "staging", "--remove", version)
+    done = shop.inside("versions", "--env", "staging", "--remove", version)
     assert done.returncode == 1 and "champion" in done.stderr and version in {v["version"] for v in versions(shop)}
-    unknown = shop.llmops("versions", "--env", "staging", "--remove", "999")
+    unknown = shop.inside("versions", "--env", "staging", "--remove", "999")
     assert unknown.returncode == 1 and "no version 999" in unknown.stderr
 
 

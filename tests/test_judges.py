@@ -158,5 +158,5 @@ def test_a_judge_that_cannot_be_reached_is_named_at_once(asked, monkeypatch, tmp
 
 
 def test_settings_that_cannot_work_are_named_before_any_work(project, monkeypatch):
-    done = project.llmops("run", JUDGE_MODEL="openai:/acme-large", JUDGE_URL="https://llm.acme.example/v1")
+    done = project.inside("run", JUDGE_MODEL="openai:/acme-large", JUDGE_URL="https://llm.acme.example/v1")
     assert done.returncode == 1 and "JUDGE_API_KEY is not set" in done.stderr and "Running:" not in done.stdout

@@ -1,6 +1,7 @@
 """A team forks the project, renames it, works on it, follows upstream, and asks what is missing.
 
-The fork here is a real one: a git clone, named otherwise by `llmops init`, with an environment of its own.
+The fork here is a real one: a git clone, named otherwise by `llmops init`. `renamed` borrows the environment of these tests; `acme`
+has one of its own, in which its two commands run. That takes minutes, so the tests that need it are slow ones.
 """
 import copy, json, os, re, shutil, subprocess
 
@@ -56,6 +57,26 @@ def upstream(tmp_path_factory) -> Project:
     return project
 
 
+OWN_ENVIRONMENT = pytest.mark.slow(reason="a renamed project installs itself, and runs its own life cycle and lessons")
+
+
+def called(project, *words) -> subprocess.CompletedProcess:
+    "Its command, as its package has it."
+    return subprocess.run(
+        [str(BIN / "python"), "-c", f"from {ACME.package}.cli import app; app()", *words], cwd=project.root, env=project.environment,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def renamed(upstream, tmp_path_factory) -> Project:
+    "A fork of it, renamed by `llmops init`."
+    fork = clone_of(upstream, tmp_path_factory.mktemp("fork") / "renamed")
+    done = fork.llmops(*INIT, "--no-smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return fork
+
+
 @pytest.fixture(scope="module")
 def acme(upstream, tmp_path_factory) -> Project:
     "A fork of it, renamed by `llmops init` with its smoke test, in an environment of its own."
@@ -84,7 +105,8 @@ def ended(project):
 
 # --- a new name
 
-def test_init_renames_everything_and_records_where_it_comes_from(acme, upstream):
+def test_init_renames_everything_and_records_where_it_comes_from(renamed, upstream):
+    acme = renamed
     assert read_identity(acme.root) == ACME
     assert git(acme.root, "status", "--porcelain") == "" and git(acme.root, "log", "-1", "--format=%s") == f"Name it {ACME.name}"
     assert git(acme.root, "rev-list", "--count", "HEAD") == str(
@@ -98,24 +120,20 @@ def test_init_renames_everything_and_records_where_it_comes_from(acme, upstream)
     assert set(left) <= {"pyproject.toml", "CHANGELOG.md", "CITATION.cff", "LICENSE"}, left
     assert os.access(acme.root / ".ci" / "run", os.X_OK), "what was executable still is"
     assert not (acme.root / HERE.package).exists()
-    plan = subprocess.run(
-        [".venv/bin/llmops", "bundle", "plan", "--env", "dev"], cwd=acme.root, env=acme.environment, capture_output=True, text=True
-    )
+    plan = called(acme, "bundle", "plan", "--env", "dev")
     assert f"{ACME.name} in dev" in plan.stdout and f"{ACME.catalog}_dev" in plan.stdout and f"{ACME.name} finetune dev" in plan.stdout, (
         plan.stdout + plan.stderr
     )
 
 
-def test_a_second_init_changes_nothing(acme):
-    before = git(acme.root, "rev-parse", "HEAD")
-    again = subprocess.run(
-        [".venv/bin/llmops", *INIT, "--no-smoke"], cwd=acme.root, env=acme.environment, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True,
-    )
+def test_a_second_init_changes_nothing(renamed):
+    before = git(renamed.root, "rev-parse", "HEAD")
+    again = called(renamed, *INIT, "--no-smoke")
     assert again.returncode == 0 and f"It is called {ACME.name} already" in again.stdout, again.stdout + again.stderr
-    assert git(acme.root, "rev-parse", "HEAD") == before
+    assert git(renamed.root, "rev-parse", "HEAD") == before
 
 
+@OWN_ENVIRONMENT
 def test_the_two_commands_of_the_renamed_project(acme):
     "`make run` goes through the life cycle, here without fine-tuning; `make test` runs the lessons, and of the tests those that need no life cycle of their own."
     done = make(acme, "run", LLMOPS_FINETUNE="off")
@@ -140,6 +158,7 @@ def test_the_two_commands_of_the_renamed_project(acme):
     assert " passed" in tested.stdout and git(acme.root, "status", "--porcelain") == "", "neither leaves anything that git would see"
 
 
+@OWN_ENVIRONMENT
 def test_neither_fine_tuning_nor_an_index(acme):
     "Two stages fewer, and another base model, since the first was retired: the rest passes, to the end. The model is asked directly, validated, deployed and watched."
     done = subprocess.run(
@@ -172,14 +191,14 @@ def test_neither_fine_tuning_nor_an_index(acme):
     ],
 )
 def test_a_name_that_would_not_do_is_refused_before_anything_changes(upstream, words, says):
-    done = upstream.llmops("init", *words, "--yes", "--no-smoke")
+    done = upstream.inside("init", *words, "--yes", "--no-smoke")
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert git(upstream.root, "status", "--porcelain") == ""
 
 
 def test_init_refuses_what_is_not_committed_and_shows_what_it_would_do(upstream, tmp_path):
     fork = clone_of(upstream, tmp_path / "fork")
-    shown = fork.llmops(*INIT, "--dry-run")
+    shown = fork.inside(*INIT, "--dry-run")
     assert (
         shown.returncode == 0
         and "pyproject.toml" in shown.stdout
@@ -187,10 +206,10 @@ def test_init_refuses_what_is_not_committed_and_shows_what_it_would_do(upstream,
         and read_identity(fork.root) == HERE
     )
     (fork.root / "settings.ini").write_text((fork.root / "settings.ini").read_text() + "\n")
-    done = fork.llmops(*INIT, "--no-smoke")
+    done = fork.inside(*INIT, "--no-smoke")
     assert done.returncode == 1 and "settings.ini" in done.stderr and "git stash" in done.stderr
     shutil.rmtree(fork.root / ".git")
-    done = fork.llmops(*INIT, "--no-smoke")
+    done = fork.inside(*INIT, "--no-smoke")
     assert done.returncode == 1 and "git init" in done.stderr
 
 
@@ -219,8 +238,14 @@ def edit(project, notebook, old, new):
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
-def test_a_renamed_fork_takes_over_what_upstream_changed(acme, upstream):
+def exported(root):
+    "As much of `make prepare` as needs no environment of its own."
+    subprocess.run([BIN / "nbdev-export"], cwd=root, env=os.environ | dict(PYTHONPATH=str(root)), check=True)
+
+
+def test_a_renamed_fork_takes_over_what_upstream_changed(renamed, upstream):
     "Both change the same notebook in other cells, and the settings beside each other; both are there afterwards, in the package too, and the fork's data are its own."
+    acme = renamed
     edit(acme, "07g_signals.ipynb", "A share of rows that must stay under a bound.", "A share of rows that Acme keeps under a bound.")
     settings = acme.root / "settings.ini"
     settings.write_text(re.sub(r"^retrieval_k = 2 ", "retrieval_k = 4 ", settings.read_text(), flags=re.M))
@@ -238,12 +263,11 @@ def test_a_renamed_fork_takes_over_what_upstream_changed(acme, upstream):
     with (upstream.root / "data" / "questions.jsonl").open("a") as questions: questions.write("\n")
     committed(upstream.root, "Go on")
 
-    done = subprocess.run([".venv/bin/llmops", "upgrade", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = json.loads(done.stdout)
-    assert not said["conflicts"] and said["now"]["commit"] == read_upstream(acme.root).commit == git(upstream.root, "rev-parse", "HEAD")
-    exported = (acme.root / ACME.package / "signals.py").read_text()
-    assert "that Acme keeps under" in exported and "How probable so many" in exported
+    git(acme.root, "fetch", "-q", "upstream")
+    now, changed, conflicts = upgrade_project(acme.root, prepare=exported)
+    assert not conflicts and now.commit == read_upstream(acme.root).commit == git(upstream.root, "rev-parse", "HEAD")
+    module = (acme.root / ACME.package / "signals.py").read_text()
+    assert "that Acme keeps under" in module and "How probable so many" in module
     assert f"# {ACME.package}" in (acme.root / ACME.package / "scoring.py").read_text(), "what upstream wrote came under our name"
     assert (
         re.search(r"^retrieval_k = 4 ", (acme.root / "settings.ini").read_text(), re.M)
@@ -251,8 +275,22 @@ def test_a_renamed_fork_takes_over_what_upstream_changed(acme, upstream):
     )
     assert (acme.root / "data" / "questions.jsonl").read_text() == '{"id": "q1"}\n'
     assert git(acme.root, "status", "--porcelain") == "" and git(acme.root, "log", "-1", "--format=%s").startswith(f"Take over {HERE.name}")
-    again = subprocess.run([".venv/bin/llmops", "upgrade"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
-    assert "nothing is new" in again.stdout
+    assert "nothing is new" in called(acme, "upgrade").stdout
+
+
+@OWN_ENVIRONMENT
+def test_the_upgrade_command_of_a_renamed_project(acme, upstream):
+    "It fetches, merges, prepares (which README and package prove) and commits; no edit of upstream is lost."
+    edit(upstream, "index.ipynb", "A live line for each stage, a closing table", "A live line for each stage, then a closing table")
+    edit(upstream, "07g_signals.ipynb", "if the true share is at the bound", "if the true share were at the bound")
+    committed(upstream.root, "Say it better")
+    done = subprocess.run([".venv/bin/llmops", "upgrade", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout)
+    assert not said["conflicts"] and said["now"]["commit"] == git(upstream.root, "rev-parse", "HEAD")
+    assert "if the true share were at the bound" in (acme.root / ACME.package / "signals.py").read_text()
+    assert "then a closing table" in (acme.root / "README.md").read_text()
+    assert git(acme.root, "status", "--porcelain") == ""
 
 
 def test_own_commits_before_the_rename_stay(upstream, tmp_path):
@@ -315,11 +353,12 @@ def test_a_template_without_history(upstream, tmp_path):
     )
 
 
-def test_a_conflict_is_named_and_left_in_a_notebook_that_opens(acme, upstream):
+def test_a_conflict_is_named_and_left_in_a_notebook_that_opens(renamed, upstream):
+    acme = renamed
     for project, word in ((acme, "Acme's"), (upstream, "Upstream's")):
         edit(project, "07h_simulation.ipynb", "# simulation", f"# simulation\n\n{word} words")
         committed(project.root, "Differ")
-    done = subprocess.run([".venv/bin/llmops", "upgrade"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
+    done = called(acme, "upgrade")
     assert done.returncode == 1 and "nbs/07h_simulation.ipynb" in done.stderr and "git reset --hard" in done.stderr, done.stderr
     text = json.dumps(json.loads((acme.root / "nbs" / "07h_simulation.ipynb").read_text()))
     assert "Acme's words" in text and "Upstream's words" in text
@@ -327,12 +366,12 @@ def test_a_conflict_is_named_and_left_in_a_notebook_that_opens(acme, upstream):
 
 
 def test_upgrade_says_how_to_begin(upstream, tmp_path):
-    done = upstream.llmops("upgrade")
+    done = upstream.inside("upgrade")
     assert done.returncode == 1 and "llmops init" in done.stderr
     fork = clone_of(upstream, tmp_path / "fork")
     assert fork.llmops(*INIT, "--no-smoke").returncode == 0
     git(fork.root, "remote", "remove", "upstream")
-    done = fork.llmops("upgrade", "upstream/main")
+    done = fork.inside("upgrade", "upstream/main")
     assert done.returncode == 1 and "git remote add upstream" in done.stderr
 
 
@@ -346,10 +385,10 @@ def test_doctor_passes_here_and_names_what_would_stop_a_run(project):
 
     pyproject = project.root / "pyproject.toml"
     pyproject.write_text(pyproject.read_text().replace('allowed_cell_metadata_keys = ["tags"]', ""))
-    done = project.llmops("doctor", "--local")
+    done = project.inside("doctor", "--local")
     assert done.returncode == 1 and "allowed_cell_metadata_keys" in done.stdout and "1 would stop a run" in done.stdout
 
-    done = project.llmops("doctor", "--local", "--env", "prod", "--json", RETRIEVAL_K="many")
+    done = project.inside("doctor", "--local", "--env", "prod", "--json", RETRIEVAL_K="many")
     assert done.returncode == 1 and "LLMOPS_RETRIEVAL_K" in json.dumps(json.loads(done.stdout)["findings"])
 
 
@@ -387,15 +426,7 @@ def test_todo_names_the_sample_until_it_is_gone(upstream, tmp_path):
     fork = clone_of(upstream, tmp_path / "fork")
     assert fork.llmops(*INIT, "--no-smoke").returncode == 0
     def todo():
-        return {
-            f["about"]: f["state"]
-            for f in json.loads(
-                subprocess.run(
-                    [str(BIN / "python"), "-c", f"from {ACME.package}.cli import app; app()", "todo", "--json"], cwd=fork.root,
-                    env=fork.environment, capture_output=True, text=True, check=True,
-                ).stdout
-            )["findings"]
-        }
+        return {f["about"]: f["state"] for f in json.loads(called(fork, "todo", "--json").stdout)["findings"]}
     first = todo()
     assert first["name"] == "ok" and {
         first[about] for about in ("corpus", "questions", "data/prompts", "data/regressions.jsonl", "prices", "reviewers")

@@ -1,12 +1,12 @@
 """The notebooks are the source: committed clean, in sync with the package, and safe to run under papermill."""
-import json, re, shutil, subprocess
+import ast, builtins, json, re, shutil, subprocess
 from pathlib import Path
 
 import pytest
 
 from conftest import BIN, ROOT
-from llmops_ref.pipeline import STAGES, check_parameters
-from llmops_ref.workspace import DataError
+from llmops_ref.files import DataError
+from llmops_ref.pipeline import STAGES, check_parameters, lessons
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
@@ -61,6 +61,26 @@ def test_environment_file_agrees_with_the_lock():
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda s: s.notebook)
 def test_stage_has_its_parameters(stage): check_parameters(ROOT / "nbs" / f"{stage.notebook}.ipynb")
+
+
+def names_of(tree): # Those that code gives a meaning to
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield node.name
+        if isinstance(node, ast.arg): yield node.arg
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): yield node.id
+        if isinstance(node, ast.ExceptHandler) and node.name: yield node.name
+        if isinstance(node, (ast.Import, ast.ImportFrom)): yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda s: s.notebook)
+def test_a_run_needs_no_lesson(stage):
+    "A run skips them, so what it executes must not use a name that only a lesson knows."
+    found = cells(ROOT / "nbs" / f"{stage.notebook}.ipynb")
+    taught = [cell["id"] for cell in lessons(found)]
+    trees = [ast.parse("".join(cell["source"])) for cell in found if cell["cell_type"] == "code" and cell["id"] not in taught]
+    known = {*dir(builtins), "display", *(name for tree in trees for name in names_of(tree))}
+    used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    assert len(taught) > 2 and used <= known, f"{used - known} are known to lessons alone; export them, or mark their cell `#| run`"
 
 
 def test_cleaning_keeps_the_parameters_tag(tmp_path):

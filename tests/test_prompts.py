@@ -82,10 +82,10 @@ def test_going_back_to_the_previous_prompt(finished):
     ws, before = open_workspace(load_config("staging", finished.root)), aliases(finished)
     other = next(str(v) for v in range(1, 9) if str(v) != before["champion"])
     if "previous_champion" not in before:
-        nothing = finished.llmops("rollback", "--prompt", "--env", "staging")
+        nothing = finished.inside("rollback", "--prompt", "--env", "staging")
         assert nothing.returncode == 1 and "There is no previous prompt in staging" in nothing.stderr
     ws.set_prompt_alias("answer_prompt", "previous_champion", other)
-    done = finished.llmops("rollback", "--prompt", "--env", "staging")
+    done = finished.inside("rollback", "--prompt", "--env", "staging")
     assert done.returncode == 0 and f"Version {other} of the prompt is champion" in done.stdout
     assert (aliases(finished)["champion"], aliases(finished)["previous_champion"]) == (other, before["champion"])
     assert (
@@ -93,7 +93,7 @@ def test_going_back_to_the_previous_prompt(finished):
         and aliases(finished)["champion"] == other
     )
     assert (
-        finished.llmops("rollback", "--prompt", "--env", "staging").returncode == 0 and aliases(finished)["champion"] == before["champion"]
+        finished.inside("rollback", "--prompt", "--env", "staging").returncode == 0 and aliases(finished)["champion"] == before["champion"]
     )
 
 
@@ -109,7 +109,7 @@ def test_going_back_to_the_previous_prompt(finished):
 )
 def test_a_template_with_wrong_variables_stops_before_anything_runs(project, text, says):
     (project.root / "data" / "prompts" / "odd.md").write_text(text)
-    done = project.llmops("run")
+    done = project.inside("run")
     assert (
         done.returncode == 1
         and says in done.stderr

@@ -37,29 +37,29 @@ def test_our_reference_answers_are_right_by_our_own_scorer(project):
 
 def test_a_question_is_used_once_it_is_reviewed(project):
     before = file(project).read_bytes()
-    added = project.llmops(*ADD, "--by", "Ada")
+    added = project.inside(*ADD, "--by", "Ada")
     assert (
         added.returncode == 0 and added.stdout.startswith("q155 is a draft of the test split") and "not looked up" in added.stderr
     ), added.stderr
     assert file(project).read_bytes().startswith(before) and "q155" not in set(load_questions(file(project)).id)
-    assert ASKED in project.llmops("questions", "list", "--drafts").stdout
-    assert project.llmops("questions", "check").returncode == 0
-    done = project.llmops("questions", "review", "q155")
+    assert ASKED in project.inside("questions", "list", "--drafts").stdout
+    assert project.inside("questions", "check").returncode == 0
+    done = project.inside("questions", "review", "q155")
     assert done.returncode == 1 and "Say --accept or --reject" in done.stderr
-    assert project.llmops("questions", "review", "q155", "--accept", "--by", "Grace").returncode == 0
+    assert project.inside("questions", "review", "q155", "--accept", "--by", "Grace").returncode == 0
     row = json.loads(file(project).read_text().splitlines()[-1])
     assert [row["by"], row["reviewed_by"], "status" in row] == ["Ada", "Grace", False] and "q155" in set(load_questions(file(project)).id)
-    again = project.llmops("questions", "review", "q155", "--reject")
+    again = project.inside("questions", "review", "q155", "--reject")
     assert again.returncode == 1 and "was reviewed already" in again.stderr and load_questions(file(project)).id.iloc[-1] == "q155"
 
 
 def test_a_rejected_question_leaves_no_trace(project):
     before = file(project).read_bytes()
     added = json.loads(
-        project.llmops("questions", "add", "--question", "What does a pizza cost?", "--type", "unanswerable", "--json").stdout
+        project.inside("questions", "add", "--question", "What does a pizza cost?", "--type", "unanswerable", "--json").stdout
     )
     assert added["answer"] == "I cannot answer that from the documents." and added["draft"] and added["notes"] == []
-    assert project.llmops("questions", "review", added["id"], "--reject").returncode == 0
+    assert project.inside("questions", "review", added["id"], "--reject").returncode == 0
     assert file(project).read_bytes() == before
 
 
@@ -87,7 +87,7 @@ def test_a_rejected_question_leaves_no_trace(project):
 )
 def test_a_bad_question_is_refused_and_the_file_stays(project, arguments, says):
     before, values = file(project).read_bytes(), dict(zip(ADD[2::2], ADD[3::2])) | arguments
-    done = project.llmops("questions", "add", *[part for pair in values.items() if pair[1] is not None for part in pair])
+    done = project.inside("questions", "add", *[part for pair in values.items() if pair[1] is not None for part in pair])
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
     assert file(project).read_bytes() == before
 
@@ -110,18 +110,18 @@ def test_check_finds_leaks_and_broken_gold(project):
     open_workspace(load_config("dev", project.root)).write(
         "documents", pd.DataFrame(dict(id=sorted({g for gold in questions.gold for g in gold})))
     )
-    assert "0 problems; gold objects looked up among" in project.llmops("questions", "check").stdout
+    assert "0 problems; gold objects looked up among" in project.inside("questions", "check").stdout
     change(project, test.id, question=train.question.lower().rstrip("?"))
     change(project, "q003", gold=["mlflow.genai.load_promt"], answer="Use `mlflow.genai.load_promt`.")
-    done = project.llmops("questions", "check")
+    done = project.inside("questions", "check")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "leak between splits: the same question as" in done.stdout
     assert (
         "q003  gold object mlflow.genai.load_promt is not among the documents\n      Write mlflow.genai.load_prompt, if" in done.stdout
         and "2 problems" in done.stdout
     )
-    report = json.loads(project.llmops("questions", "check", "--json").stdout)
+    report = json.loads(project.inside("questions", "check", "--json").stdout)
     assert len(report["problems"]) == 2 and report["gold_looked_up"]
     change(project, test.id, question=test.question, gold=list(train.gold))
-    done = project.llmops("questions", "check")
+    done = project.inside("questions", "check")
     assert done.returncode == 1 and "is gold in both splits. Move the question" in done.stderr

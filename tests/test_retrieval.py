@@ -80,7 +80,7 @@ def run(project, *args):
     return done.stdout
 
 def found(project, question):
-    return [p["document_id"] for p in json.loads(project.llmops("search", question, "-k", "3", "--json").stdout)["passages"]]
+    return [p["document_id"] for p in json.loads(project.inside("search", question, "-k", "3", "--json").stdout)["passages"]]
 
 
 def test_own_documents_then_one_that_changes(own):
@@ -95,11 +95,11 @@ def test_own_documents_then_one_that_changes(own):
 
     page = own.root / "documents" / "guide" / "restart.md"
     page.write_text(page.read_text().replace("the blue key", "the yellow key"))
-    assert "input folder:documents" in own.llmops("run", "--env", "dev", "--from", "corpus", "--to", "retrieval", "--dry-run").stdout
+    assert "input folder:documents" in own.inside("run", "--env", "dev", "--from", "corpus", "--to", "retrieval", "--dry-run").stdout
     said = run(own)
     assert "1 changed" in said, said                    # the plan of 03: how many rows of its input changed
     assert result(own, "corpus")["metrics"]["cut"] == 1 and result(own, "retrieval")["metrics"]["embedded"] == 1
-    assert "yellow key" in own.llmops("search", "which key after a repair", "--json").stdout
+    assert "yellow key" in own.inside("search", "which key after a repair", "--json").stdout
 
     (own.root / "documents" / "notes" / "oil.rst").unlink()
     lines = (own.root / "questions.jsonl").read_text().splitlines(keepends=True)

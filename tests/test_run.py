@@ -1,18 +1,20 @@
 """The life cycle as a user meets it: one command, offline, resumable, with errors that say what to do."""
-import json, os, re, shutil, signal, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import psutil, pytest
 
 from conftest import no_network
-from llmops_ref.pipeline import STAGES
+from llmops_ref.config import load_config
+from llmops_ref.pipeline import STAGES, lessons
+from llmops_ref.workspace import open_workspace
 
 QUESTION = "How do I point an alias at a specific model version?"
 
 
 def metrics(project, env="staging", volatile=("version", "second", "ms", "tok_s", "mb", "load", "memory", "embedded", "cut")):
     "Metrics that must not depend on the machine's mood."
-    stages = json.loads(project.llmops("status", "--env", env, "--json").stdout)["stages"]
+    stages = json.loads(project.inside("status", "--env", env, "--json").stdout)["stages"]
     return {f"{s['stage']}.{k}": v for s in stages for k, v in s["metrics"].items() if not any(word in k.lower() for word in volatile)}
 
 
@@ -33,11 +35,42 @@ def test_nothing_keeps_running_after_a_run(finished):
 
 
 def test_second_run_does_nothing(finished):
-    start = time.time()
     again = finished.llmops("run", "--env", "staging")
     assert again.returncode == 0 and "Everything is up to date" in again.stdout
     assert "  ran " not in again.stdout
-    print(f"second run: {time.time() - start:.1f} s")
+
+
+def test_lessons_are_read_in_an_executed_notebook_and_not_run(finished):
+    "They have been tested, and an assertion about a bound that somebody moved must not end a run. Their outputs are those of the repository."
+    there = json.loads((finished.root / "nbs" / "06_validation.ipynb").read_text())["cells"]
+    ran = {c["id"]: c for c in json.loads((finished.root / "runs" / "staging" / "latest" / "06_validation.ipynb").read_text())["cells"] if "id" in c}
+    taught = lessons(there)
+    assert len(taught) > 3 and all(ran[cell["id"]]["execution_count"] is None for cell in taught)
+    assert [ran[cell["id"]]["outputs"] for cell in taught] == [cell["outputs"] for cell in taught] and any(c["outputs"] for c in taught)
+    start = next(i for i, cell in enumerate(there) if "parameters" in cell["metadata"].get("tags", []))
+    assert all(ran[cell["id"]]["execution_count"] for cell in there[start + 1 :] if cell["cell_type"] == "code")
+
+
+def test_aliases_are_those_that_mlflow_knows(finished):
+    "We read them from its database, since that takes a thousandth of the time: the same answer for models and prompts, also after a change that went round us."
+    ws = open_workspace(load_config("staging", finished.root))
+    client = ws.mlflow().MlflowClient()
+    assert ws.alias("assistant", "champion") == str(client.get_model_version_by_alias(ws.registered("assistant"), "champion").version)
+    assert ws.current("prompt:answer_prompt@champion") == str(ws.prompt("answer_prompt", "champion").version)
+    version = ws.alias("assistant", "champion")
+    client.set_registered_model_alias(ws.registered("assistant"), "spare", version)
+    assert ws.alias("assistant", "spare") == version
+    client.delete_registered_model_alias(ws.registered("assistant"), "spare")
+    assert ws.alias("assistant", "spare") is None and ws.alias("nothing", "champion") is None
+
+
+def test_what_only_shows_imports_no_model_and_no_mlflow(finished):
+    "Help, a plan and a status are read a hundred times a day."
+    slow = {"torch", "mlflow", "transformers", "langchain_core", "onnxruntime", "faiss", "pyspark"}
+    script = f"import sys\nfrom llmops_ref.cli import app\ntry: app()\nfinally: print(sorted({slow} & set(sys.modules)), file=sys.stderr)"
+    for words in (["--help"], ["status", "--env", "staging"], ["run", "--env", "staging"], ["why", "retrieval", "--env", "staging"]):
+        done = subprocess.run([sys.executable, "-c", script, *words], cwd=finished.root, env=finished.environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]", (words, done.stderr[-500:])
 
 
 def test_report_stands_alone(finished):
@@ -57,7 +90,7 @@ def test_asking_the_champion(finished):
 
 
 def test_many_questions_from_standard_input(finished):
-    done = finished.llmops("search", "-k", "2", "--env", "staging", stdin=f"{QUESTION}\nlog a metric\n")
+    done = finished.inside("search", "-k", "2", "--env", "staging", stdin=f"{QUESTION}\nlog a metric\n")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["question"] for row in rows] == [QUESTION, "log a metric"]
     assert all(len(row["passages"]) == 2 for row in rows)
@@ -69,11 +102,11 @@ def test_prose_does_not_run_a_stage_again_but_code_does(finished):
     prose = next(c for c in notebook["cells"][2:] if c["cell_type"] == "markdown")
     prose["source"].append("\n\nOne more sentence.")
     path.write_text(json.dumps(notebook))
-    assert json.loads(finished.llmops("why", "03", "--env", "staging", "--json").stdout)["reasons"] == []
+    assert json.loads(finished.inside("why", "03", "--env", "staging", "--json").stdout)["reasons"] == []
     code = next(c for c in reversed(notebook["cells"]) if c["cell_type"] == "code")
     code["source"].append("\n1 + 1")
     path.write_text(json.dumps(notebook))
-    assert json.loads(finished.llmops("why", "03", "--env", "staging", "--json").stdout)["reasons"] == ["03_retrieval.ipynb changed"]
+    assert json.loads(finished.inside("why", "03", "--env", "staging", "--json").stdout)["reasons"] == ["03_retrieval.ipynb changed"]
     path.write_text(original)
 
 
@@ -81,7 +114,7 @@ def test_a_setting_concerns_only_the_stages_that_read_it(finished):
     def stale(**settings):
         return [
             s["stage"]
-            for s in json.loads(finished.llmops("status", "--env", "staging", "--json", **settings).stdout)["stages"]
+            for s in json.loads(finished.inside("status", "--env", "staging", "--json", **settings).stdout)["stages"]
             if s["state"] == "stale"
         ]
     assert stale() == []
@@ -93,7 +126,7 @@ def test_changed_questions_are_noticed(finished):
     path = finished.root / "data" / "questions.jsonl"
     original = path.read_text()
     path.write_text(original.replace("specific model version", "particular model version", 1))
-    assert "input file:data/questions.jsonl" in finished.llmops("why", "corpus", "--env", "staging").stdout
+    assert "input file:data/questions.jsonl" in finished.inside("why", "corpus", "--env", "staging").stdout
     path.write_text(original)
 
 
@@ -223,11 +256,17 @@ BAD = {
     "no index": (nothing, ["search", "Anything?"], {}, "No index is published in dev"),
 }
 
+# As a user calls it, one of each kind: an argument, a file, data, a key, a table that is not there.
+AS_PROCESSES = {
+    "unknown environment", "unknown key in the file", "an empty corpus", "a provider without a key", "a batch without a table",
+}
+
+
 @pytest.mark.parametrize("case", BAD, ids=lambda c: c.replace(" ", "-"))
 def test_bad_input_is_one_clear_error(project, case):
     breaks, command, settings, expected = BAD[case]
     breaks(project)
-    done = project.llmops(*command, **settings)
+    done = (project.llmops if case in AS_PROCESSES else project.inside)(*command, **settings)
     assert done.returncode == 1
     assert expected in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -239,7 +278,7 @@ def test_busy_port(project):
     import socket
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0)); listener.listen()
-        done = project.llmops("run", SERVING_PORT=str(listener.getsockname()[1]))
+        done = project.inside("run", SERVING_PORT=str(listener.getsockname()[1]))
     assert done.returncode == 1 and "is in use" in done.stderr and "  ran " not in done.stdout
 
 
@@ -278,5 +317,5 @@ def test_two_runs_of_one_environment(project):
     from filelock import FileLock
     (project.root / "stores" / "dev").mkdir(parents=True)
     with FileLock(project.root / "stores" / "dev" / ".run.lock"):
-        done = project.llmops("run")
+        done = project.inside("run")
     assert done.returncode == 1 and "Another run of dev is in progress" in done.stderr

@@ -143,7 +143,7 @@ def test_what_is_deployed_was_tested():
         and staging["if"] == "github.event_name == 'push'"
         and triggers(WORKFLOWS["test.yaml"])["push"] == {"branches": ["main"]}
     )
-    assert prod["needs"] == "tested" and triggers(WORKFLOWS["release.yaml"]) == {"release": {"types": ["released"]}}
+    assert prod["needs"] == ["tested", "everything"] and triggers(WORKFLOWS["release.yaml"]) == {"release": {"types": ["released"]}}
     assert (
         staging["uses"] == prod["uses"] == "./.github/workflows/deploy.yaml"
         and {staging["with"]["target"], prod["with"]["target"]} == {"staging", "prod"} <= BUNDLE["targets"].keys()
@@ -551,7 +551,7 @@ def test_only_what_passed_on_main_is_released(machine, url, goes):
 @pytest.mark.parametrize(
     "run, test, colour, says",
     [
-        ("6", "58", "brightgreen", r"\d{4}-\d\d-\d\d: make run 6 min, make test 58 min"),
+        ("6", "58", "brightgreen", r"\d{4}-\d\d-\d\d: make run 6 min, make test-all 58 min"),
         ("6", "", "red", r"\d{4}-\d\d-\d\d: failed"),
         ("", "", "red", r"\d{4}-\d\d-\d\d: failed"),
     ],
@@ -580,10 +580,10 @@ def test_the_badge(machine, run, test, colour, says):
 
 def test_minutes_are_those_of_what_succeeded(machine):
     here = machine()
-    (here.root / "fail").write_text("make test")
+    (here.root / "fail").write_text("make test-all")
     newest = JOBS["newest.yaml", "newest"]
     here.run(dict(newest, steps=[step for step in steps(newest) if step.get("id")]))
-    assert here.failed and here.calls("make") == ["make run TORCH=cpu", "make test TORCH=cpu"]
+    assert here.failed and here.calls("make") == ["make run TORCH=cpu", "make test-all TORCH=cpu"]
     assert list(here.outputs["run"]) == ["minutes"] and here.outputs["run"]["minutes"].isdigit() and here.outputs["test"] == {}
     assert newest["outputs"] == {name: f"${{{{ steps.{name}.outputs.minutes }}}}" for name in ("run", "test")}
 
