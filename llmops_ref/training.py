@@ -199,7 +199,7 @@ def load_for_training(
     linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if "Linear" in type(part).__name__} - {"lm_head"})
     if unknown := sorted(set(recipe.modules) - set(linear)):
         raise SettingsError(f"`finetune_modules` names {', '.join(unknown)}, which this model has not. It has {', '.join(linear)}.")
-    if more: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)     # the Trainer does it, by the name of today
+    if more: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer sees to it
     if recipe.recompute: model.enable_input_require_grads()
     total = model.config.num_hidden_layers
     lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=list(recipe.modules), task_type="CAUSAL_LM",

@@ -12,9 +12,11 @@ from llmops_ref.deployment import check_traffic, smoke_test
 from llmops_ref.evidence import evidence_reasons
 from llmops_ref.hub import Candidate, choose, probe_candidates
 from llmops_ref.llm import Endpoint, chat_client
+from llmops_ref.monitoring import Look, render_monitoring
 from llmops_ref.report import verdict
 from llmops_ref.scoring import fair_seconds
 from llmops_ref.services import start_service, stop_services
+from llmops_ref.signals import signal_days, signal_table
 from llmops_ref.validation import block, check_gates
 from llmops_ref.workspace import DataError, open_workspace
 
@@ -90,6 +92,24 @@ def test_a_slow_endpoint(informs):
         with pytest.raises(DataError, match="That is the better of two looks"): smoke_test(ask, ["How?"], 0.0)
         with pytest.raises(DataError, match="Version 2 takes"): check_traffic(ask, ["How?"] * 4, 0.0, "2", 1.0)
         assert len(answered) == 3 + 8
+
+
+@pytest.mark.parametrize("gate_mode", MODES)
+def test_slow_answers_in_use(gate_mode):
+    "Where gates inform they raise no alarm, and the page says so."
+    config = load_config("dev", gate_mode=gate_mode)
+    rows = pd.DataFrame(
+        dict(
+            version="1", trace_id=[str(i) for i in range(50)], time=pd.Timestamp("2026-11-23", tz="UTC"), answer="Use it [1].",
+            refused=False, cited=True, similarity=0.6, passages=[["a"]] * 50, grounded=0.9, readable=1.0, seconds=30.0,
+            cost_usd=1e-4, status="OK", purpose="traffic", server="s", sequence=0,
+        )
+    )
+    days, none = signal_days(config, rows), pd.DataFrame()
+    seen = Look(rows, none, days, signal_table(days), none, none, none)
+    page = render_monitoring(config, seen, "Played.")
+    assert seen.alarms == ([] if gate_mode == "inform" else ["slow answers since 2026-11-23"])
+    assert ("more than one answer in twenty took over 6 s: other programs" in page) == (gate_mode == "inform")
 
 
 WORKS = """
