@@ -21,7 +21,7 @@ from .chunking import CHUNKERS, make_chunks
 from .config import SettingsError, load_config
 from .embedding import PRECISIONS, TEXT_TOKENS, minilm_folder, open_embedder
 from .hub import base_checkpoint, fastest_dtype, run_probes, weights
-from .retrieval import embed_chunks, index_precision, open_faiss
+from .retrieval import embed_chunks, index_precision, open_faiss, with_prominence
 from .scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from .vector_index import KINDS, Index, build_index, choose_kind, fuse, make_faiss
 from .workspace import Workspace, open_workspace
@@ -86,7 +86,7 @@ def our_search(
     kind: str = "auto",
 ):
     "Build our index over the same documents, in memory's own folder; a function from a question to document ids."
-    embedder, chunks = open_embedder(ws, precision), make_chunks(documents, ws.config.chunk_words, chunker)
+    embedder, chunks = open_embedder(ws, precision), with_prominence(make_chunks(documents, ws.config.chunk_words, chunker), documents)
     with tempfile.TemporaryDirectory() as folder:
         build_index(Path(folder), chunks, embedder.embed(chunks.text.tolist()), "bench", embedder.digest, kind)
         index = Index(Path(folder), embedder)
@@ -114,7 +114,7 @@ def bench_chunkers(ws: Workspace) -> pd.DataFrame: # One row a chunker
     embedder = open_embedder(ws, index_precision(ws) or "int8")
     for number, chunker in enumerate(CHUNKERS):
         ws.progress(number, len(CHUNKERS), f"chunks by {chunker}")
-        chunks = make_chunks(documents, ws.config.chunk_words, chunker)
+        chunks = with_prominence(make_chunks(documents, ws.config.chunk_words, chunker), documents)
         with tempfile.TemporaryDirectory() as folder:
             build_index(Path(folder), chunks, embedder.embed(chunks.text.tolist()), "bench", embedder.digest)
             index = Index(Path(folder), embedder)

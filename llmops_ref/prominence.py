@@ -62,7 +62,8 @@ class Names:
         if "/" in name: return self.services.get(name)
         parts = name.split(".")
         for n in range(len(parts)):
-            if n and (not (parts[0] in self.roots or parts[0][0].isupper()) or len(parts) - n < 2 and not parts[-1][0].isupper()): return None
+            if n and not (parts[0] in self.roots or parts[0][0].isupper()): return None             # a variable
+            if n and n == len(parts) - 1 and not parts[-1][0].isupper(): return None                # too little is left
             if ends := self.ends.get(".".join(parts[n:])): return self._meant(ends, package, len(parts) == 1 and parts[0][0].islower())
 
     def _meant(self, ends, package, called):
@@ -103,7 +104,7 @@ def sample_documents(
     documents: pd.DataFrame, # Columns `id package kind prominence`
     n: int, # How many documents to keep; 0 = all
     keep: set[str], # Ids that must stay
-) -> pd.DataFrame: # Sorted by id, with a column `why`: gold, prominent, neighbour; other, where nothing is prominent; all, where nothing was left out
+) -> pd.DataFrame: # By id, with `why`: gold, prominent, neighbour; other (nothing is prominent) or all (nothing is left out)
     "Keep `n` documents: those in `keep`, the most prominent of each package, and neighbours of both."
     if not n or len(documents) <= n: return documents.assign(why="all")
     order = documents.assign(hashed=[hashlib.md5(i.encode(), usedforsecurity=False).hexdigest() for i in documents.id])
