@@ -10,6 +10,7 @@ __all__ = ['MODEL_CODE', 'CHAIN_CODE', 'open_model', 'open_retriever', 'open_cha
 
 # %% ../nbs/03b_agent.ipynb #97615eca
 import atexit, contextlib, functools, itertools, os, time, uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -19,7 +20,7 @@ from mlflow.types.responses import ResponsesAgentRequest, ResponsesAgentResponse
 from .assistant import as_retriever, make_chain, verify_files
 from .examples import read_examples
 from .gateway import open_route
-from .llm import Endpoint, chat_client, serve_gguf, token_cost
+from .llm import Endpoint, chat_class, chat_client, serve_gguf, token_cost
 from .embedding import Embedder
 from .retrieval import open_ai_search
 from .scoring import pseudonym, redact
@@ -64,8 +65,11 @@ def open_chain(
     stack: contextlib.ExitStack,
 ): # A runnable, as from `make_chain`
     "The chain of a logged assistant."
+    with ThreadPoolExecutor(1) as beside:           # while the model is loaded, the client is imported
+        endpoint = beside.submit(open_model, config, files, stack)
+        chat_class()
     client = chat_client(
-        open_model(config, files, stack), config["max_tokens"], config["timeout"], config["retries"],
+        endpoint.result(), config["max_tokens"], config["timeout"], config["retries"],
         requests_per_minute=config.get("requests_per_minute", 0),
     )
     return make_chain(

@@ -6,7 +6,7 @@ Reads `settings.ini` and the environment. Leaves a `Config` for one environment:
 
 # %% auto #0
 __all__ = ['ENVIRONMENTS', 'PROFILES', 'PLATFORM', 'SettingsError', 'Config', 'find_settings', 'load_config', 'read_shares',
-           'explain']
+           'explain', 'sleep_while_waiting']
 
 # %% ../nbs/00_config.ipynb #f3aa5487
 import configparser, difflib, functools, os
@@ -319,3 +319,8 @@ def explain(
     "List every setting with its value and where that value came from."
     values = object.__getattribute__(config, "__dict__")
     return [dict(key=key, value=values[key], origin=config.origin[key]) for key in config.origin]
+
+# %% ../nbs/00_config.ipynb #b7586cdb
+def sleep_while_waiting() -> None:
+    "Let the threads of OpenMP sleep while they wait for each other, here and in the processes that we start; what the user has set stays."
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -87,6 +87,7 @@ class Embedder:
         import onnxruntime, tokenizers
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")        # ONNX Runtime has threads of its own
         self.precision, self.digest = precision, embedder_digest(precision, max_tokens)
         self.session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
         self.tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer))

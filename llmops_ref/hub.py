@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from .config import SettingsError
+from .config import SettingsError, sleep_while_waiting
 from .gateway import gateway_endpoint
 from .llm import BASE_MODEL, BASE_SHA256, Endpoint, base_gguf, gguf_in_memory, openai_client, q8_gguf, serve_gguf
 from .embedding import TEXT_TOKENS
@@ -212,10 +212,8 @@ def run_probes(
     code: str = "from llmops_ref.hub import probe_main; probe_main()",
 ) -> list[dict]: # As from `measure`, or `error`
     "Measure candidates in processes of their own, one after the other."
-    environment = os.environ | {
-        "GOMP_SPINCOUNT": "30000",
-        "PYTHON_COLORS": "0",
-    }  # see above: PyTorch on a shared machine; from 3.13 on, Python would colour its errors for Jupyter
+    sleep_while_waiting()
+    environment = os.environ | {"PYTHON_COLORS": "0"}       # from 3.13 on, Python would colour its errors for Jupyter
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for number, job in enumerate(jobs):

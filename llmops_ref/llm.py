@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import Config, SettingsError, load_config
+from .config import Config, SettingsError, load_config, sleep_while_waiting
 from .workspace import DataError, Workspace, usable_cores, verify_digest
 
 # %% ../nbs/00b_llm.ipynb #04373785
@@ -95,7 +95,7 @@ def _say_hello(endpoint):                           # the first request, without
     import httpx
     hello = dict(model=endpoint.model, messages=[dict(role="user", content="Hello")], max_tokens=1)
     bearer = dict(Authorization=f"Bearer {endpoint.api_key}")
-    httpx.post(f"{endpoint.base_url}/chat/completions", json=hello, headers=bearer, timeout=60).raise_for_status()
+    httpx.post(f"{endpoint.base_url}/chat/completions", json=hello, headers=bearer, timeout=60 * endpoint.patience).raise_for_status()
 
 def openai_client(endpoint: Endpoint):
     "The bare `openai.OpenAI` client of an endpoint, for what only the protocol knows, such as timings."
@@ -113,7 +113,7 @@ def serve_gguf(
     key: str | None = None, # Key to ask for; a fresh random one by default
 ):
     "Serve a GGUF file over the OpenAI protocol on this machine while the `with` block runs; yields an `Endpoint`."
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")       # read when OpenMP is loaded, so before the import
+    sleep_while_waiting()                           # before the import
     import xllamacpp
     for path in filter(None, (model, adapter)):
         if not Path(path).is_file(): raise DataError(f"The model file {path} is missing. Run the stage that makes it: `llmops run`.")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jupyter_core.utils import run_sync
 
-from .config import Config, SettingsError, explain, load_config, read_shares
+from .config import Config, SettingsError, explain, load_config, read_shares, sleep_while_waiting
 from .files import DataError, write_atomic
 from .workspace import MLFLOW_SWITCHES, Workspace, git_commit, on_databricks, open_workspace, usable_cores
 
@@ -307,12 +307,13 @@ class StageKernel:
         from jupyter_client import AsyncKernelManager
         self.scratch = tempfile.TemporaryDirectory(prefix="llmops-", ignore_cleanup_errors=True)
         self.progress = Path(self.scratch.name) / "progress.json"
+        sleep_while_waiting()
         environment = (
             os.environ
             | MLFLOW_SWITCHES
             | dict(
                 TMPDIR=self.scratch.name, LLMOPS_PROGRESS=str(self.progress),
-                LLMOPS_SETTINGS=str(ws.config.root / "settings.ini"), LLMOPS_RUN=str(os.getpid()), GOMP_SPINCOUNT="30000",
+                LLMOPS_SETTINGS=str(ws.config.root / "settings.ini"), LLMOPS_RUN=str(os.getpid()),
                 PYTHON_COLORS="0", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1",
             )
         )
