@@ -6,7 +6,7 @@ Reads the artifacts of a logged model. Leaves an agent that speaks the Responses
 
 # %% auto #0
 __all__ = ['MODEL_CODE', 'CHAIN_CODE', 'open_model', 'open_retriever', 'open_chain', 'AssistantAgent', 'watch', 'redact_span',
-           'question_of', 'chain_of_files']
+           'keep_our_price', 'question_of', 'chain_of_files']
 
 # %% ../nbs/03b_agent.ipynb #97615eca
 import atexit, contextlib, functools, itertools, os, time, uuid
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mlflow
 from mlflow.pyfunc import ResponsesAgent
+from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.types.responses import ResponsesAgentRequest, ResponsesAgentResponse, ResponsesAgentStreamEvent
 
 from .assistant import as_retriever, make_chain, verify_files
@@ -82,7 +83,7 @@ class AssistantAgent(ResponsesAgent):
     "Answers the last user message from the passages of its own index."
     def load_context(self, context):
         "Open the index and the model; called once by MLflow when the model is loaded."
-        mlflow.tracing.configure(span_processors=[redact_span])
+        mlflow.tracing.configure(span_processors=[redact_span, keep_our_price])
         self.server, self.numbers = uuid.uuid4().hex[:12], {}
         self.config, self.stack = context.model_config, contextlib.ExitStack()
         verify_files(self.config, files := {name: Path(path) for name, path in context.artifacts.items()})
@@ -197,6 +198,13 @@ def _redacted(value):
     if isinstance(value, (list, tuple)): return [_redacted(v) for v in value]
     if hasattr(value, "model_dump"): return _redacted(value.model_dump())
     return value
+
+# %% ../nbs/03b_agent.ipynb #59d9b79d
+def keep_our_price(
+    span, # A live span of MLflow
+) -> None:
+    "Say of a span with tokens that it has no price of MLflow's; for `mlflow.tracing.configure`."
+    if SpanAttributeKey.CHAT_USAGE in span.attributes: span.set_attribute(SpanAttributeKey.LLM_COST, None)
 
 # %% ../nbs/03b_agent.ipynb #e39b37a1
 def question_of(

@@ -15,7 +15,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .config import SettingsError, explain, load_config, sleep_while_waiting
+from .config import SettingsError, begin_process, explain, load_config
 from .files import DataError
 from .kit import kit_app
 from .operations import operations_app
@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
                   help="LLMOps on Databricks, as notebooks that run. Begin with `llmops run`.")
 
 @app.callback()
-def begin(): sleep_while_waiting()                  # before any command imports what computes
+def begin(): begin_process()                        # before any command imports what computes
 
 # %% ../nbs/91_cli.ipynb #e0a0fc40
 @app.command()

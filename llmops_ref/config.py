@@ -6,10 +6,10 @@ Reads `settings.ini` and the environment. Leaves a `Config` for one environment:
 
 # %% auto #0
 __all__ = ['ENVIRONMENTS', 'PROFILES', 'PLATFORM', 'SettingsError', 'Config', 'find_settings', 'load_config', 'read_shares',
-           'explain', 'sleep_while_waiting']
+           'explain', 'sleep_while_waiting', 'begin_process']
 
 # %% ../nbs/00_config.ipynb #f3aa5487
-import configparser, difflib, functools, os
+import atexit, configparser, difflib, functools, gc, os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args, Literal
@@ -324,3 +324,10 @@ def explain(
 def sleep_while_waiting() -> None:
     "Let the threads of OpenMP sleep while they wait for each other, here and in the processes that we start; what the user has set stays."
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+# %% ../nbs/00_config.ipynb #4b94c1c2
+def begin_process() -> None:
+    "What each process of ours begins with: threads that sleep while they wait, and a collector that looks seldom, and not at the end."
+    sleep_while_waiting()
+    gc.set_threshold(100_000, 20, 20)
+    atexit.register(gc.freeze)

@@ -322,7 +322,7 @@ class StageKernel:
         imports = ", ".join(["os", *([] if stage.name in ALONE else USUAL_IMPORTS), *MORE_IMPORTS.get(stage.name, [])])
         options = [
             "--IPKernelApp.log_level=40",
-            f"--IPKernelApp.exec_lines=exec('import {imports}', {{}})",
+            f"--IPKernelApp.exec_lines=exec('from llmops_ref.config import begin_process; begin_process(); import {imports}', {{}})",
         ]  # their names stay out of the stage's own
         run_sync(self.manager.start_kernel)(extra_arguments=options, env=environment, cwd=str(ws.config.root / "nbs"))
 
