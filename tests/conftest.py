@@ -12,8 +12,10 @@ from unittest.mock import patch
 import pytest
 from filelock import FileLock
 
+from llmops_ref.config import begin_process
 from llmops_ref.fork import write_setting
 
+begin_process()
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 

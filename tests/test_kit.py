@@ -215,7 +215,7 @@ def test_init_refuses_what_is_not_committed_and_shows_what_it_would_do(upstream,
 
 def test_application_and_workspace_are_written_where_they_are_read(upstream, tmp_path):
     fork = clone_of(upstream, tmp_path / "fork")
-    done = fork.llmops(*INIT, "--no-smoke", "--app", "third_party", "--host", "https://adb-1.2.azuredatabricks.net/")
+    done = fork.inside(*INIT, "--no-smoke", "--app", "third_party", "--host", "https://adb-1.2.azuredatabricks.net/")
     assert done.returncode == 0, done.stderr
     assert (
         load_config("prod", fork.root).app == "third_party"
@@ -300,7 +300,7 @@ def test_own_commits_before_the_rename_stay(upstream, tmp_path):
     faq = fork.root / "nbs" / "guides" / "faq.md"
     faq.write_text(faq.read_text() + "\nOurs.\n")
     committed(fork.root, "Work before the rename")
-    assert fork.llmops(*INIT, "--no-smoke").returncode == 0
+    assert fork.inside(*INIT, "--no-smoke").returncode == 0
     with (fork.root / "pyproject.toml").open("a") as file: file.write("\n[tool.ruff]\nline-length = 200\n")
     committed(fork.root, "Choose a linter")
     (upstream.root / "data" / "more.jsonl").write_text("{}\n")
@@ -365,11 +365,10 @@ def test_a_conflict_is_named_and_left_in_a_notebook_that_opens(renamed, upstream
     git(acme.root, "reset", "-q", "--hard")
 
 
-def test_upgrade_says_how_to_begin(upstream, tmp_path):
+def test_upgrade_says_how_to_begin(upstream, renamed, tmp_path):
     done = upstream.inside("upgrade")
     assert done.returncode == 1 and "llmops init" in done.stderr
-    fork = clone_of(upstream, tmp_path / "fork")
-    assert fork.llmops(*INIT, "--no-smoke").returncode == 0
+    fork = clone_of(renamed, tmp_path / "fork")
     git(fork.root, "remote", "remove", "upstream")
     done = fork.inside("upgrade", "upstream/main")
     assert done.returncode == 1 and "git remote add upstream" in done.stderr
@@ -424,7 +423,7 @@ def test_doctor_on_a_workspace(tmp_path):
 
 def test_todo_names_the_sample_until_it_is_gone(upstream, tmp_path):
     fork = clone_of(upstream, tmp_path / "fork")
-    assert fork.llmops(*INIT, "--no-smoke").returncode == 0
+    assert fork.inside(*INIT, "--no-smoke").returncode == 0
     def todo():
         return {f["about"]: f["state"] for f in json.loads(called(fork, "todo", "--json").stdout)["findings"]}
     first = todo()
