@@ -1068,6 +1068,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmops_ref.terminal.me': ('terminal.html#me', 'llmops_ref/terminal.py'),
                                      'llmops_ref.terminal.one_of': ('terminal.html#one_of', 'llmops_ref/terminal.py'),
                                      'llmops_ref.terminal.out': ('terminal.html#out', 'llmops_ref/terminal.py'),
+                                     'llmops_ref.terminal.patience': ('terminal.html#patience', 'llmops_ref/terminal.py'),
                                      'llmops_ref.terminal.seen': ('terminal.html#seen', 'llmops_ref/terminal.py'),
                                      'llmops_ref.terminal.watched': ('terminal.html#watched', 'llmops_ref/terminal.py'),
                                      'llmops_ref.terminal.who': ('terminal.html#who', 'llmops_ref/terminal.py'),

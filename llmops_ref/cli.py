@@ -9,7 +9,7 @@ __all__ = ['app', 'WAITING', 'questions_app', 'bundle_app', 'Vars', 'begin', 'ru
            'search', 'ask', 'list_questions', 'add', 'review', 'check', 'plan', 'connect', 'destroy_environment']
 
 # %% ../nbs/91_cli.ipynb #351b98b2
-import os, shlex, sys
+import contextlib, os, shlex, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -20,7 +20,7 @@ from .files import DataError
 from .kit import kit_app
 from .operations import operations_app
 from .people import people_app
-from .terminal import Env, Json, given, manners, me, one_of, out, seen, workspace_of
+from .terminal import Env, Json, given, manners, me, one_of, out, patience, seen, workspace_of
 
 # %% ../nbs/91_cli.ipynb #56b61f8c
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -219,10 +219,11 @@ def ask(
 ):
     "Ask the deployed champion; it answers with citations."
     with manners():
-        from llmops_ref.deployment import open_champion
         questions, many = _questions(question)
         ws = workspace_of(env)
-        with open_champion(ws) as answer:
+        from llmops_ref.deployment import open_champion
+        with contextlib.ExitStack() as loaded:
+            with patience(f"Loading the assistant of {env}"): answer = loaded.enter_context(open_champion(ws))
             for text in questions:
                 reply = answer(
                     text,
