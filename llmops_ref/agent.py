@@ -6,7 +6,7 @@ Reads the artifacts of a logged model. Leaves an agent that speaks the Responses
 
 # %% auto #0
 __all__ = ['MODEL_CODE', 'CHAIN_CODE', 'open_model', 'open_retriever', 'open_chain', 'AssistantAgent', 'watch', 'redact_span',
-           'keep_our_price', 'question_of', 'chain_of_files']
+           'say_price', 'question_of', 'chain_of_files']
 
 # %% ../nbs/03b_agent.ipynb #97615eca
 import atexit, contextlib, functools, itertools, os, time, uuid
@@ -83,7 +83,7 @@ class AssistantAgent(ResponsesAgent):
     "Answers the last user message from the passages of its own index."
     def load_context(self, context):
         "Open the index and the model; called once by MLflow when the model is loaded."
-        mlflow.tracing.configure(span_processors=[redact_span, keep_our_price])
+        mlflow.tracing.configure(span_processors=[redact_span, say_price(context.model_config)])
         self.server, self.numbers = uuid.uuid4().hex[:12], {}
         self.config, self.stack = context.model_config, contextlib.ExitStack()
         verify_files(self.config, files := {name: Path(path) for name, path in context.artifacts.items()})
@@ -200,11 +200,22 @@ def _redacted(value):
     return value
 
 # %% ../nbs/03b_agent.ipynb #59d9b79d
-def keep_our_price(
-    span, # A live span of MLflow
-) -> None:
-    "Say of a span with tokens that it has no price of MLflow's; for `mlflow.tracing.configure`."
-    if SpanAttributeKey.CHAT_USAGE in span.attributes: span.set_attribute(SpanAttributeKey.LLM_COST, None)
+def say_price(
+    config: dict, # Settings, from `assistant_parts`
+): # For `mlflow.tracing.configure`
+    "A function from a live span of MLflow: one that counts tokens is told in US dollars what it cost."
+    def price(span):
+        if not (usage := span.attributes.get(SpanAttributeKey.CHAT_USAGE)): return
+        read, written = usage["input_tokens"], usage["output_tokens"]
+        if "machine_price" in config:
+            total = (time.time_ns() - span.start_time_ns) / 1e9 * config["machine_price"] / 3600
+            costs = [total * part / max(read + written, 1) for part in (read, written)]
+        else:
+            model = span.attributes.get(SpanAttributeKey.MODEL, "")
+            costs = [token_cost(model, *tokens, config["prices"]) for tokens in ((read, 0), (0, written))]
+            if None in costs: return                # nobody knows
+        span.set_attribute(SpanAttributeKey.LLM_COST, dict(input_cost=costs[0], output_cost=costs[1], total_cost=sum(costs)))
+    return price
 
 # %% ../nbs/03b_agent.ipynb #e39b37a1
 def question_of(

@@ -26,7 +26,7 @@ if getattr(sys.modules["__main__"], "__spec__", None) is None: sys.modules["__ma
 SMALL = dict(
     CORPUS_DOCUMENTS="220", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft",
     HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16",
-    FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="6", MONITORING_PROBES="3",
+    FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="3", MONITORING_PROBES="3",
     SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120", PROMPT_REPORT_QUESTIONS="4", PROMPT_BEHAVIOUR="1",
     PROMPT_SEARCH="1",
 )  # no timed assertions: CI machines may be slow
@@ -148,11 +148,15 @@ def pytest_configure(config):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(count))))
 
 
+LONGEST = "deployment adopt applications bundle feedback prompts run monitoring docs gateway retrieval kit finetune".split()
+
+
 def pytest_collection_modifyitems(items):
-    "One worker begins with the life cycle; what needs it comes after what does not, so that the other worker need not wait."
-    first = next((item.path for item in items if "pristine" in item.fixturenames), None)
-    needing = {item.path for item in items if "pristine" in item.fixturenames}
-    items.sort(key=lambda item: 0 if item.path == first else 2 if item.path in needing else 1)
+    "The longest files first, so that no worker is left alone with one. The first needs the life cycle and makes it, the second does not."
+    def rank(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+    items.sort(key=rank)
 
 
 @pytest.hookimpl(wrapper=True)
