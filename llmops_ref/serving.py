@@ -13,7 +13,7 @@ import argparse, asyncio, contextlib, json, os, sys, time
 
 import httpx
 
-from .config import SettingsError, begin_process
+from .config import SettingsError, sleep_while_waiting
 from .gateway import forget_routes, gateway_command, gateway_environment, gateway_store
 from .services import PATIENCE, Service, owned_by, owner, running_services, start_service, stop_service
 from .validation import serving_environment
@@ -22,7 +22,7 @@ from .workspace import DataError, Workspace
 # %% ../nbs/06c_serving.ipynb #bfe21c7b
 def serve_main(arguments: list[str] | None = None) -> None:
     "Body of a server process: `python -m llmops_ref.serving --port N`; the version to serve is in ASSISTANT_URI."
-    begin_process()
+    sleep_while_waiting()
     import mlflow, uvicorn
     from mlflow.genai.agent_server import AgentServer, invoke, stream
     from starlette.concurrency import iterate_in_threadpool

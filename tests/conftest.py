@@ -28,7 +28,7 @@ SMALL = dict(
     HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16",
     FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="3", MONITORING_PROBES="3",
     SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120", PROMPT_REPORT_QUESTIONS="4", PROMPT_BEHAVIOUR="1",
-    PROMPT_SEARCH="1",
+    PROMPT_SEARCH="1", EMBEDDER="int8",
 )  # no timed assertions: CI machines may be slow
 
 # The tests are about the sample, also in a fork whose settings name other documents by now (`llmops adopt`).
@@ -144,11 +144,9 @@ def copy_of(finished: Project, folder: Path) -> Project:
 
 def pytest_configure(config):
     config.heard = os.dup(1)                                    # where people look, before pytest begins to keep what is printed
-    if count := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):    # workers share the cores
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(count))))
 
 
-LONGEST = "deployment adopt applications bundle feedback prompts run monitoring docs gateway retrieval kit finetune".split()
+LONGEST = "deployment gateway retrieval applications bundle feedback prompts monitoring run docs adopt kit finetune".split()
 
 
 def pytest_collection_modifyitems(items):

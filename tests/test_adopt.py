@@ -13,9 +13,12 @@ from llmops_ref.workspace import open_workspace
 QUICK = dict(
     HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", PROMPT_REPORT_QUESTIONS="2",
     PROMPT_BEHAVIOUR="0", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="3", MONITORING_PROBES="3", SMOKE_QUESTIONS="1",
-    GATE_MODE="inform", GATE_P95_SECONDS="120", FINETUNE_SECONDS="0", FINETUNE_EXAMPLES="128",
+    GATE_MODE="inform", GATE_P95_SECONDS="120", FINETUNE_SECONDS="0",
     FINETUNE_HELD_OUT="8", MONITORING_SIMULATED="0",
 )
+
+
+LIFE_CYCLE = pytest.mark.slow(reason="a whole life cycle on the documents of somebody else")
 
 
 def pdf(path, text):
@@ -61,17 +64,20 @@ def adopted(tmp_path_factory) -> Project:
 def asked(project, question): return json.loads(project.llmops("ask", question, "--json").stdout)
 
 
+@LIFE_CYCLE
 def test_answers_cite_the_documents(adopted):
     "Four formats, trained on, validated, deployed; what the model says stands in the page that it cites."
     documents = {path.name for path in (adopted.root / "handbook").iterdir()}
-    questions = load_questions(adopted.root / "data" / "handbook_questions.jsonl", drafts=True).query("type != 'unanswerable'").head(6)
-    replies = [asked(adopted, q.question) for q in questions.itertuples()]
+    questions = load_questions(adopted.root / "data" / "handbook_questions.jsonl", drafts=True).query("type != 'unanswerable'").head(12)
+    said = adopted.llmops("ask", stdin="\n".join(questions.question)).stdout
+    replies = [json.loads(line) for line in said.splitlines()]
     cited = [[reply["passages"][n - 1]["document_id"] for n in reply["citations"]] for reply in replies]
-    assert any(cited), [reply["answer"] for reply in replies]      # how many hangs on rounding, and so on the machine
+    assert sum(map(bool, cited)) >= 2, [reply["answer"] for reply in replies]       # how many hangs on rounding, and so on the machine
     assert {name for names in cited for name in names} <= documents
     assert any(set(names) & set(q.gold) for names, q in zip(cited, questions.itertuples()))
 
 
+@LIFE_CYCLE
 def test_drafts_are_asked_in_dev_and_everywhere_called_drafts(adopted):
     corpus = json.loads((adopted.root / "stores" / "dev" / "stages" / "corpus.json").read_text())
     assert corpus["metrics"]["drafts"] == corpus["metrics"]["questions"] == 30 and "30 of them drafts" in corpus["headline"]
@@ -86,6 +92,7 @@ def test_drafts_are_asked_in_dev_and_everywhere_called_drafts(adopted):
     assert staging.returncode == 1 and "only drafts" in staging.stderr, "nothing is gated on what nobody has read"
 
 
+@LIFE_CYCLE
 def test_prose_is_scored_as_prose(adopted):
     "No answer has to name a function: the gate is on what the reference says, and the pairs are sentences of pages that no test question is about."
     checked = json.loads((adopted.root / "stores" / "dev" / "stages" / "validation.json").read_text())
@@ -111,6 +118,7 @@ def test_prose_is_scored_as_prose(adopted):
     assert adopted.inside("questions", "check", "--env", "dev").returncode == 0
 
 
+@LIFE_CYCLE
 def test_a_correction_in_prose_finds_its_page(adopted):
     "Somebody votes an answer down and says what would have been right: the page that was shown and says it is what the next model learns from."
     learned = load_questions(adopted.root / "data" / "handbook_questions.jsonl", drafts=True).query(
@@ -131,6 +139,7 @@ def test_a_correction_in_prose_finds_its_page(adopted):
     ), "the form comes with the next pair"
 
 
+@LIFE_CYCLE
 def test_only_named_settings_change_and_a_second_time_nothing(adopted):
     before, after = adopted.before.splitlines(), (adopted.root / "settings.ini").read_text().splitlines()
     new = [line for line in after if line not in before]
@@ -153,8 +162,8 @@ def test_only_named_settings_change_and_a_second_time_nothing(adopted):
     assert "about pages that are gone" in lost.stderr and more["drafts"][0]["id"] in lost.stderr
 
 
-def test_what_overrides_an_adopted_setting_is_named(adopted, project):
-    shutil.copytree(adopted.root / "handbook", project.root / "handbook")
+def test_what_overrides_an_adopted_setting_is_named(project):
+    mixed_documents(project.root / "handbook")
     done = project.inside("adopt", "handbook", CORPUS="packages")
     assert done.returncode == 1 and "Without effect" in done.stderr and "LLMOPS_CORPUS" in done.stderr
 

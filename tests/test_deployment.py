@@ -72,7 +72,7 @@ def test_approval_rollout_and_rollback(shop):
 
     approved = shop.inside("approve", "--env", "staging", "--yes", "--by", "Ada", APPROVAL="person")
     assert approved.returncode == 0 and "Approved by Ada" in approved.stdout and "gates" in approved.stdout, approved.stderr
-    done = shop.llmops("run", "--env", "staging", "--from", "validation", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW)
+    done = shop.llmops("run", "--env", "staging", "--from", "validation", "--to", "deployment", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW)
     assert done.returncode == 0, done.stdout + done.stderr
     new = alias(shop, "champion")
     assert new != before and alias(shop, "previous") == before
@@ -189,7 +189,7 @@ def test_a_version_with_an_alias_is_not_deleted(shop):
 
 
 BLOCKS = dict(
-    GATE_MODE="raise", VALIDATION_QUESTIONS="8", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0", GATE_REGRESSIONS="0.7",
+    GATE_MODE="raise", VALIDATION_QUESTIONS="4", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0", GATE_REGRESSIONS="0.7"
 )  # what 16 pairs cannot teach, and what hangs on rounding: which of ten regressions hold; all other gates stand
 
 
@@ -215,7 +215,7 @@ def test_a_poisoned_index_is_refused(shop):
     try:
         ws.write("chunks", good.assign(text=good.text.sample(frac=1, random_state=1).values))
         assert shop.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0
-        assert "regressions that hold is" in refused(shop)
+        assert "regressions that hold is" in refused(shop, GATE_REGRESSIONS="1")
     finally:
         ws.write("chunks", good)
         assert shop.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0

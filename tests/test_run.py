@@ -308,7 +308,7 @@ def test_damaged_model_is_refused(finished):
     missing = ask()
     for path, content in original.items(): path.write_bytes(content)
     assert changed.returncode == 1 and "is damaged or was replaced" in changed.stderr and "llmops rollback" in changed.stderr
-    assert missing.returncode == 1 and missing.stderr.startswith("Error: ") and "missing" in missing.stderr
+    assert missing.returncode == 1 and "\nError: " in f"\n{missing.stderr}" and "missing" in missing.stderr
     assert ask().returncode == 0
 
 
