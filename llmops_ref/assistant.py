@@ -114,7 +114,7 @@ def take_out_marks(
     return _MARK.sub("", text).lstrip()
 
 # %% ../nbs/03a_assistant.ipynb #3e72dda4
-def _settled(text): return re.sub(r"\s*(\[[\d\s,]*|<[\s/]*\w*\s*)?$", "", text)     # without an open bracket at its end, and the space before it
+def _settled(text): return re.sub(r"\s*(\[[\d\s,]*|<[\s/]*\w*\s*)?$", "", text)     # no open bracket at its end, and no space before it
 
 def _check(chunks):
     from langchain_core.runnables import AddableDict

@@ -36,7 +36,7 @@ def file_digest(path: Path | str) -> str:
 
 # %% ../nbs/00_files.ipynb #d0fd01c8
 NOTES = "LLMOPS_DIGESTS"                            # environment variable: the file in which digests are noted; none, and each is computed
-WORTH_NOTING, SETTLED = 1_000_000, 2                # bytes; and seconds since a file was changed, below which a second change might not show
+WORTH_NOTING, SETTLED = 1_000_000, 2                # bytes; and seconds after a change in which another might not show
 
 def _stamp(path):
     found = os.stat(path)

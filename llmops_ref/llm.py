@@ -91,7 +91,7 @@ class Endpoint:
     def __repr__(self): return f"Endpoint({self.base_url!r}, {self.model!r})"    # never the key
 
 # %% ../nbs/00b_llm.ipynb #4a7837d6
-SMALL = 500_000_000                                 # bytes: a token of a model up to this takes some milliseconds, which one thread writes best
+SMALL = 500_000_000                                 # bytes: a model that writes best with one thread
 
 def _say_hello(endpoint):                           # the first request, without the second that OpenAI's client takes to be imported
     import httpx

@@ -64,7 +64,7 @@ def start_endpoint(
     environment = serving_environment(ws, version) | dict(
         ASSISTANT_URI=uri,
         MLFLOW_ENABLE_ASYNC_TRACE_LOGGING="true",
-        MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS="500",       # five seconds by default, for which whoever looks for a trace would wait
+        MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS="500",       # five seconds by default: people wait for traces
         PYTHONPATH=os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])]),
     )
     return start_service(

@@ -36,7 +36,8 @@ SAMPLE = {
     ("DEFAULT", "corpus"): "packages", ("DEFAULT", "questions"): "data/questions.jsonl",
     ("DEFAULT", "prompts"): "data/prompts", ("DEFAULT", "regressions"): "data/regressions.jsonl",
     ("DEFAULT", "passage_words"): "32", ("DEFAULT", "finetune"): "on", ("dev", "draft_questions"): "false",
-    ("dev", "chat_max_tokens"): "40", ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "96", ("smoke", "finetune_tokens"): "1024",
+    ("dev", "chat_max_tokens"): "40", ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "96",
+    ("smoke", "finetune_tokens"): "1024",
 }
 
 # Converted weights, made once for all projects and all workers: the first process makes the folder, the others are told.
@@ -124,7 +125,8 @@ def _say_where(database: Path, old: Path, new: Path) -> None:
     with contextlib.closing(sqlite3.connect(database)) as tables, tables:
         names = [name for name, in tables.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         for name in names:
-            for column in [row[1] for row in tables.execute(f'PRAGMA table_info("{name}")') if "CHAR" in row[2].upper() or "TEXT" in row[2].upper()]:
+            columns = [(row[1], row[2].upper()) for row in tables.execute(f'PRAGMA table_info("{name}")')]
+            for column in [column for column, kind in columns if "CHAR" in kind or "TEXT" in kind]:
                 tables.execute(
                     f'UPDATE "{name}" SET "{column}" = replace("{column}", ?, ?) WHERE "{column}" LIKE ?', (str(old), str(new), f"%{old}%")
                 )

@@ -72,7 +72,9 @@ def test_approval_rollout_and_rollback(shop):
 
     approved = shop.inside("approve", "--env", "staging", "--yes", "--by", "Ada", APPROVAL="person")
     assert approved.returncode == 0 and "Approved by Ada" in approved.stdout and "gates" in approved.stdout, approved.stderr
-    done = shop.llmops("run", "--env", "staging", "--from", "validation", "--to", "deployment", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW)
+    done = shop.llmops(
+        "run", "--env", "staging", "--from", "validation", "--to", "deployment", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     new = alias(shop, "champion")
     assert new != before and alias(shop, "previous") == before

@@ -41,9 +41,10 @@ def test_second_run_does_nothing(finished):
 
 
 def test_lessons_are_read_in_an_executed_notebook_and_not_run(finished):
-    "They have been tested, and an assertion about a bound that somebody moved must not end a run. Their outputs are those of the repository."
+    "They have been tested, and an assertion about a bound that somebody moved must end no run. Their outputs are the repository's."
     there = json.loads((finished.root / "nbs" / "06_validation.ipynb").read_text())["cells"]
-    ran = {c["id"]: c for c in json.loads((finished.root / "runs" / "staging" / "latest" / "06_validation.ipynb").read_text())["cells"] if "id" in c}
+    executed = finished.root / "runs" / "staging" / "latest" / "06_validation.ipynb"
+    ran = {cell["id"]: cell for cell in json.loads(executed.read_text())["cells"] if "id" in cell}
     taught = lessons(there)
     assert len(taught) > 3 and all(ran[cell["id"]]["execution_count"] is None for cell in taught)
     assert [ran[cell["id"]]["outputs"] for cell in taught] == [cell["outputs"] for cell in taught] and any(c["outputs"] for c in taught)
@@ -52,7 +53,7 @@ def test_lessons_are_read_in_an_executed_notebook_and_not_run(finished):
 
 
 def test_aliases_are_those_that_mlflow_knows(finished):
-    "We read them from its database, since that takes a thousandth of the time: the same answer for models and prompts, also after a change that went round us."
+    "We read its database, in a thousandth of the time: the same answer for models and prompts, also after a change that went round us."
     ws = open_workspace(load_config("staging", finished.root))
     client = ws.mlflow().MlflowClient()
     assert ws.alias("assistant", "champion") == str(client.get_model_version_by_alias(ws.registered("assistant"), "champion").version)
@@ -69,7 +70,9 @@ def test_what_only_shows_imports_no_model_and_no_mlflow(finished):
     slow = {"torch", "mlflow", "transformers", "langchain_core", "onnxruntime", "faiss", "pyspark"}
     script = f"import sys\nfrom llmops_ref.cli import app\ntry: app()\nfinally: print(sorted({slow} & set(sys.modules)), file=sys.stderr)"
     for words in (["--help"], ["status", "--env", "staging"], ["run", "--env", "staging"], ["why", "retrieval", "--env", "staging"]):
-        done = subprocess.run([sys.executable, "-c", script, *words], cwd=finished.root, env=finished.environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], cwd=finished.root, env=finished.environment, capture_output=True, text=True
+        )
         assert done.returncode == 0 and done.stderr.splitlines()[-1] == "[]", (words, done.stderr[-500:])
 
 
