@@ -116,11 +116,12 @@ class AssistantAgent(ResponsesAgent):
         start, result, first, name, span, last = time.perf_counter(), None, None, _message_id(), mlflow.get_current_active_span(), None
         self._begin(request)
         try:
-            for chunk in self.chain.stream({"question": question_of(request)}, watch()):
-                result = chunk if result is None else result + chunk
-                if "answer" in chunk:
-                    first = first or time.perf_counter() - start
-                    yield ResponsesAgentStreamEvent(**self.create_text_delta(chunk["answer"], name))
+            with contextlib.closing(self.chain.stream({"question": question_of(request)}, watch())) as chunks:
+                for chunk in chunks:
+                    result = chunk if result is None else result + chunk
+                    if "answer" in chunk:
+                        first = first or time.perf_counter() - start
+                        yield ResponsesAgentStreamEvent(**self.create_text_delta(chunk["answer"], name))
             facts = self._facts(request, result, time.perf_counter() - start) | dict(first_token_seconds=first)
             last = ResponsesAgentStreamEvent(
                 type="response.output_item.done", item=self.create_text_output_item(text=facts.pop("answer"), id=name), custom_outputs=facts

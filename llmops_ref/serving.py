@@ -23,7 +23,7 @@ from .workspace import DataError, Workspace
 def serve_main(arguments: list[str] | None = None) -> None:
     "Body of a server process: `python -m llmops_ref.serving --port N`; the version to serve is in ASSISTANT_URI."
     sleep_while_waiting()
-    import mlflow, uvicorn
+    import anyio, mlflow, uvicorn
     from mlflow.genai.agent_server import AgentServer, invoke, stream
     from starlette.concurrency import iterate_in_threadpool
     options = argparse.ArgumentParser()
@@ -39,7 +39,11 @@ def serve_main(arguments: list[str] | None = None) -> None:
     async def answer(request): return await asyncio.to_thread(agent.predict, request)
     @stream()
     async def pieces(request):
-        async for event in iterate_in_threadpool(agent.predict_stream(request)): yield event
+        events = agent.predict_stream(request)
+        try:
+            async for event in iterate_in_threadpool(events): yield event
+        finally:                                    # whoever asked may have gone: the generator is not left to the collector, which would
+            with anyio.CancelScope(shield=True): await anyio.to_thread.run_sync(events.close)      # end it in any thread, at any moment
     try: uvicorn.run(AgentServer("ResponsesAgent").app, host=chosen.host, port=chosen.port, log_level="warning")
     finally: mlflow.flush_trace_async_logging()      # the last answers are on record, too
 
