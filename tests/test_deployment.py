@@ -51,7 +51,7 @@ def test_evidence_of_a_version(finished):
     found = details(finished, "validation")
     assert not [p for p in found["problems"] if "git commit" not in p]         # this copy is no clone
     assert len(found["regressions"]) == 10 and sum(r["holds"] for r in found["regressions"]) >= 7, found["regressions"]
-    assert found["attacks"][-1]["risk"] == "all" and found["attacks"][-1]["tried"] == 3
+    assert found["attacks"][-1]["risk"] == "all" and found["attacks"][-1]["tried"] == 6
     page = (finished.root / "stores" / "staging" / "evidence" / f"version-{found['version']}.html").read_text()
     assert "llmops approve --env staging" in page and "<script" not in page and "http://" not in page
 
