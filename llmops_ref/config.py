@@ -9,7 +9,7 @@ __all__ = ['ENVIRONMENTS', 'PROFILES', 'PLATFORM', 'SettingsError', 'Config', 'f
            'explain', 'sleep_while_waiting', 'begin_process']
 
 # %% ../nbs/00_config.ipynb #f3aa5487
-import atexit, configparser, difflib, functools, gc, os
+import atexit, configparser, difflib, functools, gc, os, sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args, Literal
@@ -327,7 +327,8 @@ def sleep_while_waiting() -> None:
 
 # %% ../nbs/00_config.ipynb #4b94c1c2
 def begin_process() -> None:
-    "What each process of ours begins with: threads that sleep while they wait, and a collector that looks seldom, and not at the end."
+    "What each process of ours begins with: threads that sleep while they wait, a collector that looks seldom and not at the end, and no grammar that nobody needs."
     sleep_while_waiting()
+    sys.modules.setdefault("rfc3987_syntax", None)
     gc.set_threshold(100_000, 20, 20)
     atexit.register(gc.freeze)

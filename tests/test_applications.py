@@ -3,7 +3,7 @@ import json, os, re, secrets, signal, sqlite3, subprocess, sys, time
 
 import pandas as pd, psutil, pytest
 
-from conftest import CACHE, SMALL
+from conftest import CACHE, SMALL, copy_of
 from langchain_core.exceptions import ModelAuthenticationError
 
 from llmops_ref.assistant import assistant_digest, assistant_parts, log_chain, open_assistant
@@ -18,27 +18,29 @@ QUESTION = "How do I point an alias at a specific model version?"
 
 
 @pytest.fixture(scope="module")
-def third(finished):
-    "The finished project, with the life cycle of the other application in dev: a provider of its own, and our stand-in as the fallback."
+def third(pristine, tmp_path_factory):
+    "A finished project whose owners turn to the other application: a provider of its own, and our stand-in as the fallback."
+    project = copy_of(pristine, tmp_path_factory.mktemp("third"))
+    known = set(traces(project).index)
     with Provider("acme-large", key=KEY) as acme:
         settings = dict(
             APP="third_party", GATEWAY_MODELS="acme/acme-large", GATEWAY_FALLBACKS="local/smollm2-q8_0",
             GATEWAY_PROVIDERS=f"acme={acme.url}", PRICES="acme-large 2/8, smollm2-q8_0 0.02/0.08",
         )
-        def llmops(*args, **more): return finished.llmops(*args, **(settings | more))
-        finished.environment["ACME_API_KEY"] = KEY
-        done = llmops("run", "--env", "dev")
+        def llmops(*args, **more): return project.llmops(*args, "--env", "staging", **(settings | more))
+        project.environment["ACME_API_KEY"] = KEY
+        done = llmops("run")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        gateway = finished.start("serve", "gateway", "--env", "dev", **settings)       # for those who ask afterwards
-        assert any("The gateway of dev is at" in line for line in gateway.stdout)
-        yield finished, llmops, acme, done.stdout, settings
+        project.left = traces(project).drop(list(known))
+        gateway = project.start("serve", "gateway", "--env", "staging", **settings)    # for those who ask afterwards
+        assert any("The gateway of staging is at" in line for line in gateway.stdout)
+        yield project, llmops, acme, done.stdout, settings
         gateway.terminate(); gateway.wait()
-        del finished.environment["ACME_API_KEY"]
 
 
 def traces(project):
     rows = (
-        sqlite3.connect(project.root / "stores" / "dev" / "mlflow.db").execute("select request_id, key, value from trace_tags").fetchall()
+        sqlite3.connect(project.root / "stores" / "staging" / "mlflow.db").execute("select request_id, key, value from trace_tags").fetchall()
     )
     return pd.DataFrame(rows, columns=["trace", "key", "value"]).pivot(index="trace", columns="key", values="value")
 
@@ -46,17 +48,17 @@ def traces(project):
 def test_the_life_cycle_of_a_provider(third):
     project, llmops, acme, said, settings = third
     assert "skipped 05_finetune" in said and "a provider's model is not ours to tune" in said and len(acme.asked) > 10
-    states = {s["stage"]: s["state"] for s in json.loads(project.inside("status", "--env", "dev", "--json", **settings).stdout)["stages"]}
+    assert "cached  02_corpus" in said and "cached  03_retrieval" in said, "documents and index are the same for both applications"
+    states = {s["stage"]: s["state"] for s in json.loads(project.inside("status", "--env", "staging", "--json", **settings).stdout)["stages"]}
     assert states.pop("05_finetune") == "skipped" and set(states.values()) == {"up to date"}
-    assert "Everything is up to date" in llmops("run", "--env", "dev").stdout
-    page = (project.root / "runs" / "dev" / "latest" / "report.html").read_text()
+    assert "Everything is up to date" in llmops("run").stdout
+    page = (project.root / "runs" / "staging" / "latest" / "report.html").read_text()
     assert "Without passages" in page and "Tuned model" not in page
 
 
 def test_each_trace_says_who_served_at_what_price_with_which_prompt(third):
     project, *_ = third
-    tags = traces(project)
-    tags = tags[tags.purpose == "probe"]
+    tags = project.left[project.left.purpose == "probe"]
     assert (
         len(tags)
         and set(tags.served_by) <= {"acme-large", ""}
@@ -64,7 +66,7 @@ def test_each_trace_says_who_served_at_what_price_with_which_prompt(third):
         and tags.cost_usd.astype(float).max() > 0
     )
     assert tags["mlflow.linkedPrompts"].str.contains("answer_prompt").all()
-    spans = sqlite3.connect(project.root / "stores" / "dev" / "mlflow.db").execute("select distinct type from spans").fetchall()
+    spans = sqlite3.connect(project.root / "stores" / "staging" / "mlflow.db").execute("select distinct type from spans").fetchall()
     assert {"AGENT", "RETRIEVER", "CHAT_MODEL"} <= {kind for kind, in spans}
 
 
@@ -82,7 +84,7 @@ def test_a_planted_key_is_in_nothing_that_a_run_wrote(third):
 def test_the_fallback_answers_when_the_provider_is_down(third):
     project, llmops, acme, *_ = third
     acme.fault = "503"
-    reply = json.loads(llmops("ask", QUESTION, "--env", "dev", "--json").stdout)
+    reply = json.loads(llmops("ask", QUESTION, "--json").stdout)
     acme.fault = None
     assert reply["served_by"] == "smollm2-q8_0" and reply["answer"]
 
@@ -90,8 +92,8 @@ def test_the_fallback_answers_when_the_provider_is_down(third):
 def test_streamed_and_whole_are_the_same_answer(third):
     project, llmops, acme, *_ = third
     acme.answer, before = "Use `mlflow.MlflowClient.set_registered_model_alias` [1]. It moves an alias [9] to a version.", acme.answer
-    whole, streamed = (json.loads(llmops("ask", QUESTION, "--env", "dev", "--json", *more).stdout) for more in ([], ["--stream"]))
-    printed = llmops("ask", QUESTION, "--env", "dev", "--stream").stdout
+    whole, streamed = (json.loads(llmops("ask", QUESTION, "--json", *more).stdout) for more in ([], ["--stream"]))
+    printed = llmops("ask", QUESTION, "--stream").stdout
     acme.answer = before
     assert whole["answer"] == streamed["answer"] and "[9]" not in whole["answer"]
     assert printed.splitlines()[0] == whole["answer"]
@@ -103,12 +105,12 @@ def test_a_version_asks_whom_it_was_validated_with(third):
     project, llmops, acme, *_ = third
     reply = json.loads(
         llmops(
-            "ask", QUESTION, "--env", "dev", "--json", GATEWAY_MODELS="local/smollm2-q4_1", GATEWAY_FALLBACKS="", GATEWAY_PROVIDERS=""
+            "ask", QUESTION, "--json", GATEWAY_MODELS="local/smollm2-q4_1", GATEWAY_FALLBACKS="", GATEWAY_PROVIDERS=""
         ).stdout
     )
     assert reply["served_by"] == "acme-large" and reply["answer"]
     one, other = (
-        open_workspace(load_config("dev", project.root, app="third_party", gateway_models=[model], gateway_providers=[f"acme={acme.url}"]))
+        open_workspace(load_config("staging", project.root, app="third_party", gateway_models=[model], gateway_providers=[f"acme={acme.url}"]))
         for model in ("acme/acme-large", "acme/acme-small")
     )
     digests = [assistant_digest(assistant_parts(ws, champion_prompt(one)[0])[0], {}) for ws in (one, one, other)]
@@ -118,7 +120,7 @@ def test_a_version_asks_whom_it_was_validated_with(third):
 def test_a_key_that_is_refused_is_one_clear_error(third):
     project, llmops, acme, *_ = third
     acme.fault = "401"
-    done = llmops("run", "--env", "dev", "--only", "prompts", "--force", GATEWAY_FALLBACKS="")
+    done = llmops("run", "--only", "prompts", "--force", GATEWAY_FALLBACKS="")
     acme.fault = None
     said = done.stdout + done.stderr
     assert done.returncode == 1 and "The key was refused. Set the right one in" in said and "Traceback" not in said and KEY not in said
@@ -128,16 +130,16 @@ def test_a_key_that_is_refused_is_one_clear_error(third):
 def test_without_an_index(third):
     "retrieval = off: the same stages, prompts of their own, no passages."
     project, llmops, acme, *_ = third
-    done = llmops("run", "--env", "dev", "--from", "prompts", "--to", "validation", "--set", "retrieval=off")
+    done = llmops("run", "--from", "prompts", "--to", "validation", "--set", "retrieval=off")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    details = json.loads((project.root / "stores" / "dev" / "stages" / "validation.json").read_text())["details"]
+    details = json.loads((project.root / "stores" / "staging" / "stages" / "validation.json").read_text())["details"]
     assert len(details["examples"]) == 4 and all(
         e["passages"] == [] and e["candidate"]["text"] and e["candidate"]["citations"] == [] for e in details["examples"]
     )
 
 
 def test_one_table_compares_the_applications(finished):
-    table = {row["system"]: row for row in json.loads(finished.llmops("compare", "--env", "staging", "--json").stdout)}
+    table = {row["system"]: row for row in json.loads(finished.llmops("compare", "--env", "staging", "--json", VALIDATION_QUESTIONS="2").stdout)}
     assert list(table) == ["provider, passages", "provider, direct", "own base, passages", "own tuned, passages", "own tuned, direct"]
     assert (
         table["provider, direct"]["tokens_read"] < table["provider, passages"]["tokens_read"]

@@ -284,17 +284,20 @@ def site(finished, tmp_path_factory):
 def test_data_and_index(site, tmp_path):
     "On an empty store, each stage really runs; a second run finds everything up to date; a stage that fails fails the job."
     emulator, project, files, jobs = site
-    first = emulator.run(jobs(tmp_path / "store")["data_and_index"])
+    asked = (files / "data" / "questions.jsonl").read_text().splitlines(keepends=True)
+    (files / "data" / "few.jsonl").write_text("".join(asked[::5]))              # their gold documents are always there
+    few = dict(questions="data/few.jsonl", corpus_documents=60)
+    first = emulator.run(jobs(tmp_path / "store", **few)["data_and_index"])
     assert emulator.result == RunResultState.SUCCESS and list(first) == ["hub", "corpus", "retrieval"], first
     ws = open_workspace(load_config("staging", files, store=str(tmp_path / "store")))
     assert len(ws.read("chunks")) > 100 and "ran     03_retrieval" in first["retrieval"][1]
     executed = sorted(path.name for path in (files / "runs" / "staging").glob("2*/*.ipynb"))
     assert executed == ["01_hub.ipynb", "02_corpus.ipynb", "03_retrieval.ipynb"]
 
-    again = emulator.run(jobs(tmp_path / "store")["data_and_index"])
+    again = emulator.run(jobs(tmp_path / "store", **few)["data_and_index"])
     assert all(end == "SUCCESS" and "is up to date" in said for end, said in again.values()), again
 
-    failed = emulator.run(jobs(tmp_path / "store", corpus_packages="no-such-package")["data_and_index"])
+    failed = emulator.run(jobs(tmp_path / "store", **few, corpus_packages="no-such-package")["data_and_index"])
     assert emulator.result == RunResultState.FAILED and [end for end, _ in failed.values()] == ["SUCCESS", "FAILED", "SKIPPED"]
     assert "names the package 'no-such-package'" in failed["corpus"][1] and "Traceback" not in failed["corpus"][1]
     assert len(ws.read("chunks")) > 100, "what was there is there"

@@ -14,6 +14,7 @@ from llmops_ref.serving import LocalHost, open_front
 from llmops_ref.workspace import DataError, open_workspace
 
 NEW = dict(QUESTION_WORDS="150")                        # another assistant, without training another model
+BRIEF = dict(RED_TEAM="", REGRESSIONS="", ROLLOUT_QUESTIONS="4")      # where a test is about what follows the questions, and not about them
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_evidence_of_a_version(finished):
 def test_approval_rollout_and_rollback(shop):
     "A new version waits for a person, is rolled out in steps beside the old one, and is taken back."
     before = alias(shop, "champion")
-    waiting = shop.llmops("run", "--env", "staging", "--from", "validation", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW)
+    waiting = shop.llmops("run", "--env", "staging", "--from", "validation", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW, **BRIEF)
     assert waiting.returncode == 3, waiting.stdout + waiting.stderr
     assert "waits for a person: nobody has approved it yet" in waiting.stderr and "llmops approve --env staging" in waiting.stderr
     assert alias(shop, "champion") == before and alias(shop, "challenger") != before
@@ -67,13 +68,13 @@ def test_approval_rollout_and_rollback(shop):
 
     unseen = shop.inside("approve", "--env", "staging", APPROVAL="person")
     assert unseen.returncode == 1 and "Nobody can be asked here" in unseen.stderr
-    alone = shop.llmops("run", "--env", "staging", "--only", "deployment", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW)
+    alone = shop.llmops("run", "--env", "staging", "--only", "deployment", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW, **BRIEF)
     assert alone.returncode == 3
 
     approved = shop.inside("approve", "--env", "staging", "--yes", "--by", "Ada", APPROVAL="person")
     assert approved.returncode == 0 and "Approved by Ada" in approved.stdout and "gates" in approved.stdout, approved.stderr
     done = shop.llmops(
-        "run", "--env", "staging", "--from", "validation", "--to", "deployment", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW
+        "run", "--env", "staging", "--from", "validation", "--to", "deployment", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW, **BRIEF
     )
     assert done.returncode == 0, done.stdout + done.stderr
     new = alias(shop, "champion")
@@ -87,7 +88,7 @@ def test_approval_rollout_and_rollback(shop):
     print(f"rollback took {time.time() - start:.1f} s")
     assert back.returncode == 0 and f"Version {before} of the assistant is champion" in back.stdout
     assert json.loads(shop.llmops("ask", "How do I log a metric?", "--env", "staging", "--json").stdout)["version"] == before
-    again = shop.llmops("run", "--env", "staging", "--only", "deployment", "--force", APPROVAL="person", **NEW)
+    again = shop.llmops("run", "--env", "staging", "--only", "deployment", "--force", APPROVAL="person", **NEW, **BRIEF)
     assert again.returncode == 1 and "was taken back" in again.stderr and alias(shop, "champion") == before
     shop.llmops("rollback", "--env", "staging")
     assert alias(shop, "champion") == new and not list((shop.root / "stores" / "staging" / "services").glob("*.json"))
@@ -104,16 +105,16 @@ def test_an_approval_is_for_one_content_and_one_verdict(shop):
     ws.mlflow().MlflowClient().set_model_version_tag(ws.registered("assistant"), version, "digest", "0" * 64)
     with pytest.raises(DataError, match="is not what was logged"): check_approved(ws, version)
     before = len(versions(shop))
-    again = shop.llmops("run", "--env", "staging", "--only", "validation", "--force", **NEW)
+    again = shop.llmops("run", "--env", "staging", "--only", "validation", "--force", **NEW, **BRIEF)
     assert again.returncode == 0, again.stderr
     latest = ws.alias("assistant", "challenger", record=False)
     with pytest.raises(ApprovalNeeded, match="nobody has approved it"): check_approved(ws, latest)
-    twice = shop.llmops("run", "--env", "staging", "--only", "validation", "--force", **NEW)
+    twice = shop.llmops("run", "--env", "staging", "--only", "validation", "--force", **NEW, **BRIEF)
     assert twice.returncode == 0 and len(versions(shop)) == before + 1  # the one whose digest was forged is logged anew, and no other
 
 
 def test_a_rejected_version_is_not_deployed(shop):
-    other = dict(QUESTION_WORDS="140")
+    other = dict(QUESTION_WORDS="140") | BRIEF
     before = alias(shop, "champion")
     assert shop.llmops("run", "--env", "staging", "--only", "validation", **other).returncode == 0
     assert "Why?" in shop.inside("reject", "--env", "staging", "--by", "Ada").stderr
@@ -125,7 +126,7 @@ def test_a_rejected_version_is_not_deployed(shop):
 
 def test_killed_between_registering_and_the_verdict(shop):
     "The version is there, without a verdict; the old champion serves, and the next run goes on with it and makes no second one."
-    other, before, champion = dict(QUESTION_WORDS="130"), len(versions(shop)), alias(shop, "champion")
+    other, before, champion = dict(QUESTION_WORDS="130") | BRIEF, len(versions(shop)), alias(shop, "champion")
     process = shop.start("run", "--env", "staging", "--only", "validation", **other)
     deadline = time.time() + 120
     while len(versions(shop)) == before and time.time() < deadline: time.sleep(0.2)
@@ -167,6 +168,45 @@ def test_a_rollout_that_fails_gives_all_traffic_back(shop):
         assert {host.ask("How do I log a metric?")["version"] for _ in range(6)} == {champion}
     finally:
         server.shutdown()
+        stop_services(ws, owner=os.getpid())
+
+
+class Named(http.server.BaseHTTPRequestHandler):
+    "A version that answers at once with its name."
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        said = dict(output=[dict(content=[dict(text="Yes.")])], custom_outputs=dict(version=self.server.version))
+        body = json.dumps(said).encode()
+        self.send_response(200); self.send_header("Content-Type", "application/json"); self.send_header("Content-Length", str(len(body)))
+        self.end_headers(); self.wfile.write(body)
+    def log_message(self, *_): pass
+
+
+def test_the_next_question_goes_by_the_new_shares(shop):
+    "Under traffic that keeps the gateway's memory of the old ones warm; nobody waits for that memory to end."
+    ws, servers, ended = workspace(shop), {}, threading.Event()
+    try:
+        for version in ("a", "b"):
+            servers[version] = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Named)
+            servers[version].version = version
+            threading.Thread(target=servers[version].serve_forever, daemon=True).start()
+        host = LocalHost(ws)
+        host.endpoints = {v: Service(f"endpoint-{v}", os.getpid(), 0.0, s.server_port, v, os.getpid()) for v, s in servers.items()}
+        host.share({"a": 1.0})
+        def ask_on():
+            while not ended.wait(0.05): host.ask("Who is there?")
+        askers = [threading.Thread(target=ask_on, daemon=True) for _ in range(2)]
+        for asker in askers: asker.start()
+        for version in ("b", "a", "b"):
+            host.share({version: 1.0})
+            assert {host.ask("Who is there?")["version"] for _ in range(8)} == {version}
+        host.share({"a": 0.5, "b": 0.5})
+        assert {host.ask("Who is there?")["version"] for _ in range(20)} == {"a", "b"}
+        ended.set()
+        for asker in askers: asker.join(60)
+    finally:
+        ended.set()
+        for server in servers.values(): server.shutdown()
         stop_services(ws, owner=os.getpid())
 
 
@@ -217,7 +257,7 @@ def test_a_poisoned_index_is_refused(shop):
     try:
         ws.write("chunks", good.assign(text=good.text.sample(frac=1, random_state=1).values))
         assert shop.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0
-        assert "regressions that hold is" in refused(shop, GATE_REGRESSIONS="1")
+        assert "regressions that hold is" in refused(shop, GATE_REGRESSIONS="1", RED_TEAM="")
     finally:
         ws.write("chunks", good)
         assert shop.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0
@@ -234,7 +274,7 @@ def test_a_broken_prompt_is_refused(shop):
     )
     try:
         ws.set_prompt_alias("answer_prompt", "champion", str(story.version))
-        assert "grounded is 0." in refused(shop, CHAT_MAX_TOKENS="40")
+        assert "grounded is 0." in refused(shop, **BRIEF, CHAT_MAX_TOKENS="40")
     finally: ws.set_prompt_alias("answer_prompt", "champion", before)
 
 
@@ -259,6 +299,6 @@ def test_a_worse_model_is_refused(shop, tmp_path):
         mlflow.log_artifacts(str(content), "chat_model")
         tags = mlflow.MlflowClient().get_model_version(name, good).tags | dict(adapter_sha256=file_digest(content / "adapter.gguf"))
         ws.set_alias("chat_model", "candidate", str(mlflow.register_model(f"runs:/{run.info.run_id}/chat_model", name, tags=tags).version))
-    try: says = refused(shop)
+    try: says = refused(shop, **BRIEF)
     finally: ws.set_alias("chat_model", "candidate", good)
     assert "readable is 0." in says or "grounded is 0." in says

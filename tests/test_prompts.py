@@ -55,8 +55,8 @@ def test_a_bad_prompt_is_refused(finished, only, name):
     before = aliases(finished)
     only(name, text)
     done = finished.llmops(
-        "run", "--env", "staging", "--only", "prompts", GATE_MODE="raise", PROMPT_BEHAVIOUR="0", CHAT_MAX_TOKENS="40",
-        PROMPT_REPORT_QUESTIONS="4",
+        "run", "--env", "staging", "--only", "prompts", GATE_MODE="raise", PROMPT_BEHAVIOUR="0", PROMPT_SEARCH="0",
+        CHAT_MAX_TOKENS="40", PROMPT_REPORT_QUESTIONS="4",
     )
     assert done.returncode == 1, done.stdout
     assert "is refused" in done.stderr and f"{gate} is 0." in done.stderr and f"Version {before['champion']} stays in use" in done.stderr
