@@ -64,6 +64,9 @@ def _error(trace):
 PURPOSES = ("traffic", "probe")                     # what users ask, and questions of ours that are asked to see whether all is well
 OVERLAP = pd.Timedelta(days=1)
 
+def _whole(trace): # its parts are written one by one, the first span of all at the end; without it, it is for the next look
+    return trace is not None and trace.info.state != "IN_PROGRESS" and any(span.parent_id is None for span in trace.data.spans)
+
 def _find_traces(ws, since, limit):
     mlflow = ws.mlflow()
     place, after = [mlflow.get_experiment_by_name(ws.experiment).experiment_id], (
@@ -75,8 +78,8 @@ def _find_traces(ws, since, limit):
         for trace in mlflow.search_traces(
             locations=place, filter_string=f"tags.purpose = '{purpose}'{after}", max_results=limit, return_type="list"
         )
-        if trace.info.state != "IN_PROGRESS" and trace.data.spans
-    ]  # one that is being written is for the next look
+        if _whole(trace)
+    ]
 
 def collect_requests(
     ws: Workspace,
@@ -89,8 +92,7 @@ def collect_requests(
     since = min(known.time.max(), pd.Timestamp.now(tz="UTC")) - OVERLAP if len(known) else None
     there, end, client = set(known.trace_id), time.time() + patience, ws.mlflow()
     for trace_id in set(expected) - there:
-        while ((trace := client.get_trace(trace_id, silent=True)) is None or trace.info.state == "IN_PROGRESS") and time.time() < end:
-            time.sleep(0.2)
+        while not _whole(client.get_trace(trace_id, silent=True)) and time.time() < end: time.sleep(0.2)
     new = pd.DataFrame(
         [request_row(t) for t in _find_traces(ws, since, limit) if t.info.trace_id not in there], columns=COLUMNS
     ).sort_values("time", ignore_index=True)

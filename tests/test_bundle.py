@@ -310,7 +310,7 @@ def test_from_a_fine_tuned_model_to_a_deployed_version(site):
     ws = open_workspace(load_config("staging", files, store=str(store)))
     client, name = ws.mlflow().MlflowClient(), ws.registered("assistant")
     client.delete_registered_model_alias(name, "champion")                      # nothing is deployed yet
-    settings = dict(approval="person", validation_questions=2, red_team_attacks=1, chat_max_tokens=SMALL["CHAT_MAX_TOKENS"])
+    settings = dict(approval="person", validation_questions=2, red_team_attacks=1, regressions="", chat_max_tokens=SMALL["CHAT_MAX_TOKENS"])
 
     tuned = emulator.run(jobs(store, **settings)["finetune"])
     assert emulator.result == RunResultState.SUCCESS, tuned

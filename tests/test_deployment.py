@@ -1,5 +1,5 @@
 """Validation that blocks, a person who decides, a deployment that can be taken back: on the real registry, with real endpoints."""
-import http.server, json, os, signal, subprocess, threading, time
+import contextlib, http.server, json, os, signal, subprocess, threading, time
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +11,7 @@ from llmops_ref.config import load_config
 from llmops_ref.deployment import check_traffic, one_at_a_time, roll_out
 from llmops_ref.services import Service, stop_services
 from llmops_ref.serving import LocalHost, open_front
+from llmops_ref.validation import recall_assistant
 from llmops_ref.workspace import DataError, open_workspace
 
 NEW = dict(QUESTION_WORDS="150")                        # another assistant, without training another model
@@ -55,6 +56,23 @@ def test_evidence_of_a_version(finished):
     assert found["attacks"][-1]["risk"] == "all" and found["attacks"][-1]["tried"] == 6
     page = (finished.root / "stores" / "staging" / "evidence" / f"version-{found['version']}.html").read_text()
     assert "llmops approve --env staging" in page and "<script" not in page and "http://" not in page
+
+
+def test_a_champion_is_asked_only_what_is_new(finished, monkeypatch):
+    "It was a candidate once: what it answered then is kept with its version."
+    ws, loaded = workspace(finished), []
+    version, checked = ws.alias("assistant", "champion", record=False), details(finished, "validation")
+    @contextlib.contextmanager
+    def load(ws, version):
+        loaded.append(version)
+        yield lambda state: dict(question=state["question"], answer="Loaded.", passages=[])
+    monkeypatch.setattr("llmops_ref.validation.load_assistant", load)
+    with recall_assistant(ws, version) as ask:
+        for example in checked["examples"]:
+            reply = ask(dict(question=example["question"]))
+            assert reply["answer"] == example["candidate"]["text"] and reply["kept_seconds"] > 0
+        assert not loaded
+        assert ask(dict(question="Is this one new?"))["answer"] == "Loaded." and loaded == [version]
 
 
 def test_approval_rollout_and_rollback(shop):
@@ -114,9 +132,8 @@ def test_an_approval_is_for_one_content_and_one_verdict(shop):
 
 
 def test_a_rejected_version_is_not_deployed(shop):
-    other = dict(QUESTION_WORDS="140") | BRIEF
-    before = alias(shop, "champion")
-    assert shop.llmops("run", "--env", "staging", "--only", "validation", **other).returncode == 0
+    other, before = NEW | BRIEF, alias(shop, "champion")
+    if alias(shop, "challenger") == before: assert shop.llmops("run", "--env", "staging", "--only", "validation", **other).returncode == 0
     assert "Why?" in shop.inside("reject", "--env", "staging", "--by", "Ada").stderr
     assert shop.inside("reject", "--env", "staging", "--by", "Ada", "--reason", "q001 is wrong").returncode == 0
     for approval in ("person", "none"):
@@ -250,17 +267,14 @@ def refused(shop, **environment):
     return done.stderr
 
 
-def test_a_poisoned_index_is_refused(shop):
+def test_a_poisoned_index_is_refused(shop, tmp_path):
     "Somebody wrote other texts under the names of our documents."
-    ws = workspace(shop)
+    other = copy_of(shop, tmp_path)
+    ws = workspace(other)
     good = ws.read("chunks")
-    try:
-        ws.write("chunks", good.assign(text=good.text.sample(frac=1, random_state=1).values))
-        assert shop.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0
-        assert "regressions that hold is" in refused(shop, GATE_REGRESSIONS="1", RED_TEAM="")
-    finally:
-        ws.write("chunks", good)
-        assert shop.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0
+    ws.write("chunks", good.assign(text=good.text.sample(frac=1, random_state=1).values))
+    assert other.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0
+    assert "regressions that hold is" in refused(other, GATE_REGRESSIONS="1", RED_TEAM="")
 
 
 def test_a_broken_prompt_is_refused(shop):

@@ -117,7 +117,7 @@ def test_quick_commands_run(finished, tmp_path):
             1:
         ]  # where the life cycle has run
         if "--env" not in words and words[0] not in ("bundle", "questions", "todo", "doctor"): words += ["--env", "staging"]
-        starts = words[0] == "ask" or words[0] == "run" and "--dry-run" not in words        # kernels, or a model
+        starts = words[0] == "run" and "--dry-run" not in words        # kernels
         done = (project.llmops if starts else project.inside)(*words)
         if done.returncode and command not in FAILS: failed[command] = done.stdout[-500:] + done.stderr[-1500:]
         if command in FAILS: assert done.returncode == 1 and FAILS[command] in done.stderr, done.stderr

@@ -215,7 +215,8 @@ def test_the_loop_from_a_thumb_down_to_the_next_version(shop):
     gates = dict(
         GATE_MODE="raise", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0", GATE_PROMPT_GROUNDED="0",
         GATE_PROMPT_READABLE="0", GATE_PROMPT_IN_LANGUAGE="0", GATE_ATTACKS="1", GATE_REGRESSIONS="0.9",
-        FINETUNE_EXAMPLES="32", FINETUNE_EPOCHS="3", FINETUNE_SECONDS="0", VALIDATION_QUESTIONS="10",
+        RED_TEAM_ATTACKS="1", REGRESSIONS="", PROMPT_SEARCH="0", PROMPT_BEHAVIOUR="0",
+        FINETUNE_EXAMPLES="32", FINETUNE_EPOCHS="3", FINETUNE_CHECKS="1", FINETUNE_SECONDS="0", VALIDATION_QUESTIONS="8",
     )
     said = llmops("run", "--to", "deployment", timeout=1500, **gates)
     for stage in ("02_corpus", "05_finetune", "06_validation", "07_deployment"): assert f"ran     {stage}" in said
@@ -245,7 +246,7 @@ def _something_it_gets_wrong(shop, ws):
     import random
     asked = {g for q in ws.read("questions").query("split == 'test'").itertuples() for g in q.gold}
     chunks, rng, found = ws.read("chunks"), random.Random(5), []
-    for c in chunks[(chunks.position == 0) & ~chunks.document_id.isin(asked)].sample(frac=1, random_state=5).head(60).itertuples():
+    for c in chunks[(chunks.position == 0) & ~chunks.document_id.isin(asked)].sample(frac=1, random_state=5).head(30).itertuples():
         if sentence := first_sentence(c.text): found.append((c.document_id, ask_about(c.document_id, c.kind, sentence, rng), sentence))
     found = [(d, q, s) for d, (kind, q), s in found if kind == "howto"]
     replies = [

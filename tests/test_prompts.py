@@ -1,8 +1,9 @@
 """The stage that chooses a prompt, with prompts that must not be chosen."""
-import copy, json, shutil
+import json, shutil
 
 import pytest
 
+from conftest import copy_of
 from llmops_ref.config import load_config
 from llmops_ref.workspace import open_workspace
 
@@ -65,16 +66,15 @@ def test_a_bad_prompt_is_refused(finished, only, name):
     assert "is refused" in executed
 
 
-def test_a_new_prompt_that_is_no_better_changes_nothing(finished):
+def test_a_new_prompt_that_is_no_better_changes_nothing(finished, tmp_path):
     "It is registered and compared; the prompt in use stays, and the other replies are not generated again."
-    path, before = finished.root / "data" / "prompts" / "terse.md", aliases(finished)
-    path.write_text("{{passages}}\n\n{{question}}")
-    done = finished.llmops("run", "--env", "staging", "--only", "prompts")
+    other = copy_of(finished, tmp_path)
+    before = aliases(other)
+    (other.root / "data" / "prompts" / "terse.md").write_text("{{passages}}\n\n{{question}}")
+    done = other.llmops("run", "--env", "staging", "--only", "prompts")
     assert done.returncode == 0, done.stderr
-    details = json.loads((finished.root / "stores" / "staging" / "stages" / "prompts.json").read_text())["details"]
-    assert "terse" in {row["design"] for row in details["designs"]} and aliases(finished)["champion"] == before["champion"]
-    path.unlink()
-    assert finished.llmops("run", "--env", "staging", "--only", "prompts").returncode == 0
+    details = json.loads((other.root / "stores" / "staging" / "stages" / "prompts.json").read_text())["details"]
+    assert "terse" in {row["design"] for row in details["designs"]} and aliases(other)["champion"] == before["champion"]
 
 
 def test_going_back_to_the_previous_prompt(finished):
@@ -120,9 +120,7 @@ def test_a_template_with_wrong_variables_stops_before_anything_runs(project, tex
 
 def test_a_leak_between_the_splits_stops_the_run_before_any_prompt_is_asked(finished, tmp_path):
     "A question of the train split, asked again in the test split; in a copy of the project, which may keep the spoilt tables."
-    other = copy.copy(finished)
-    other.root = shutil.copytree(finished.root, tmp_path / "copy", symlinks=True)
-    other.environment = finished.environment | dict(PYTHONPATH=str(other.root))
+    other = copy_of(finished, tmp_path)
     path = other.root / "data" / "questions.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     train, test = (next(row for row in rows if row["split"] == split and row["type"] == "howto") for split in ("train", "test"))
