@@ -64,8 +64,11 @@ def _error(trace):
 PURPOSES = ("traffic", "probe")                     # what users ask, and questions of ours that are asked to see whether all is well
 OVERLAP = pd.Timedelta(days=1)
 
-def _whole(trace): # its parts are written one by one, the first span of all at the end; without it, it is for the next look
+def _whole(trace): # its parts are written one by one, the first span of all at the end: without that, it is for the next look
     return trace is not None and trace.info.state != "IN_PROGRESS" and any(span.parent_id is None for span in trace.data.spans)
+
+def _abandoned(trace): # whoever wrote it was killed
+    return trace.info.state != "IN_PROGRESS" and trace.data.spans and time.time() - trace.info.request_time / 1000 > 600
 
 def _find_traces(ws, since, limit):
     mlflow = ws.mlflow()
@@ -78,7 +81,7 @@ def _find_traces(ws, since, limit):
         for trace in mlflow.search_traces(
             locations=place, filter_string=f"tags.purpose = '{purpose}'{after}", max_results=limit, return_type="list"
         )
-        if _whole(trace)
+        if _whole(trace) or _abandoned(trace)
     ]
 
 def collect_requests(

@@ -89,13 +89,17 @@ def find_service(
                 if httpx.get(service.url + ready, timeout=30).status_code == 200: return service
 
 # %% ../nbs/00f_services.ipynb #47bbd74f
-def stop_service(ws: Workspace, service: Service) -> None:
+def stop_service(
+    ws: Workspace,
+    service: Service,
+    grace: float = 10, # Seconds that it may take to end what it has begun
+) -> None:
     "Stop a service with its children, and delete its note and its temporary files."
     import psutil
     if process := _process(service):
         for how in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError): os.killpg(service.pid, how)
-            try: process.wait(10); break
+            try: process.wait(grace); break
             except psutil.TimeoutExpired: pass
         with contextlib.suppress(ProcessLookupError): os.killpg(service.pid, signal.SIGKILL)       # children that ignored the first
     ws.here("services", f"{service.name}.json").unlink(missing_ok=True)

@@ -141,8 +141,16 @@ def open_front(ws: Workspace, port: int = 0) -> Service:
     "Start the front door of an environment, or find it; it leads nowhere before `share_traffic`."
     return start_service(
         ws, FRONT, [*gateway_command(ws, "front.db"), "--secrets-cache-ttl", "10", "--secrets-cache-max-size", "1"], "front", port=port,
-        environment=gateway_environment(ws, private=True), prepare=lambda url: forget_routes(gateway_store(url)),
+        environment=gateway_environment(ws, private=True), prepare=_declare_nobody,
     )
+
+def _declare_nobody(url):
+    from mlflow.entities import GatewayEndpointModelConfig as Linked, GatewayModelLinkageType as Linkage
+    store = gateway_store(url)
+    forget_routes(store)
+    secret = store.create_gateway_secret(NOBODY, {"api_key": "local"}, provider="openai", auth_config={"api_base": f"{url}/{NOBODY}"})
+    nobody = store.create_gateway_model_definition(NOBODY, secret.secret_id, "openai", NOBODY).model_definition_id
+    store.create_gateway_endpoint(NOBODY, [Linked(nobody, Linkage.PRIMARY)], usage_tracking=False)
 
 def find_front(ws: Workspace) -> Service | None:
     "The front door of an environment if it is up, whoever keeps it up."
@@ -177,17 +185,10 @@ def share_traffic(
         links.append(Linked(known[name], Linkage.PRIMARY, weight=share + 1e-6))     # MLflow cuts it to whole percents
     routes = {e.name: e.endpoint_id for e in store.list_gateway_endpoints()}
     how = dict(routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT, usage_tracking=False)      # the assistant records questions
-    if ROUTE not in routes:
-        secret = store.create_gateway_secret(
-            NOBODY, {"api_key": "local"}, provider="openai", auth_config={"api_base": f"{front.url}/{NOBODY}"}
-        )
-        nobody = store.create_gateway_model_definition(NOBODY, secret.secret_id, "openai", NOBODY).model_definition_id
-        store.create_gateway_endpoint(NOBODY, [Linked(nobody, Linkage.PRIMARY)], **how)
-        store.create_gateway_endpoint(ROUTE, links, **how)
-        return
-    store.update_gateway_endpoint(routes[ROUTE], model_configs=links, **how)
-    time.sleep(0.5)                                 # who was reading the old shares has read them
-    httpx.post(f"{front_url(front)}/responses", json=dict(model=NOBODY, input="Is anybody there?"), timeout=60)
+    if ROUTE not in routes: store.create_gateway_endpoint(ROUTE, links, **how)
+    else: store.update_gateway_endpoint(routes[ROUTE], model_configs=links, **how)
+    if NOBODY in routes: httpx.post(f"{front_url(front)}/responses", json=dict(model=NOBODY, input="Is anybody there?"), timeout=60)
+    else: time.sleep(10)                            # a front door that an earlier version of this code has opened
 
 # %% ../nbs/06c_serving.ipynb #89d7a720
 class LocalHost:
@@ -238,7 +239,8 @@ class LocalHost:
         "Let a version go that has no traffic any more; one that somebody else keeps up is theirs to stop."
         ours = (owner(), os.getpid(), *([self.front.owner] if self.front else []))
         for service in running_services(self.ws):
-            if service.name == f"endpoint-{version}" and service.owner in ours: stop_service(self.ws, service)
+            if service.name == f"endpoint-{version}" and service.owner in ours:
+                stop_service(self.ws, service, self.ws.config.chat_timeout)         # whoever is still being answered
 
     def close(self) -> None:
         "Stop what was started here, unless a front door leads to it."

@@ -87,7 +87,7 @@ class Project:
         return subprocess.run(command, cwd=self.root, env=environment, input=stdin or "", capture_output=True, text=True, timeout=timeout)
 
     def inside(self, *args: str, stdin: str = "", **settings) -> SimpleNamespace: # `returncode stdout stderr`, as of a process
-        "The same command in this process: what reads arguments and files, and starts nothing, needs no interpreter of its own."
+        "The same command in this process: what starts no kernel and no server needs no interpreter of its own."
         from typer.testing import CliRunner
         from llmops_ref.cli import app
         environment = self.environment | {f"LLMOPS_{k}": v for k, v in settings.items()}

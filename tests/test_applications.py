@@ -10,6 +10,7 @@ from llmops_ref.assistant import assistant_digest, assistant_parts, log_chain, o
 from llmops_ref.config import load_config
 from llmops_ref.finetune import tuned_files
 from llmops_ref.prompts import champion_prompt
+from llmops_ref.validation import answers_folder
 from llmops_ref.workspace import open_workspace
 from provider import Provider
 
@@ -66,8 +67,8 @@ def test_each_trace_says_who_served_at_what_price_with_which_prompt(third):
         and tags.cost_usd.astype(float).max() > 0
     )
     assert tags["mlflow.linkedPrompts"].str.contains("answer_prompt").all()
-    spans = sqlite3.connect(project.root / "stores" / "staging" / "mlflow.db").execute("select distinct type from spans").fetchall()
-    assert {"AGENT", "RETRIEVER", "CHAT_MODEL"} <= {kind for kind, in spans}
+    spans = sqlite3.connect(project.root / "stores" / "staging" / "mlflow.db").execute("select trace_id, type from spans").fetchall()
+    assert {"AGENT", "RETRIEVER", "CHAT_MODEL"} <= {kind for trace, kind in spans if trace in project.left.index}
 
 
 def test_a_planted_key_is_in_nothing_that_a_run_wrote(third):
@@ -115,6 +116,7 @@ def test_a_version_asks_whom_it_was_validated_with(third):
     )
     digests = [assistant_digest(assistant_parts(ws, champion_prompt(one)[0])[0], {}) for ws in (one, one, other)]
     assert digests[0] == digests[1] != digests[2]
+    assert answers_folder(one, one.alias("assistant", "champion")) is None, "what a provider said once is no evidence of today"
 
 
 def test_a_key_that_is_refused_is_one_clear_error(third):
@@ -163,7 +165,7 @@ def test_a_batch_that_is_killed_goes_on_where_it_stopped(finished):
     for process in psutil.Process(run.pid).children(recursive=True) + [psutil.Process(run.pid)]: process.send_signal(signal.SIGKILL)
     run.wait()
     first = batch_rows(finished)
-    assert len(first) in (2, 4)
+    assert 0 < len(first) < 8
     again = json.loads(finished.llmops("batch", "tickets", "answers", "--env", "staging", "--json").stdout)
     assert again == dict(answered=8 - len(first), failed=0, before=len(first))
     rows = batch_rows(finished)
