@@ -279,14 +279,20 @@ def refused(shop, **environment):
     return done.stderr
 
 
+def that_hold(checked): return {case["question"] for case in checked["regressions"] if case["holds"]}
+
+
 def test_a_poisoned_index_is_refused(shop, tmp_path):
-    "Somebody wrote other texts under the names of our documents."
-    other = copy_of(shop, tmp_path)
+    "Somebody wrote other texts under the names of our documents: what the good version held, this one does not."
+    other, held = copy_of(shop, tmp_path), that_hold(details(shop, "validation"))
     ws = workspace(other)
     good = ws.read("chunks")
     ws.write("chunks", good.assign(text=good.text.sample(frac=1, random_state=1).values))
     assert other.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0
-    assert "regressions that hold is 0." in refused(other, RED_TEAM="")                # as many as the control needs: 0.7
+    assert "regressions that hold is 0." in refused(other, GATE_REGRESSIONS="1", RED_TEAM="")
+    record = json.loads((other.root / "runs" / "staging" / "latest" / "run.json").read_text())
+    now = that_hold(next(stage for stage in record["stages"] if stage["name"] == "validation")["result"]["details"])
+    assert "load_delta" in held - now, "of another text under its name, the search no longer finds it"
 
 
 def test_a_broken_prompt_is_refused(shop):
