@@ -21,7 +21,7 @@ from .cases import attack_table, load_attacks, load_regressions, planted, try_at
 from .config import Config, load_config
 from .corpus import sample_questions
 from .gateway import gateway_of
-from .evaluation import LESS_IS_BETTER, answer_all, keeper, summarise
+from .evaluation import LESS_IS_BETTER, REPLY, answer_all, keeper, summarise
 from .finetune import model_facts, tuned_files
 from .evidence import OUR_FACTS, compare_slices, missing_facts, render_evidence, version_facts
 from .prompts import champion_prompt
@@ -114,11 +114,11 @@ def kept_answers(
     folder: Path | None, # From `answers_folder`
     questions: list[str],
 ) -> dict[str, dict]: # Question -> answer dictionary
-    "The answers that are kept; one that cannot be read is none."
+    "The answers that are kept; one that cannot be read, or not be scored by the code of today, is none."
     found = {}
     for question in questions if folder else []:
         with contextlib.suppress(OSError, ValueError): found[question] = json.loads(_place(folder, question).read_text(encoding="utf-8"))
-    return found
+    return {question: reply for question, reply in found.items() if set(REPLY) <= reply.keys()}
 
 @contextlib.contextmanager
 def recall_assistant(

@@ -165,7 +165,7 @@ def test_a_batch_that_is_killed_goes_on_where_it_stopped(finished):
     for process in psutil.Process(run.pid).children(recursive=True) + [psutil.Process(run.pid)]: process.send_signal(signal.SIGKILL)
     run.wait()
     first = batch_rows(finished)
-    assert 0 < len(first) < 8
+    assert len(first) in (2, 4, 6)
     again = json.loads(finished.llmops("batch", "tickets", "answers", "--env", "staging", "--json").stdout)
     assert again == dict(answered=8 - len(first), failed=0, before=len(first))
     rows = batch_rows(finished)
