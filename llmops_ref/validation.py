@@ -36,7 +36,6 @@ def log_candidate(
     "Register the assistant of today's prompt, index and fine-tuned model; if none of them has changed, it is the version that is there."
     template, prompt_version = champion_prompt(ws)
     model, adapter, model_version = tuned_files(ws) if ws.config.app == "self_hosted" else (None, None, "of the provider")
-    client, name = ws.mlflow().MlflowClient(), ws.registered("assistant")
     ours = {} if model is None else {k: v for k, v in model_facts(ws, model_version).items() if k in OUR_FACTS}
     version = log_assistant(
         ws, template, adapter, prompt=f"{ws.registered('answer_prompt')}/{prompt_version}", model=model,
@@ -46,8 +45,6 @@ def log_candidate(
             data_version=f"chunks {ws.table_version('chunks')}", git_commit=git_commit(ws.config.root),
         ),
     )
-    if "model_validation_status" not in version_facts(ws, version):
-        client.set_model_version_tag(name, version, "model_validation_status", "PENDING")
     return version, template
 
 # %% ../nbs/06_validation.ipynb #1596cb83

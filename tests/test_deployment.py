@@ -262,6 +262,7 @@ def test_a_version_with_an_alias_is_not_deleted(shop):
 BLOCKS = dict(
     GATE_MODE="raise", VALIDATION_QUESTIONS="8", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0", GATE_REGRESSIONS="0.7"
 )  # what 16 pairs cannot teach, and what hangs on rounding: which of ten regressions hold; all other gates stand
+FEW = dict(VALIDATION_QUESTIONS="4")                     # enough to see what is broken altogether
 
 
 def test_a_good_version_passes_the_gates_that_block(shop):
@@ -289,7 +290,7 @@ def test_a_poisoned_index_is_refused(shop, tmp_path):
     good = ws.read("chunks")
     ws.write("chunks", good.assign(text=good.text.sample(frac=1, random_state=1).values))
     assert other.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0
-    assert "regressions that hold is 0." in refused(other, GATE_REGRESSIONS="1", RED_TEAM="")
+    assert "regressions that hold is 0." in refused(other, GATE_REGRESSIONS="1", RED_TEAM="", VALIDATION_QUESTIONS="2")
     record = json.loads((other.root / "runs" / "staging" / "latest" / "run.json").read_text())
     now = that_hold(next(stage for stage in record["stages"] if stage["name"] == "validation")["result"]["details"])
     assert "load_delta" in held - now, "of another text under its name, the search no longer finds it"
@@ -306,7 +307,7 @@ def test_a_broken_prompt_is_refused(shop):
     )
     try:
         ws.set_prompt_alias("answer_prompt", "champion", str(story.version))
-        assert "grounded is 0." in refused(shop, **BRIEF, CHAT_MAX_TOKENS="40")
+        assert "grounded is 0." in refused(shop, **BRIEF, **FEW, CHAT_MAX_TOKENS="40")
     finally: ws.set_prompt_alias("answer_prompt", "champion", before)
 
 
@@ -331,6 +332,6 @@ def test_a_worse_model_is_refused(shop, tmp_path):
         mlflow.log_artifacts(str(content), "chat_model")
         tags = mlflow.MlflowClient().get_model_version(name, good).tags | dict(adapter_sha256=file_digest(content / "adapter.gguf"))
         ws.set_alias("chat_model", "candidate", str(mlflow.register_model(f"runs:/{run.info.run_id}/chat_model", name, tags=tags).version))
-    try: says = refused(shop, **BRIEF)
+    try: says = refused(shop, **BRIEF, **FEW)
     finally: ws.set_alias("chat_model", "candidate", good)
     assert "readable is 0." in says or "grounded is 0." in says

@@ -2,6 +2,7 @@
 import json, sqlite3, subprocess, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -12,6 +13,8 @@ from llmops_ref.chat import find_trace
 from llmops_ref.config import load_config
 from llmops_ref.feedback import record_feedback, share_down
 from llmops_ref.inference_table import collect_requests, count_lost
+from llmops_ref.pairs import build_pairs, check_pairs
+from llmops_ref.retrieval import open_index
 from llmops_ref.review import PER_SOURCE, review_feedback, to_review, trace_case
 from llmops_ref.reviewed import question_rows, regression_rows, reviewed_cases
 from llmops_ref.scoring import names_gold
@@ -197,36 +200,60 @@ def test_a_failed_request_is_a_row(served):
     assert len(failed) == 1 and "question is empty" in failed.error.iloc[0] and failed.version.iloc[0] == version
 
 
-def test_the_loop_from_a_thumb_down_to_the_next_version(shop):
-    "Deployed, asked, voted down with a correction, reviewed, learned, validated through gates, deployed: and the new version answers what the old one could not."
+@pytest.fixture(scope="module")
+def corrected(shop):
+    "A wrong answer of the champion, voted down with a correction, which a person accepted."
     ws = workspace(shop)
-    old = ws.alias("assistant", "champion", record=False)
     document, question, sentence, trace = _something_it_gets_wrong(shop, ws)
-    correction = f"Use `{document}`. {sentence}"
     llmops = lambda *words, code=0, **settings: _checked(shop.llmops(*words, "--env", "staging", **settings), code)
-    vote = json.loads(llmops("vote", trace, "--down", "--reason", "wrong", "--correction", correction, "--by", "a user", "--json"))[
-        "feedback_id"
-    ]
-    assert vote in llmops("review") and question in llmops("review")
+    words = ("--down", "--reason", "wrong", "--correction", f"Use `{document}`. {sentence}", "--by", "a user", "--json")
+    vote = json.loads(llmops("vote", trace, *words))["feedback_id"]
+    waiting = llmops("review")
+    assert vote in waiting and question in waiting
     assert "accepted as pair and regression" in llmops("review", vote, "--accept", "--as", "pair", "--as", "regression", "--by", "Ada")
     assert "waits" not in trace_case(ws, vote).step.tolist()
+    return SimpleNamespace(ws=ws, llmops=llmops, document=document, question=question, vote=vote)
 
-    index = (ws.store / "index" / "current.json").read_text()
+
+def learned_from(pairs, vote): return pairs[pairs.source == f"feedback {vote}"]
+
+
+def test_from_a_thumb_down_to_what_is_trained_on_and_what_must_hold(corrected):
+    "The correction is a question of the train split, pairs of the training and a regression; nothing else is asked or trained here."
+    ws, vote = corrected.ws, corrected.vote
+    assert "ran     02_corpus" in corrected.llmops("run", "--only", "corpus")
+    questions = ws.read("questions")
+    assert vote in questions.query("split == 'train'").id.tolist()
+    pairs = build_pairs(
+        open_index(ws), ws.read("chunks"), questions, examples=8, held_out=4, max_words=ws.config.passage_words,
+        reviewed=reviewed_cases(ws, "pair"),
+    )
+    check_pairs(pairs, questions)
+    learned = learned_from(pairs, vote)
+    assert len(learned) and set(learned.document_id) == {corrected.document} and (learned.split == "train").all()
+    (case,) = regression_rows(reviewed_cases(ws), ws.read("documents").id.tolist()).to_dict("records")
+    assert case["question"] == corrected.question
+
+
+@pytest.mark.slow(reason="trains until the correction is learned, and validates and deploys what has learned it")
+def test_the_loop_from_a_thumb_down_to_the_next_version(shop, corrected):
+    "Learned, validated through gates, deployed: and the new version answers what the old one could not."
+    ws, vote = corrected.ws, corrected.vote
+    old, index = ws.alias("assistant", "champion", record=False), (ws.store / "index" / "current.json").read_text()
     gates = dict(
         GATE_MODE="raise", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0", GATE_PROMPT_GROUNDED="0",
         GATE_PROMPT_READABLE="0", GATE_PROMPT_IN_LANGUAGE="0", GATE_ATTACKS="1", GATE_REGRESSIONS="0.9",
         RED_TEAM_ATTACKS="1", REGRESSIONS="", PROMPT_SEARCH="0", PROMPT_BEHAVIOUR="0",
         FINETUNE_EXAMPLES="32", FINETUNE_EPOCHS="3", FINETUNE_CHECKS="1", FINETUNE_SECONDS="0", VALIDATION_QUESTIONS="8",
     )
-    said = llmops("run", "--to", "deployment", timeout=1500, **gates)
-    for stage in ("02_corpus", "05_finetune", "06_validation", "07_deployment"): assert f"ran     {stage}" in said
+    said = corrected.llmops("run", "--to", "deployment", timeout=1500, **gates)
+    for stage in ("05_finetune", "06_validation", "07_deployment"): assert f"ran     {stage}" in said
     assert index == (ws.store / "index" / "current.json").read_text(), "no document changed, so no index is made"
 
-    assert vote in ws.read("questions").query("split == 'train'").id.tolist()
-    learned = ws.read("training_pairs").query("source == @case", local_dict=dict(case=f"feedback {vote}"))
-    assert len(learned) and set(learned.document_id) == {document} and (learned.split == "train").all()
+    learned = learned_from(ws.read("training_pairs"), vote)
+    assert len(learned) and set(learned.document_id) == {corrected.document} and (learned.split == "train").all()
     checked = json.loads((ws.path("stages", "validation.json")).read_text())["details"]
-    assert next(r for r in checked["regressions"] if r["question"] == question)["holds"], "the new version answers it"
+    assert next(r for r in checked["regressions"] if r["question"] == corrected.question)["holds"], "the new version answers it"
     new = ws.alias("assistant", "champion", record=False)
     assert new == checked["version"] != old
     way = trace_case(ws, vote)

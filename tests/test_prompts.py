@@ -71,7 +71,7 @@ def test_a_new_prompt_that_is_no_better_changes_nothing(finished, tmp_path):
     other = copy_of(finished, tmp_path)
     before = aliases(other)
     (other.root / "data" / "prompts" / "terse.md").write_text("{{passages}}\n\n{{question}}")
-    done = other.llmops("run", "--env", "staging", "--only", "prompts")
+    done = other.llmops("run", "--env", "staging", "--only", "prompts", PROMPT_BEHAVIOUR="0", PROMPT_SEARCH="0")
     assert done.returncode == 0, done.stderr
     details = json.loads((other.root / "stores" / "staging" / "stages" / "prompts.json").read_text())["details"]
     assert "terse" in {row["design"] for row in details["designs"]} and aliases(other)["champion"] == before["champion"]
@@ -89,7 +89,7 @@ def test_going_back_to_the_previous_prompt(finished):
     assert done.returncode == 0 and f"Version {other} of the prompt is champion" in done.stdout
     assert (aliases(finished)["champion"], aliases(finished)["previous_champion"]) == (other, before["champion"])
     assert (
-        finished.llmops("run", "--env", "staging", "--only", "prompts", "--force").returncode == 0
+        finished.llmops("run", "--env", "staging", "--only", "prompts", "--force", PROMPT_BEHAVIOUR="0", PROMPT_SEARCH="0").returncode == 0
         and aliases(finished)["champion"] == other
     )
     assert (
