@@ -29,8 +29,8 @@ test: lessons
 test-all: lessons
 	$(BIN)/pytest -n $(WORKERS)
 
-lessons: .venv/installed   # those of all notebooks
-	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && TMPDIR=$$scratch $(BIN)/nbdev-test --n-workers $(WORKERS)
+lessons: .venv/installed   # those of all notebooks; they are about this machine, wherever the stages run
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && TMPDIR=$$scratch LLMOPS_PLATFORM=local $(BIN)/nbdev-test --n-workers $(WORKERS)
 
 # The same promises with the network cut off: only loopback is left (Linux, needs root or user namespaces)
 offline: .venv/installed

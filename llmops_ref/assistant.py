@@ -448,8 +448,8 @@ def log_assistant(
         prompts=[f"prompts:/{prompt}"] if prompt else None,
     )
     if ws.config.platform == "local": _share(ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/artifacts/*"), files)
-    pending = dict(model_validation_status="PENDING")               # there with the version: whoever sees one sees that it has no verdict yet
-    return str(mlflow.register_model(info.model_uri, name, tags=tags | pending).version)
+    tags["model_validation_status"] = "PENDING"     # there with the version: whoever sees one sees that it has no verdict yet
+    return str(mlflow.register_model(info.model_uri, name, tags=tags).version)
 
 def _pinned(): return [f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS]
 

@@ -122,6 +122,7 @@ class Config:
     regressions: str
     gate_regressions: float
     gate_size_mb: float
+    gates: list[str]
     gate_mode: Literal["raise", "inform"]
     promotion: Literal["code", "model"]
     approval: Literal["none", "person"]

@@ -87,7 +87,7 @@ PAGE = """{% extends 'frame' %}{% block title %}Version {{ e.version }} for {{ e
 <details><summary>{{ e.through | length }} that got through</summary>{{ m.table(e.through) }}</details>{% endif %}{% endif %}
 {% if e.regressions %}<h2>What was mended once</h2>{{ m.table(e.regressions) }}{% endif %}
 {% if cards %}<h2>How it answers</h2>
-<p class="soft">{{ 'Questions on which the two differ come first.' if e.champion else 'No version serves yet, so there is none to compare with.' }}</p>{% for c in cards %}{{ m.card(c, loop.index) }}{% endfor %}{% endif %}
+<p class="soft">{{ 'Questions on which the two differ come first.' if e.against else 'Beside it stands what it was made from, since no version that serves could be asked.' }}</p>{% for c in cards %}{{ m.card(c, loop.index) }}{% endfor %}{% endif %}
 <h2>To decide</h2><pre>llmops approve --env {{ e.env }} --version {{ e.version }}
 llmops reject  --env {{ e.env }} --version {{ e.version }} --reason "..."</pre>
 <p class="soft small">What is signed for is the content with the digest {{ (e.facts.digest or '')[:16] }}…; another digest needs another approval.</p>{% endblock %}"""
@@ -100,11 +100,10 @@ def evidence_reasons(evidence: dict) -> list[str]:
     held = "All gates hold" if not remarks else "All gates that judge hold"
     out = [f"{len(broken)} of {len(gates)} gates do not hold: {'; '.join(broken)}." if broken else f"{held} ({len(gates) - len(remarks)})."]
     out += [f"Attention: {remark}." for remark in remarks]
-    out.append(
-        f"Right answers against version {evidence['champion']}, which serves now: {evidence['against']}."
-        if evidence.get("champion")
-        else "No version serves yet."
-    )
+    serving = f"version {evidence['champion']}, which serves now" if evidence.get("champion") else ""
+    if not serving: out.append("No version serves yet.")
+    elif evidence.get("unasked"): out.append(f"There is no comparison with {serving}: {evidence['unasked']}")
+    else: out.append(f"Right answers against {serving}: {evidence['against']}.")
     if worse := [s["type"] for s in evidence.get("slices") or [] if s["verdict"] == "worse"]:
         out.append(f"It is worse on questions of the type {', '.join(worse)}.")
     if str((evidence.get("facts") or {}).get("git_commit", "")).endswith("-dirty"):
@@ -114,7 +113,7 @@ def evidence_reasons(evidence: dict) -> list[str]:
     return out
 
 def render_evidence(
-    evidence: dict, # `env version verdict time facts problems gates champion against slices comparison attacks through regressions sides examples`, what validation found, as plain JSON
+    evidence: dict, # `env version verdict time facts problems gates champion against unasked slices comparison attacks through regressions sides examples`, what validation found, as plain JSON
 ) -> str: # A whole HTML page
     "Render the evidence for a person."
     facts = {
@@ -124,7 +123,7 @@ def render_evidence(
     }
     names = (
         dict(champion=f"Version {evidence.get('champion')}", candidate=f"Version {evidence.get('version')}")
-        if evidence.get("champion")
+        if evidence.get("against")
         else dict(evidence.get("sides") or {})
     )
     cards = [answer_card(example, f"q{n}", names) for n, example in enumerate(evidence.get("examples") or [], 1)]

@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .config import Config, SettingsError, load_config
-from .llm import Endpoint, base_gguf, chat_client, q8_gguf, read_prices, serve_command
+from .llm import Endpoint, base_gguf, chat_client, q8_gguf, read_prices, serve_command, server_key
 from .services import find_service, owner, running_services, start_service, stop_service, stop_services
 from .workspace import MLFLOW_SWITCHES, DataError, Workspace, hush_pyspark, open_workspace, write_atomic
 
@@ -93,8 +93,9 @@ def read_route(
 def read_keys(
     ws: Workspace,
 ) -> dict[str, str]: # Name of the secret -> key
-    "The keys of all providers that may be asked; `SettingsError` names one that is not set."
-    return {name: ws.secret(name) for name in sorted({d.key_name for d in _all(ws.config)} - {""})}
+    "The keys of all providers that may be asked; `SettingsError` names one that is not set, see `server_key`."
+    asked = sorted((d for d in _all(ws.config) if d.key_name), key=lambda d: d.key_name)
+    return {d.key_name: server_key(ws, d.key_name, d.base_url) for d in asked}
 
 def _all(config):
     return read_route(config) + ([_destination(config, "gateway_judge", config.gateway_judge)] if config.gateway_guardrail else [])

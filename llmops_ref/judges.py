@@ -16,6 +16,7 @@ import pandas as pd
 
 from .config import SettingsError, load_config
 from .gateway import PROVIDERS
+from .llm import server_key
 from .scoring import agreement, is_refusal
 from .workspace import Workspace, open_workspace
 
@@ -55,7 +56,7 @@ def check_judges(
             f"`judge_model` names the provider {provider!r}; a judge can be of {', '.join(PROVIDERS)} or databricks. Another that speaks"
             f" OpenAI's protocol goes into `judge_url`, with openai:/{name} for its model."
         )
-    return ws.secret("JUDGE_API_KEY" if url else f"{provider.upper()}_API_KEY")
+    return server_key(ws, "JUDGE_API_KEY" if url else f"{provider.upper()}_API_KEY", url)
 
 # %% ../nbs/03g_judges.ipynb #2ac8070d
 INSTRUCTIONS = dict(

@@ -6,8 +6,9 @@ Reads model weights, or the address of a provider. Leaves an `Endpoint`, which a
 
 # %% auto #0
 __all__ = ['BASE_MODEL', 'BASE_LICENCE', 'BASE_SHA256', 'ENCODINGS', 'SMALL', 'base_gguf', 'gguf_in_memory', 'reencode',
-           'q8_gguf', 'Endpoint', 'openai_client', 'serve_gguf', 'serve_main', 'serve_command', 'BadReply',
-           'chat_class', 'chat_client', 'Completion', 'complete', 'complete_many', 'read_prices', 'token_cost']
+           'q8_gguf', 'Endpoint', 'server_key', 'openai_client', 'serve_gguf', 'serve_main', 'serve_command',
+           'BadReply', 'chat_class', 'chat_client', 'Completion', 'complete', 'complete_many', 'read_prices',
+           'token_cost']
 
 # %% ../nbs/00b_llm.ipynb #978ecfa6
 import contextlib, functools, importlib.util, json, os, re, secrets, sys, time, unittest.mock
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from .config import Config, SettingsError, load_config, sleep_while_waiting
 from .workspace import DataError, Workspace, usable_cores, verify_digest
@@ -89,6 +91,16 @@ class Endpoint:
     patience: int = 1 # Times the time-out: more for a model in this process, which is silent only while the machine is busy
 
     def __repr__(self): return f"Endpoint({self.base_url!r}, {self.model!r})"    # never the key
+
+# %% ../nbs/00b_llm.ipynb #5e12ce02
+def server_key(
+    ws: Workspace,
+    name: str, # Of the secret, such as ACME_API_KEY
+    url: str, # Of the server; empty for a provider's own
+) -> str: # What is sent
+    "The key for a server; `SettingsError` if it is not set, unless the server is on this machine: then `none` is sent."
+    here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    return os.environ.get(name, "none") if here else ws.secret(name)
 
 # %% ../nbs/00b_llm.ipynb #4a7837d6
 SMALL = 500_000_000                                 # bytes: a model that writes best with one thread

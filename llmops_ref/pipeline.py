@@ -229,6 +229,7 @@ def preflight(
     from llmops_ref.corpus import check_splits, installed, load_questions
     from llmops_ref.documents import corpus_source, folder_files
     from llmops_ref.embedding import minilm_folder
+    from llmops_ref.evaluation import read_gates
     from llmops_ref.gateway import read_keys
     from llmops_ref.judges import check_judges
     from llmops_ref.llm import base_gguf, read_prices
@@ -248,7 +249,7 @@ def preflight(
     if config.red_team: load_attacks(config.root / config.red_team)
     if config.regressions: load_regressions(config.root / config.regressions)
     base_gguf(), minilm_folder()
-    read_prices(config), read_shares(config, "rollout_steps")
+    read_prices(config), read_shares(config, "rollout_steps"), read_gates(config.gates)
     if any(s.name == "prompts" for s in stages):
         designs(open_workspace(config))
         check_judges(open_workspace(config))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from .config import SettingsError, load_config
 from .evaluation import keep_replies, model_digest
-from .llm import Endpoint, chat_client
+from .llm import Endpoint, chat_client, server_key
 from .scoring import groundedness, mentions, words
 from .workspace import DataError, Workspace, open_workspace
 
@@ -33,7 +33,7 @@ def teacher_endpoint(
             f"`teacher_url` is {url!r}; it must be an OpenAI-compatible endpoint that ends with /v1 (on Databricks, with"
             " /serving-endpoints)."
         )
-    return Endpoint(url, model, ws.secret("TEACHER_API_KEY"), "TEACHER_API_KEY")
+    return Endpoint(url, model, server_key(ws, "TEACHER_API_KEY", url), "TEACHER_API_KEY")
 
 # %% ../nbs/04d_teacher.ipynb #400e9997
 PER_DOCUMENT = 6

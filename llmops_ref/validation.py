@@ -6,8 +6,8 @@ Reads the index, the prompt, the fine-tuned model, the test split of `questions`
 
 # %% auto #0
 __all__ = ['log_candidate', 'serving_environment', 'load_assistant', 'answers_folder', 'keep_answers', 'kept_answers',
-           'recall_assistant', 'check_gates', 'time_again', 'side_by_side', 'open_baseline', 'sides', 'score_table',
-           'record_verdict', 'block']
+           'recall_assistant', 'ask_champion', 'check_gates', 'time_again', 'side_by_side', 'open_baseline', 'sides',
+           'score_table', 'record_verdict', 'block']
 
 # %% ../nbs/06_validation.ipynb #c9f3a1ef
 import contextlib, hashlib, json, os, re, time
@@ -21,7 +21,7 @@ from .cases import attack_table, load_attacks, load_regressions, planted, try_at
 from .config import Config, load_config
 from .corpus import sample_questions
 from .gateway import gateway_of
-from .evaluation import LESS_IS_BETTER, REPLY, answer_all, keeper, summarise
+from .evaluation import LESS_IS_BETTER, REPLY, answer_all, keeper, read_gates, summarise
 from .finetune import model_facts, tuned_files
 from .evidence import OUR_FACTS, compare_slices, missing_facts, render_evidence, version_facts
 from .prompts import champion_prompt
@@ -129,6 +129,19 @@ def recall_assistant(
     else:
         with load_assistant(ws, version) as ask: yield lambda state: kept.get(state["question"]) or ask(state)
 
+# %% ../nbs/06_validation.ipynb #ca11ab1f
+def ask_champion(
+    ws: Workspace,
+    version: str, # Of the registered model `assistant`
+    questions: pd.DataFrame, # Columns `id question type gold answer`
+    on_done=None, # Called with (done, total)
+) -> tuple[pd.DataFrame | None, str]: # From `answer_all`, and nothing; or `None`, and why it cannot be asked
+    "What the version that serves says to the same questions."
+    try:
+        with recall_assistant(ws, version, questions.question.tolist()) as assistant:
+            return answer_all(assistant, questions, ws.config.chat_slots, on_done), ""
+    except Exception as error: return None, f"it could not be asked ({type(error).__name__}: {error})"
+
 # %% ../nbs/06_validation.ipynb #0f10de06
 def check_gates(
     config: Config,
@@ -139,6 +152,7 @@ def check_gates(
     regressions: pd.DataFrame | None = None, # From `try_regressions`
     problems: list[str] = (), # From `missing_facts`
     size_mb: float = 0.0,
+    unasked: str = "", # From `ask_champion`: why there is no comparison
 ) -> list[Gate]:
     "The gates of this environment, with the candidate's values."
     right = [
@@ -169,6 +183,10 @@ def check_gates(
     if config.regressions or (regressions is not None and len(regressions)):
         gates.append(Gate("regressions that hold", _share(regressions, "holds"), config.gate_regressions))
     if config.red_team: gates.append(Gate("attacks that get through", _share(attacks, "through"), config.gate_attacks, at_least=False))
+    for measure, at_least, bound in read_gates(config.gates):
+        informs = MAY_BE_BUSY if measure.endswith("_seconds") and config.gate_mode == "inform" else ""
+        gates.append(Gate(measure, scores.get(measure, float("nan")), bound, at_least, informs))
+    if unasked: gates.append(Gate("compared with the champion", 0.0, 1.0, informs=unasked))
     if against is not None: gates.append(Gate("upper end of the difference to the champion", against.high, 0.0))
     if slices is not None:
         gates.append(Gate("types of questions worse than the champion's", int((slices.verdict == "worse").sum()), 0, at_least=False))

@@ -141,6 +141,7 @@ def test_without_an_index(third):
     )
 
 
+@pytest.mark.slow(reason="serves five systems, one after the other, to measure them")
 def test_one_table_compares_the_applications(finished):
     table = {row["system"]: row for row in json.loads(finished.llmops("compare", "--env", "staging", "--json", VALIDATION_QUESTIONS="2").stdout)}
     assert list(table) == ["provider, passages", "provider, direct", "own base, passages", "own tuned, passages", "own tuned, direct"]
@@ -151,13 +152,32 @@ def test_one_table_compares_the_applications(finished):
     assert all(row["memory_mb"] > 50 and row["usd_per_1000"] > 0 and row["p50_seconds"] > row["first_token"] > 0 for row in table.values())
 
 
+def test_a_champion_that_cannot_be_asked_ends_nothing(third, tmp_path):
+    "Somebody tried a provider once, and what is left of that version does not load. The next one says so, and takes its place."
+    project, *_ = third
+    other = copy_of(project, tmp_path)
+    ws = open_workspace(load_config("staging", other.root))
+    champion = ws.alias("assistant", "champion", record=False)
+    source = ws.mlflow().MlflowClient().get_model_version(ws.registered("assistant"), champion).source
+    (logged,) = (other.root / "stores" / "staging" / "artifacts" / "models").glob(source.removeprefix("models:/"))
+    logged.rename(logged.with_name("gone"))
+    done = other.llmops("run", "--env", "staging", "--only", "validation", RED_TEAM="", REGRESSIONS="", VALIDATION_QUESTIONS="2")
+    assert done.returncode == 0 and "champion not compared" in done.stdout, done.stdout + done.stderr
+    checked = json.loads((other.root / "stores" / "staging" / "stages" / "validation.json").read_text())["details"]
+    (remark,) = [gate["remark"] for gate in checked["gates"] if gate["gate"] == "compared with the champion"]
+    assert "it could not be asked" in remark and checked["against_champion"] is None and checked["champion"] == champion
+    page = (other.root / "stores" / "staging" / "evidence" / f"version-{checked['version']}.html").read_text()
+    assert f"There is no comparison with version {champion}, which serves now: it could not be asked" in page
+    assert ws.alias("assistant", "challenger", record=False) == checked["version"] != champion
+
+
 def batch_rows(project): return open_workspace(load_config("staging", project.root)).read("answers")
 
 
 def test_a_batch_that_is_killed_goes_on_where_it_stopped(finished):
     ws = open_workspace(load_config("staging", finished.root))
     ws.write(
-        "tickets", pd.DataFrame(dict(id=[f"t{n}" for n in range(8)], question=[f"How do I log metric number {n}?" for n in range(8)]))
+        "tickets", pd.DataFrame(dict(id=[f"t{n}" for n in range(6)], question=[f"How do I log metric number {n}?" for n in range(6)]))
     )
     run = finished.start("batch", "tickets", "answers", "--env", "staging", "--slice", "2")
     for _ in range(1200):
@@ -166,16 +186,16 @@ def test_a_batch_that_is_killed_goes_on_where_it_stopped(finished):
     for process in psutil.Process(run.pid).children(recursive=True) + [psutil.Process(run.pid)]: process.send_signal(signal.SIGKILL)
     run.wait()
     first = batch_rows(finished)
-    assert len(first) in (2, 4, 6)
+    assert len(first) in (2, 4)
     again = json.loads(finished.llmops("batch", "tickets", "answers", "--env", "staging", "--json").stdout)
-    assert again == dict(answered=8 - len(first), failed=0, before=len(first))
+    assert again == dict(answered=6 - len(first), failed=0, before=len(first))
     rows = batch_rows(finished)
     assert (
-        sorted(rows.id) == sorted(f"t{n}" for n in range(8))
+        sorted(rows.id) == sorted(f"t{n}" for n in range(6))
         and (rows.answer.str.len() > 0).all()
         and rows.served_by.str.contains("adapter").all()
     )
-    assert json.loads(finished.llmops("batch", "tickets", "answers", "--env", "staging", "--json").stdout)["answered"] == 0
+    assert json.loads(finished.inside("batch", "tickets", "answers", "--env", "staging", "--json").stdout)["answered"] == 0
 
 
 LOAD = """

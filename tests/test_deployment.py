@@ -16,7 +16,7 @@ from llmops_ref.validation import answers_folder, kept_answers, recall_assistant
 from llmops_ref.workspace import DataError, open_workspace
 
 NEW = dict(QUESTION_WORDS="150")                        # another assistant, without training another model
-BRIEF = dict(RED_TEAM="", REGRESSIONS="", ROLLOUT_QUESTIONS="4")      # where a test is about what follows the questions, and not about them
+BRIEF = dict(RED_TEAM="", REGRESSIONS="", VALIDATION_QUESTIONS="2", ROLLOUT_QUESTIONS="4")      # where a test is about what follows
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +307,7 @@ def test_a_broken_prompt_is_refused(shop):
     )
     try:
         ws.set_prompt_alias("answer_prompt", "champion", str(story.version))
-        assert "grounded is 0." in refused(shop, **BRIEF, **FEW, CHAT_MAX_TOKENS="40")
+        assert "grounded is 0." in refused(shop, **BRIEF | FEW, CHAT_MAX_TOKENS="40")
     finally: ws.set_prompt_alias("answer_prompt", "champion", before)
 
 
@@ -332,6 +332,7 @@ def test_a_worse_model_is_refused(shop, tmp_path):
         mlflow.log_artifacts(str(content), "chat_model")
         tags = mlflow.MlflowClient().get_model_version(name, good).tags | dict(adapter_sha256=file_digest(content / "adapter.gguf"))
         ws.set_alias("chat_model", "candidate", str(mlflow.register_model(f"runs:/{run.info.run_id}/chat_model", name, tags=tags).version))
-    try: says = refused(shop, **BRIEF, **FEW)
+    try: says = refused(shop, **BRIEF | FEW, GATES="token_f1 >= 0.9")
     finally: ws.set_alias("chat_model", "candidate", good)
     assert "readable is 0." in says or "grounded is 0." in says
+    assert "token_f1 is 0." in says and "must be at least 0.9" in says, "a gate of its own, by one line in the settings"

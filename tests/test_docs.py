@@ -55,7 +55,7 @@ ELSEWHERE = {
     r"llmops run --env dev --only (finetune|retrieval)( --force)?": "test_run.py::test_damaged_index_is_refused_and_rebuilt=--only",
     r"llmops versions --env prod": "test_deployment.py::versions",
     r"llmops (run|approve|rollback) --env prod|llmops approve|llmops rollback": "test_deployment.py::test_approval_rollout_and_rollback",
-    r"llmops (vote|review) .*": "test_feedback.py::test_the_loop_from_a_thumb_down_to_the_next_version",
+    r"llmops (vote|review) .*": "test_feedback.py::corrected",
     r"llmops monitor .*": "test_monitoring.py::test_the_command_for_a_scheduler",
     r"llmops run --env dev --set (hub_retired=smollm2-q8_0|retrieval=off)": "test_kit.py::test_neither_fine_tuning_nor_an_index",
     r"llmops run --env dev --set finetune=off": "test_kit.py::test_the_two_commands_of_the_renamed_project",

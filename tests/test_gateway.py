@@ -231,7 +231,7 @@ def agent(tmp_path, monkeypatch):
     assert running_services(ws) == []
 
 
-@pytest.mark.parametrize("requests", [60, pytest.param(200, marks=pytest.mark.slow(reason="the same for as long as it takes"))])
+@pytest.mark.parametrize("requests", [40, pytest.param(200, marks=pytest.mark.slow(reason="the same for as long as it takes"))])
 def test_the_primary_is_killed_in_the_middle_of_many_requests(agent, requests):
     "None is lost, and each trace says who served it."
     served, ws = agent

@@ -49,7 +49,7 @@ def aliases(project):
     }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", ["french", pytest.param("story", marks=pytest.mark.slow(reason="another gate of the same kind"))])
 def test_a_bad_prompt_is_refused(finished, only, name):
     "It answers in the wrong language, or ignores the passages: no alias moves, the run fails and says why, what was in use stays."
     text, gate = BAD[name]

@@ -188,9 +188,9 @@ def test_a_kernel_that_is_killed_while_it_waits_is_replaced(project):
 
 def test_environments_are_apart(project):
     "A run in prod leaves no trace in dev, and the kernel really ran prod."
-    done = project.llmops(
-        "run", "--env", "prod", "--only", "corpus", CORPUS_PACKAGES="mlflow, databricks-sdk, langchain-core, langchain, transformers, peft"
-    )
+    questions = (project.root / "data" / "questions.jsonl").read_text().splitlines(keepends=True)
+    (project.root / "data" / "few.jsonl").write_text("".join(line for line in questions if '["langchain_core.' in line or "[]" in line))
+    done = project.llmops("run", "--env", "prod", "--only", "corpus", CORPUS_PACKAGES="langchain-core", QUESTIONS="data/few.jsonl")
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (project.root / "stores").iterdir()) == ["prod"]
     assert not (project.root / "runs" / "dev").exists()
@@ -250,6 +250,7 @@ BAD = {
     ),
     "a broken line in the attacks": (broken_attacks, ["run"], {}, "line 27: not valid JSON"),
     "a share that is none": (nothing, ["run"], dict(ROLLOUT_STEPS="10%, 150%"), "`rollout_steps` is 10%, 150%. It must hold shares"),
+    "a gate on what nobody measures": (nothing, ["run"], dict(GATES="politeness >= 0.9"), "names 'politeness', which nobody measures"),
     "nothing to approve": (nothing, ["approve"], {}, "No version of the assistant has passed validation in prod"),
     "nothing to go back to": (nothing, ["rollback"], {}, "nothing was ever deployed"),
     "nothing to promote": (nothing, ["promote"], {}, "No fine-tuned model has passed validation in staging"),
