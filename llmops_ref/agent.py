@@ -66,6 +66,8 @@ def open_chain(
     stack: contextlib.ExitStack,
 ): # A runnable, as from `make_chain`
     "The chain of a logged assistant."
+    if quotes(config["template"]):                  # nobody is asked, so nothing is loaded
+        return make_chain(None, config["template"], retriever, config["max_words"], config["refuse_below"], config["question_words"])
     with ThreadPoolExecutor(1) as beside:           # while the model is loaded, the client is imported
         endpoint = beside.submit(open_model, config, files, stack)
         chat_class()

@@ -20,6 +20,7 @@ from .config import Config, SettingsError
 from .examples import open_examples, wants_examples, write_examples
 from .gateway import destinations, gateway_endpoint, route_settings
 from .hub import chosen_gguf
+from .quotes import quote, quotes
 from .llm import Endpoint, chat_client, read_prices, serve_gguf
 from .embedding import minilm_folder, minilm_onnx
 from .retrieval import index_folder, index_precision, open_index
@@ -63,6 +64,7 @@ def check_template(
 ) -> str:
     "The template, if it has the holes that it needs and no others; `SettingsError` otherwise."
     holes, needed = sorted(set(re.findall(r"\{\{\s*(.*?)\s*\}\}", template))), ["passages", "question"] if passages else ["question"]
+    if passages and quotes(template) and holes == ["quote"]: return template
     if set(holes) - ({"examples"} if passages else set()) != set(needed):
         raise SettingsError(
             f"A prompt template needs exactly the variables {' and '.join(needed)}{' (and may have examples)' if passages else ''}, this"
@@ -142,7 +144,7 @@ def _facts(state, reply, text):
 
 # %% ../nbs/03a_assistant.ipynb #8bb98611
 def make_chain(
-    client, # Chat client, or any LangChain runnable from messages to a message
+    client, # Chat client, or any LangChain runnable from messages to a message; a template that quotes asks none
     template: str | None = None, # `PLAIN_PROMPT` by default, `DIRECT_PROMPT` without a retriever
     retriever=None, # A LangChain retriever, or None to ask the model directly
     max_words: int = 60, # Of a passage in the prompt
@@ -158,6 +160,7 @@ def make_chain(
             "The prompt template has the variable examples, but no examples were given. Hand `open_examples(ws, template)` on, or take it"
             " out."
         )
+    embed = getattr(getattr(getattr(retriever, "index", None), "embedder", None), "embed", None)
     def read(state):
         if not _clean(state["question"]).strip(): raise SettingsError("The question is empty. Ask something.")
         return cut_words(state["question"], question_words)
@@ -168,9 +171,14 @@ def make_chain(
         ]
     def prompt(state):
         return build_messages(template, state["asked"], [_Shown(d.page_content) for d in state["documents"]], max_words, examples)
+    def say(state):
+        from langchain_core.messages import AIMessage
+        said = quote(state["asked"], [(d.metadata["document_id"], d.page_content) for d in state["documents"]], embed)
+        return AIMessage(said, response_metadata=dict(model_name="quote"))
     def irrelevant(state):
         return retriever is not None and max([d.metadata["similarity"] for d in state["documents"]], default=0.0) < refuse_below
-    ask = RunnablePassthrough.assign(reply=RunnableLambda(prompt, name="prompt") | client)
+    writes = RunnableLambda(say, name="quote") if quotes(template) else RunnableLambda(prompt, name="prompt") | client
+    ask = RunnablePassthrough.assign(reply=writes)
     refuse = RunnablePassthrough.assign(reply=RunnableLambda(lambda _: None, name="refuse"))
     return (
         RunnablePassthrough.assign(asked=RunnableLambda(read, name="read"))

@@ -358,7 +358,9 @@ def example_questions(
     tested = {document for gold in rows.gold[rows.split == "test"] for document in gold}
     first = [q for q in _found_first(ws) if not tested & set(q["gold"])]
     if first: rows = pd.DataFrame(first)
-    else: rows = rows[(rows.split != "test") & (rows.gold.map(len) > 0) & rows.question.str.len().between(20, 75)]
+    else:                                           # a draft may be a handful of keywords, which nobody wants to be shown
+        plain = rows.question.str.len().between(12, 75) & rows.question.str.endswith("?")
+        rows = rows[(rows.split != "test") & (rows.gold.map(len) > 0) & plain]
     rows = rows.assign(document=[gold[0] for gold in rows.gold], package=[gold[0].split(".")[0] for gold in rows.gold]).drop_duplicates(
         "document"
     )

@@ -109,8 +109,13 @@ def _run(ws, env, steps, force, kept):
     typer.echo(f"\nDone in {duration(record['seconds'])}.")
     for stage in record["stages"]:
         if stage["result"]: typer.echo(f"  {stage['notebook']:14} {stage['result']['headline']}")
-    typer.echo(f"\nReport: {_report(ws)}\nTry:    {me()} ask --env {env} {shlex.quote(_something(ws))}\n"
-               f"        {me()} search --env {env} {shlex.quote(_something(ws, 1))} -k 5\n        {me()} status --env {env}")
+    typer.echo(f"\nReport: {_report(ws)}\nTry:    " + "\n        ".join(f"{me()} {words}" for words in _to_try(ws, env)))
+
+def _to_try(ws, env):                               # only what this environment can do already
+    if ws.alias("assistant", "champion", record=False): yield f"ask --env {env} {shlex.quote(_something(ws))}"
+    if (ws.store / "index" / "current.json").is_file() or ws.config.vector_index != "faiss":
+        yield f"search --env {env} {shlex.quote(_something(ws, 1))} -k 5"
+    yield f"status --env {env}"
 
 # %% ../nbs/91_cli.ipynb #84928e42
 @app.command()
@@ -177,13 +182,17 @@ def config(env: Env = "dev", as_json: Json = False):
         width = max(len(row["key"]) for row in rows)
         for row in rows:
             value = ", ".join(row["value"]) if isinstance(row["value"], list) else row["value"]
-            typer.echo(f"{row['key']:{width}}  {str(value)[:60]:60}  {row['origin']}")
+            typer.echo(f"{row['key']:{width}}  {value!s:60}  {row['origin']}")
 
 # %% ../nbs/91_cli.ipynb #a9f750b6
 def _questions(question):
-    if question: return [question], False
-    if sys.stdin.isatty(): raise SettingsError("Which question? Give it as an argument, or questions on standard input, one a line.")
-    return [line.strip() for line in sys.stdin if line.strip()], True
+    asks = "Which question? Give it as an argument, or questions on standard input, one a line."
+    if question is not None:
+        if not question.strip(): raise SettingsError(f"The question is empty. {asks}")
+        return [question], False
+    if sys.stdin.isatty(): raise SettingsError(asks)
+    if not (lines := [line.strip() for line in sys.stdin if line.strip()]): raise SettingsError(f"Standard input holds no question. {asks}")
+    return lines, True
 
 @app.command()
 def search(

@@ -148,6 +148,8 @@ class Config:
     monitoring_max_weak: float
     monitoring_max_uncited: float
     monitoring_max_ungrounded: float
+    monitoring_max_invented: float
+    monitoring_max_echoed: float
     monitoring_max_unreadable: float
     monitoring_max_down: float
     monitoring_max_stale: float

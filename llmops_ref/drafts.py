@@ -43,7 +43,7 @@ def _draft(c, heading, rng, teacher):
     if teacher and (written := teacher({c.id: c.text}).get(c.id)): return "howto", *written[0]
     first = page_sentences(c.text)[0]
     if heading.endswith("?"): return "howto", heading, first
-    if heading and rng.random() < 0.5: return "lookup", rng.choice(ABOUT).replace("{}", lower_first(heading)), first
+    if heading and rng.random() < 0.8: return "lookup", rng.choice(ABOUT).replace("{}", lower_first(heading)), first
     made = ask_page(c.text, rng, opens=bool(heading))
     return made and ("paraphrase", made[1], made[2])
 

@@ -185,7 +185,10 @@ def plot_monitoring(
     _shares(g, look, "retrieval", **{"weak retrieval": "weak passages", "refusals": "refused"})
     _shares(
         h, look, "quality",
-        **{"answers without citation": "no citation", "ungrounded answers": "ungrounded", "unreadable answers": "unreadable"},
+        **{
+            "answers without citation": "no citation", "ungrounded answers": "ungrounded", "invented names": "invented",
+            "unreadable answers": "unreadable",
+        },
     )
     _shares(i, look, "thumbs down, of those who vote", **{"thumbs down": "down"})
     _shares(j, look, "slow or dear answers", **{"slow answers": "slow", "dear answers": "dear"})

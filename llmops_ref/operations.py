@@ -104,13 +104,16 @@ def versions(
         table = list_versions(ws)
         if as_json: return out(table.to_dict("records"))
         typer.echo(table.to_string(index=False) if len(table) else f"No version has been logged in {env} yet.")
+        if ws.config.gate_mode == "inform" and ((table.validation == "FAILED") & (table.aliases != "")).any():
+            typer.echo(f"\nIn {env} gates inform: a version that failed one goes on and may serve.")
 
 # %% ../nbs/90k_operations.ipynb #edf305d5
 @operations_app.command()
 def rollback(
     env: Env = "dev",
     prompt: Annotated[bool, typer.Option("--prompt", help="The prompt instead of the assistant: it is used from the next run on")] = False,
-    question: Annotated[str, typer.Option(help="The previous version must answer it first")] = "How do I log a metric?",
+    question: Annotated[str, typer.Option(help="What the previous version must answer first; by default what it was right about")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Also to a version that did not pass its gates")] = False,
 ):
     "Make the previous champion serve again."
     with manners():
@@ -122,8 +125,8 @@ def rollback(
             )
             return
         from llmops_ref.deployment import rollback as back
-        version, answer = back(workspace_of(env), question)
-        typer.echo(f"Version {version} of the assistant is champion of {env} again. It was asked first: {question}\n  {seen(answer)}")
+        version, asked, answer = back(workspace_of(env), question, any_verdict=yes)
+        typer.echo(f"Version {version} of the assistant is champion of {env} again. It was asked first: {asked}\n  {seen(answer)}")
 
 # %% ../nbs/90k_operations.ipynb #d7073cd1
 SERVED = ("assistant", "front", "chat_model", "gateway")

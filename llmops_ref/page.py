@@ -246,7 +246,7 @@ PARTS = dict(
 <th class="wide">Stage</th>{% endif %}<th class="num">This run</th>{% if compared %}<th class="num">Last run</th>
 <th class="num">Change</th>{% endif %}</tr>
 {% for k in rows %}<tr><td>{{ k.label }}</td>{% if stage %}<td class="wide"><a href="#{{ k.stage }}">{{ k.stage }}</a></td>{% endif %}
-<td class="num">{{ k.value }}</td>
+<td class="num">{{ k.value }}{% if k.around %}<div class="small soft">{{ k.around }}</div>{% endif %}</td>
 {% if compared %}<td class="num soft">{{ k.previous }}</td>
 <td class="num {{ k.change.tone or 'soft' }}">{{ k.change.text }}</td>{% endif %}</tr>{% endfor %}</table></div>{% endmacro %}
 {% macro sides(card) %}<div class="two">{% for s in card.sides %}
@@ -267,7 +267,7 @@ PARTS = dict(
 <div class="verdict {{ verdict.tone }}"><b class="{{ verdict.tone }}">{{ verdict.word }}</b><h1>{{ verdict.title }}.</h1>
 <ul>{% for reason in verdict.reasons %}<li{% if reason.startswith('Attention') %} class="warn"{% endif %}>{{ reason }}</li>{% endfor %}</ul></div>
 <div class="tiles">{% for k in keys[:4] %}<div><div class="label">{{ k.label }}</div>
-<div class="number">{{ k.value }}</div>{% if compared %}
+<div class="number">{{ k.value }}</div>{% if k.around %}<div class="small soft">{{ k.around }}</div>{% endif %}{% if compared %}
 <div class="small {{ k.change.tone or 'soft' }}">{{ k.change.text }}</div>{% endif %}</div>{% endfor %}
 <div><div class="label">Time of the run</div><div class="number">{{ run.seconds | duration }}</div>
 <div class="small soft">{{ counts }}</div></div></div>""",

@@ -19,7 +19,8 @@ from .assistant import PLAIN_PROMPT, check_template, open_assistants
 from .config import Config, SettingsError, load_config
 from .evaluation import LESS_IS_BETTER, MEASURES, answer_all, by_type, evaluate_in_mlflow, keeper, summarise
 from .examples import open_examples, wants_examples
-from .scoring import Comparison, Gate, compare
+from .quotes import may_quote, quotes
+from .scoring import Comparison, Gate, compare, said_share
 from .workspace import DataError, Workspace, folder_digest, git_commit, open_workspace
 
 # %% ../nbs/04_prompts.ipynb #7c0a5a54
@@ -39,6 +40,7 @@ def designs(
     for path in files:
         try:
             template = path.read_text(encoding="utf-8-sig").strip()
+            if quotes(template) and not may_quote(config): continue
             out[path.stem] = check_template(template, passages=config.retrieval != "off")
         except (SettingsError, UnicodeDecodeError) as error: raise SettingsError(f"{folder / path.name}: {error}") from None
         if twin := next((name for name in out if name != path.stem and out[name] == template), None):
@@ -122,7 +124,9 @@ def contenders(
     champion, left_out, in_use, current = ws.prompt(noun, "champion", record=False), {}, None, None
     if champion is not None:
         current = next((design for design, version in versions.items() if version == str(champion.version)), champion.tags.get("design"))
-        try: in_use = check_template(champion.template, ws.config.retrieval != "off")
+        try:
+            if quotes(champion.template) and not may_quote(ws.config): raise SettingsError("a model that can write answers now")
+            in_use = check_template(champion.template, ws.config.retrieval != "off")
         except (SettingsError, TypeError) as error:
             left_out[IN_USE] = f"version {champion.version} does not fit the settings: {error}"[:300]
     try: open_examples(ws, *prompts.values(), in_use)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .page import SIDES, UNSEEN, answer_card, change, direction, duration, picture, relative_link, render_page, show
+from .scoring import share_interval
 from .workspace import write_atomic
 
 # %% ../nbs/90a_report.ipynb #18ee69f3
@@ -79,6 +80,8 @@ def verdict(
         reasons.append(f"{len(broken)} of {len(gates)} gates do not hold: {'; '.join(broken)}.")
     elif gates: reasons.append(f"All {len(gates) - len(remarks)} gates {'that judge ' * bool(remarks)}hold.")
     reasons += [f"Attention: {remark}." for remark in remarks]
+    if checked.get("against_champion") and checked.get("champion") != checked.get("version"):
+        reasons.append(f"Right answers against version {checked.get('champion')}, the champion: {checked['against_champion']}.")
     for row in (checked.get("comparison") or [])[:1]:
         reasons.append(
             f"Score “{row.get('metric')}”: {show('', row.get('base'))} for what it is compared with ({_names(checked)['base'].lower()}),"
@@ -140,12 +143,19 @@ KEY_NUMBERS = [ # Stage, metric (a regular expression; {best} is the stage's win
 def _row(stage, name, label=None):
     value, before = stage["metrics"][name], stage["previous"].get(name)
     return dict(
-        stage=stage["name"], label=label or name, value=show(name, value), previous=show(name, before), change=change(name, value, before)
+        stage=stage["name"], label=label or name, value=show(name, value), around=_around(stage, name), previous=show(name, before),
+        change=change(name, value, before),
     )
+
+def _around(stage, name):                           # what a share rests on
+    share, n = stage["metrics"][name], (stage["details"].get("asked") or {}).get(name)
+    if not n or not isinstance(share, (int, float)) or not 0 <= share <= 1: return ""
+    low, high = share_interval(share, n)
+    return f"of {n}; {low:.0%} to {high:.0%}"
 
 def key_numbers(
     run: dict,
-) -> list[dict]: # `stage`, `label`, `value`, `previous` and `change`
+) -> list[dict]: # `stage`, `label`, `value`, `around` (of how many, and its interval), `previous` and `change`
     "The numbers to show against the last run; a stage without one in `KEY_NUMBERS` gives its first."
     rows, stages = [], current_stages(run)
     for wanted, pattern, label in KEY_NUMBERS:
@@ -262,6 +272,7 @@ def _dress(stage, run, folder):
     return stage | dict(
         tables=tables, facts=facts, link=link, page=page if link and (Path(folder) / page).is_file() else None,
         said=said.get(stage["state"], "Not run"),
+        why="for the first time" if stage["state"] == "ran" and stage.get("why") == "it has not run yet" else stage.get("why"),
         images=[dict(name=Path(str(f)).stem, data=picture(run.get("store") or folder, f)) for f in figures],
         rows=[_row(stage, name) for name in stage["metrics"]],
         pairs=[] if shown else [answer_card(e, f"{stage['name']}{n}") for n, e in enumerate(examples[:4])],
@@ -341,9 +352,10 @@ def summary_markdown(
     ]
     heads = ("last run", "this run", "change") if other is None else ("main", "this", "difference")
     rows = key_numbers(run) if other is None else numbers_against(run, other)
+    def with_around(k): return k["value"] + (f" ({k['around']})" if k["around"] else "")
     lines += [
         "", f"| number | {' | '.join(heads)} |", "|---|--:|--:|--:|",
-        *(f"| {_md(k['label'])} | {k['previous']} | {k['value']} | {k['change']['text']} |" for k in rows),
+        *(f"| {_md(k['label'])} | {k['previous']} | {with_around(k)} | {k['change']['text']} |" for k in rows),
     ]
     end = f"{_md(run.get('env'))}, run {_md(run.get('run_id'))}, commit {_md(run.get('commit'))}, {duration(run.get('seconds'))}"
     if other is not None:

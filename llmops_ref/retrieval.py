@@ -19,7 +19,7 @@ import pandas as pd
 from .config import load_config
 from .embedding import DIMENSION, PRECISIONS, Embedder, embedder_digest, minilm_folder, minilm_onnx, open_embedder
 from .prominence import FIRST_QUESTIONS, ask_first, first_questions
-from .scoring import mrr_at_k, ndcg_at_k, recall_at_k
+from .scoring import mrr_at_k, ndcg_at_k, recall_at_k, said_share
 from .vector_index import METHODS, REBUILD, Index, Passage, build_index, check_index, open_reranker, terms
 from .workspace import Changes, DataError, Workspace, file_digest, open_workspace, verify_digest, write_atomic
 

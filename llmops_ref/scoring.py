@@ -7,10 +7,10 @@ Reads questions, passages and answers. Leaves scores that need no judge, paired 
 # %% auto #0
 __all__ = ['REFUSAL', 'FUNCTION_WORDS', 'SAID', 'AGREEMENT', 'MAY_BE_BUSY', 'recall_at_k', 'mrr_at_k', 'ndcg_at_k', 'is_refusal',
            'citations', 'words', 'token_f1', 'names_gold', 'is_page', 'mentions', 'citation_precision',
-           'citation_recall', 'groundedness', 'reference_recall', 'says_reference', 'asks_for_name', 'language',
-           'script', 'in_language', 'readable', 'personal_data', 'redact', 'pseudonym', 'score_answer', 'similarities',
-           'score_labelled', 'agreement', 'agreement_with_people', 'Comparison', 'mcnemar', 'compare', 'Gate',
-           'machine_share', 'with_share', 'fair_seconds']
+           'citation_recall', 'groundedness', 'echoes', 'invented_names', 'reference_recall', 'says_reference',
+           'asks_for_name', 'language', 'script', 'in_language', 'readable', 'personal_data', 'redact', 'pseudonym',
+           'score_answer', 'similarities', 'score_labelled', 'agreement', 'agreement_with_people', 'share_interval',
+           'said_share', 'Comparison', 'mcnemar', 'compare', 'Gate', 'machine_share', 'with_share', 'fair_seconds']
 
 # %% ../nbs/00c_scoring.ipynb #8f4e9a6a
 import hashlib, json, math, re, time, unicodedata
@@ -86,11 +86,24 @@ def names_gold(
     answer: str,
     gold: list[str], # Dotted ids, any of which will do
     question: str = "", # What it names already is no finding
+    shown: list[str] = (), # Ids of the passages shown
 ) -> float: # 1.0 or 0.0
-    "Whether the *first* object that the answer names is gold, by its dotted id, its last two parts, or its last alone if that is telling."
+    "Whether the *first* object that the answer names is gold, by its dotted id, its last two parts, or its last alone if that is telling; and not under a path that it has not."
     names, asked = ([m[1] or m[0] for m in _NAME.finditer(text)] for text in (answer, question))
     first = next((n for n in names if any(mentions(n, g) for g in gold) or n not in asked and re.search(r"[._]|[a-z][A-Z]", n)), "")
-    return float(any(mentions(first, g) for g in gold))
+    packages = {i.split(".")[0] for i in [*gold, *shown]}
+    return float(any(mentions(first, g) and _leads_to(first, g, packages) for g in gold))
+
+def _leads_to(name, object_id, packages):           # mlflow.MlflowClient.log_metric, MlflowClient.log_metric, client.log_metric
+    if is_page(object_id): return True
+    there = object_id.split(".")
+    path = re.search(rf"[\w.]*(?<!\w){re.escape(there[-1])}(?!\w)", name)[0].split(".")
+    plain = [[re.sub("api$", "", part.lower().replace("_", "")) for part in parts] for parts in (path, there)]     # w.jobs is the JobsAPI
+    def ends(parts): return plain[1][-len(parts):] == parts
+    rest = iter(plain[0])
+    longer = all(part in rest for part in plain[1])                         # by way of the module that defines it
+    variable = len(path) > 1 and path[0] not in packages and path[0][:1].islower() and ends(plain[0][1:])
+    return ends(plain[0]) or longer or variable
 
 _NAME = re.compile(
     r"`([^`\n]+)`|\b[A-Za-z_]\w+(?:\.\w{2,})+|\b[A-Za-z]\w*_\w+|\b(?:[A-Z][a-z0-9]+){2,}\w*"
@@ -149,9 +162,33 @@ def groundedness(
     said, known = _content_words(answer), set(_content_words(" ".join([*passages, question])))
     return sum(w in known for w in said) / len(said) if said and not is_refusal(answer) else 1.0
 
+def echoes(answer: str, question: str) -> float: # 1.0 or 0.0
+    "Whether an answer says nothing but words of its question, however well they are put."
+    said = _content_words(answer)
+    return float(bool(said) and set(said) <= set(_content_words(question)))
+
 def _content_words(text):
     spread = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", re.sub(r"\[[\d,\s]+\]", "", text)).lower()
     return [w for w in re.findall(r"[^\W_]+", spread) if w not in FUNCTION_WORDS["en"] and len(w) > 1]
+
+# %% ../nbs/00c_scoring.ipynb #1e7a0002
+def invented_names(
+    answer: str,
+    texts: list[str], # The passages shown, their ids, and the question
+    shown: list[str] = (), # Ids of the passages: where they begin are packages, and no variables
+) -> list[str]: # Dotted, snake_case or CamelCase; empty if there is none
+    "The names of objects in an answer that stand nowhere in what was shown."
+    prose, known, found = re.sub(r"(?s)```.*?(```|$)", "", answer).strip(), "\n".join(texts), []
+    packages = {i.split(".")[0] for i in shown}
+    def stands(name): return re.search(rf"(?<![\w])(?<![\w]\.){re.escape(name)}(?!\w)|(?<=\w\.){re.escape(name)}(?!\w)", known)
+    for m in _NAME.finditer(prose):
+        name = re.sub(r"\(.*", "", m[1] or m[0]).strip()
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", name) or not re.search(r"[._]|[a-z][A-Z]", name): continue
+        if m.end() == len(prose) and not m[1]: continue
+        head, _, rest = name.partition(".")
+        variable = rest and head not in packages and head[:1].islower()
+        if not stands(name) and not (variable and stands(rest)): found.append(name)
+    return list(dict.fromkeys(found))
 
 # %% ../nbs/00c_scoring.ipynb #f08c91d1
 SAID = 0.4                                          # share of a reference's words from which an answer says it
@@ -263,10 +300,12 @@ def score_answer(
     refused = is_refusal(answer)
     form = dict(readable=readable(answer), personal_data=float(bool(personal_data(answer))), words=float(len(answer.split())))
     if re.search(r"[^\W\d_]", answer): form["in_language"] = in_language(answer, question)
-    if passages and not refused and _content_words(answer): form["grounded"] = groundedness(answer, passages, question)
+    if passages and not refused and _content_words(answer):
+        form["grounded"] = groundedness(answer, passages, question)
+        form["invented"] = float(bool(invented_names(answer, [*passages, *shown, question], shown)))
     if not gold: return dict(refused=float(refused), correct=float(refused)) | form
     precision, by_name = citation_precision(answer, shown, gold), asks_for_name(gold, reference)
-    right = names_gold(answer, gold, question) if by_name else says_reference(answer, reference, question)
+    right = names_gold(answer, gold, question, shown) if by_name else says_reference(answer, reference, question)
     known = any(mentions(question, g) for g in gold) if by_name else set(_content_words(reference)) <= set(_content_words(question))
     scores = (
         {"names_gold" if by_name else "says_reference": right}
@@ -339,6 +378,22 @@ def agreement_with_people(
             )
         )
     return pd.DataFrame(rows, columns=["label", "score", "n", "agree", "kappa", "auc"])
+
+# %% ../nbs/00c_scoring.ipynb #5a4e0002
+def share_interval(
+    share: float, # 0 to 1
+    n: int, # Of how many
+) -> tuple[float, float]: # Its lower and its upper end, 95%
+    "Wilson's interval of a share."
+    z = 1.96
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+def said_share(share: float, n: int) -> str: # 0.67 of 6 [0.30, 0.90]
+    "A share with what it rests on."
+    if not n or share != share: return "none"
+    low, high = share_interval(share, n)
+    return f"{share:.2f} of {n} [{low:.2f}, {high:.2f}]"
 
 # %% ../nbs/00c_scoring.ipynb #db056fd1
 @dataclass(frozen=True)

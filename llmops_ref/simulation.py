@@ -55,7 +55,7 @@ def simulate(
         if down:
             row |= dict(
                 status="ERROR", error="simulated: the model did not answer in time", answer="", passages=[], cited=False,
-                refused=False, grounded=None, readable=None, completion_tokens=0, seconds=60.0,
+                refused=False, grounded=None, invented=None, echoed=None, readable=None, completion_tokens=0, seconds=60.0,
             )
         rows.append(row)
         if not down and rng.random() < 0.15:

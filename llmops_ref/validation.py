@@ -21,12 +21,12 @@ from .cases import attack_table, load_attacks, load_regressions, planted, try_at
 from .config import Config, load_config
 from .corpus import sample_questions
 from .gateway import gateway_of
-from .evaluation import LESS_IS_BETTER, REPLY, answer_all, keeper, read_gates, summarise
+from .evaluation import LESS_IS_BETTER, REPLY, answer_all, counts, keeper, read_gates, summarise
 from .finetune import model_facts, tuned_files
 from .evidence import OUR_FACTS, compare_slices, missing_facts, render_evidence, version_facts
 from .prompts import champion_prompt
 from .reviewed import regression_rows, reviewed_cases
-from .scoring import MAY_BE_BUSY, Comparison, Gate, compare, machine_share, with_share
+from .scoring import MAY_BE_BUSY, Comparison, Gate, compare, machine_share, said_share, with_share
 from .workspace import DataError, Workspace, git_commit, open_workspace, write_atomic
 
 # %% ../nbs/06_validation.ipynb #530d518f

@@ -58,6 +58,25 @@ def test_the_life_cycle_of_a_provider(third):
     assert "Without passages" in page and "Tuned model" not in page
 
 
+def test_a_champion_that_cannot_be_asked_ends_nothing(third, tmp_path):
+    "Somebody tried a provider once, and what is left of that version does not load. The next one says so, and takes its place."
+    project, *_ = third
+    other = copy_of(project, tmp_path)
+    ws = open_workspace(load_config("staging", other.root))
+    champion = ws.alias("assistant", "champion", record=False)
+    source = ws.mlflow().MlflowClient().get_model_version(ws.registered("assistant"), champion).source
+    (logged,) = (other.root / "stores" / "staging" / "artifacts" / "models").glob(source.removeprefix("models:/"))
+    logged.rename(logged.with_name("gone"))
+    done = other.llmops("run", "--env", "staging", "--only", "validation", RED_TEAM="", REGRESSIONS="", VALIDATION_QUESTIONS="2")
+    assert done.returncode == 0 and "champion not compared" in done.stdout, done.stdout + done.stderr
+    checked = json.loads((other.root / "stores" / "staging" / "stages" / "validation.json").read_text())["details"]
+    (remark,) = [gate["remark"] for gate in checked["gates"] if gate["gate"] == "compared with the champion"]
+    assert "it could not be asked" in remark and checked["against_champion"] is None and checked["champion"] == champion
+    page = (other.root / "stores" / "staging" / "evidence" / f"version-{checked['version']}.html").read_text()
+    assert f"There is no comparison with version {champion}, which serves now: it could not be asked" in page
+    assert ws.alias("assistant", "challenger", record=False) == checked["version"] != champion
+
+
 def test_each_trace_says_who_served_at_what_price_with_which_prompt(third):
     project, *_ = third
     tags = project.left[project.left.purpose == "probe"]
@@ -150,25 +169,6 @@ def test_one_table_compares_the_applications(finished):
         and table["own tuned, direct"]["citation_precision"] is None
     )
     assert all(row["memory_mb"] > 50 and row["usd_per_1000"] > 0 and row["p50_seconds"] > row["first_token"] > 0 for row in table.values())
-
-
-def test_a_champion_that_cannot_be_asked_ends_nothing(third, tmp_path):
-    "Somebody tried a provider once, and what is left of that version does not load. The next one says so, and takes its place."
-    project, *_ = third
-    other = copy_of(project, tmp_path)
-    ws = open_workspace(load_config("staging", other.root))
-    champion = ws.alias("assistant", "champion", record=False)
-    source = ws.mlflow().MlflowClient().get_model_version(ws.registered("assistant"), champion).source
-    (logged,) = (other.root / "stores" / "staging" / "artifacts" / "models").glob(source.removeprefix("models:/"))
-    logged.rename(logged.with_name("gone"))
-    done = other.llmops("run", "--env", "staging", "--only", "validation", RED_TEAM="", REGRESSIONS="", VALIDATION_QUESTIONS="2")
-    assert done.returncode == 0 and "champion not compared" in done.stdout, done.stdout + done.stderr
-    checked = json.loads((other.root / "stores" / "staging" / "stages" / "validation.json").read_text())["details"]
-    (remark,) = [gate["remark"] for gate in checked["gates"] if gate["gate"] == "compared with the champion"]
-    assert "it could not be asked" in remark and checked["against_champion"] is None and checked["champion"] == champion
-    page = (other.root / "stores" / "staging" / "evidence" / f"version-{checked['version']}.html").read_text()
-    assert f"There is no comparison with version {champion}, which serves now: it could not be asked" in page
-    assert ws.alias("assistant", "challenger", record=False) == checked["version"] != champion
 
 
 def batch_rows(project): return open_workspace(load_config("staging", project.root)).read("answers")

@@ -108,14 +108,16 @@ def test_approval_rollout_and_rollback(shop):
     assert set(rollout.share) == {0.5, 1.0} and set(rollout[rollout.share == 1.0].version) == {new}
     assert {v["version"]: v["approval"] for v in versions(shop)}[new] == "Approved"
 
+    unsure = shop.inside("rollback", "--env", "staging")           # it was made where no commit could be named, so it did not pass
+    assert unsure.returncode == 1 and f"Version {before}, which served before, is FAILED" in unsure.stderr and alias(shop, "champion") == new
     start = time.time()
-    back = shop.llmops("rollback", "--env", "staging")
+    back = shop.llmops("rollback", "--env", "staging", "--yes")
     print(f"rollback took {time.time() - start:.1f} s")
     assert back.returncode == 0 and f"Version {before} of the assistant is champion" in back.stdout
     assert json.loads(shop.llmops("ask", "How do I log a metric?", "--env", "staging", "--json").stdout)["version"] == before
     again = shop.llmops("run", "--env", "staging", "--only", "deployment", "--force", APPROVAL="person", **NEW, **BRIEF)
     assert again.returncode == 1 and "was taken back" in again.stderr and alias(shop, "champion") == before
-    shop.llmops("rollback", "--env", "staging")
+    shop.llmops("rollback", "--env", "staging", "--yes")
     assert alias(shop, "champion") == new and not list((shop.root / "stores" / "staging" / "services").glob("*.json"))
 
 

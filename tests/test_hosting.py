@@ -196,7 +196,8 @@ def test_first_version_rollout_and_rollback(serving, ws):
 
     serving.builds = 10 ** 6                            # from now on nothing can be built
     assert host.ask(QUESTION)["version"] == "2"
-    version, answer = rollback(ws, QUESTION, host)
+    version, asked, answer = rollback(ws, QUESTION, host, any_verdict=True)
+    assert asked == QUESTION
     assert version == "1" and "says version 1" in answer and host.ask(QUESTION)["version"] == "1" and host.traffic() == {"1": 100, "2": 0}
     assert (ws.alias("assistant", "champion"), ws.alias("assistant", "previous")) == ("1", "2")
 
@@ -267,7 +268,7 @@ def test_going_back_on_another_machine_stands(serving, ws):
     def interrupted(question, version=None, purpose="traffic"):
         if purpose == "rollout" and not asked:
             asked.append(question)
-            rollback(ws, QUESTION, host_of(serving, ws))
+            rollback(ws, QUESTION, host_of(serving, ws), any_verdict=True)
         return ask(question, version, purpose)
     host.ask = interrupted
     with pytest.raises(DataError, match="Version 1 became champion while version 3 was taking over"): deploy(host, ws, "3")
@@ -455,7 +456,7 @@ def test_an_app_from_its_first_version_to_the_way_back(apps, registry, ws):
     assert len(apps.deployments) == 1, "the same version again is no deployment"
     deploy(host, one, "2")
     assert host.serves() == "2" and host.ask(QUESTION)["version"] == "2" and len(apps.deployments) == 2
-    assert rollback(one, QUESTION, AppHost(one, apps.client))[0] == "1" and host.ask(QUESTION)["version"] == "1"
+    assert rollback(one, QUESTION, AppHost(one, apps.client), any_verdict=True)[0] == "1" and host.ask(QUESTION)["version"] == "1"
 
 
 def test_an_app_that_does_not_come_up_gets_the_old_version_back(apps, registry, ws):
