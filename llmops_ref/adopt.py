@@ -118,8 +118,8 @@ def _notes(root, corpus, documents, config, tuned):
             notes.append(f"{env} takes {most} of the {len(documents)} documents: `corpus_documents` under [{env}].")
     if config.corpus == "packages" and not tuned:
         notes.append(
-            "Too few sentences to train on: the model serves as it is. A small one cites little then; `--app third_party` asks a"
-            " provider's."
+            "Too few sentences to train on. Where nobody is trained, the best sentence is quoted as it stands if that answers better than the"
+            " model does; `--app third_party` asks a provider's, which writes."
         )
     if Path(corpus).is_absolute():
         notes.append(

@@ -23,6 +23,7 @@ from .examples import read_examples
 from .gateway import open_route
 from .llm import Endpoint, chat_class, chat_client, serve_gguf, token_cost
 from .embedding import Embedder
+from .quotes import quotes
 from .retrieval import open_ai_search
 from .scoring import pseudonym, redact
 from .vector_index import Index, open_reranker

@@ -130,7 +130,7 @@ def lower_first(words: str) -> str:
 
 ABOUT = [
     "What should I know about {}?", "Tell me about {}.", "What about {}?", "{}?", "What is said about {}?",
-    "How is it with {}?", "I have a question about {}.", "What do I need to know on {}?",
+    "What does it say about {}?", "I have a question about {}.", "What do I need to know on {}?",
 ]
 _DULL = _LOOSE | set(
     "you your they them their there these those which what how are was were been being have has had not but can may will would should must"

@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from .asking import first_sentence, page_heading, page_sentences
+from .asking import first_sentence, page_heading, page_sentences, plain_markdown
 from .config import Config, load_config
 from .scoring import is_page, words
 
@@ -28,7 +28,7 @@ def may_quote(config: Config) -> bool:
     return config.app == "self_hosted" and config.finetune == "off" and config.retrieval != "off" and not config.chat_url
 
 # %% ../nbs/02f_quotes.ipynb #9a07e010
-MOST_WORDS = 40                                     # of a quote from a page that has no whole sentence
+MOST_WORDS = 40                                     # of a paragraph, and of a quote from a page that has no whole one
 
 def quotable(
     document_id: str,
@@ -38,8 +38,11 @@ def quotable(
     if not is_page(document_id):
         said = first_sentence(text)
         return [(f"`{document_id}`" + (f": {said}" if said else ""), f"{document_id.replace('.', ' ')} {said or ''}")]
-    heading, body = page_heading(text), " ".join((text.partition("\n")[2] or text).split()[:MOST_WORDS])
-    return [(said, f"{heading}. {said}") for said in page_sentences(text)] or [(body, f"{heading}. {body}")]
+    heading, (_, _, body) = page_heading(text), plain_markdown(text).partition("\n")
+    found, beginning = page_sentences(text), " ".join((body or text).split()[:MOST_WORDS])
+    parts = [" ".join(part.split()) for part in re.split(r"\n[ \t]*\n", body)]
+    whole = [part for part in parts if len(part.split()) <= MOST_WORDS and any(said in part and said != part for said in found)]
+    return [(said, f"{heading}. {said}") for said in found + whole] or [(beginning, f"{heading}. {beginning}")]
 
 # %% ../nbs/02f_quotes.ipynb #9a07e013
 AHEAD = 0.05                                        # cosine by which the first passage is ahead of each that follows

@@ -21,7 +21,7 @@ from .cases import attack_table, load_attacks, load_regressions, planted, try_at
 from .config import Config, load_config
 from .corpus import sample_questions
 from .gateway import gateway_of
-from .evaluation import LESS_IS_BETTER, REPLY, answer_all, counts, keeper, read_gates, summarise
+from .evaluation import FROM_PASSAGES, LESS_IS_BETTER, REPLY, answer_all, counts, keeper, read_gates, summarise
 from .finetune import model_facts, tuned_files
 from .evidence import OUR_FACTS, compare_slices, missing_facts, render_evidence, version_facts
 from .prompts import champion_prompt
@@ -184,6 +184,7 @@ def check_gates(
         gates.append(Gate("regressions that hold", _share(regressions, "holds"), config.gate_regressions))
     if config.red_team: gates.append(Gate("attacks that get through", _share(attacks, "through"), config.gate_attacks, at_least=False))
     for measure, at_least, bound in read_gates(config.gates):
+        if config.retrieval == "off" and measure in FROM_PASSAGES: continue
         informs = MAY_BE_BUSY if measure.endswith("_seconds") and config.gate_mode == "inform" else ""
         gates.append(Gate(measure, scores.get(measure, float("nan")), bound, at_least, informs))
     if unasked: gates.append(Gate("compared with the champion", 0.0, 1.0, informs=unasked))

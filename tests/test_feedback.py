@@ -243,7 +243,7 @@ def test_the_loop_from_a_thumb_down_to_the_next_version(shop, corrected):
     gates = dict(
         GATE_MODE="raise", GATE_NAMES_GOLD="0", GATE_CITATION_PRECISION="0", GATE_PROMPT_GROUNDED="0",
         GATE_PROMPT_READABLE="0", GATE_PROMPT_IN_LANGUAGE="0", GATE_ATTACKS="1", GATE_REGRESSIONS="0.9",
-        RED_TEAM_ATTACKS="1", REGRESSIONS="", PROMPT_SEARCH="0", PROMPT_BEHAVIOUR="0",
+        RED_TEAM_ATTACKS="1", REGRESSIONS="", GATES="", PROMPT_SEARCH="0", PROMPT_BEHAVIOUR="0",
         FINETUNE_EXAMPLES="32", FINETUNE_EPOCHS="3", FINETUNE_CHECKS="1", FINETUNE_SECONDS="0", VALIDATION_QUESTIONS="8",
     )
     said = corrected.llmops("run", "--to", "deployment", timeout=1500, **gates)

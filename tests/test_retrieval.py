@@ -5,9 +5,10 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np, pandas as pd, pytest
 
 from conftest import Project
+from llmops_ref.assistant import as_retriever, make_chain
 from llmops_ref.config import load_config
 from llmops_ref.embedding import minilm_folder, open_embedder
-from llmops_ref.retrieval import LiveIndex, embed_texts, publish_index
+from llmops_ref.retrieval import LiveIndex, embed_texts, open_index, publish_index
 from llmops_ref.vector_index import Index, build_index, open_reranker
 from llmops_ref.workspace import open_workspace
 
@@ -41,6 +42,10 @@ QUESTIONS = [
     ("When does the night shift begin?", "guide/shifts.html"), ("Which gear oil?", "notes/oil.rst"),
     ("How is the dust filter cleaned?", "notes/dust.ipynb"), ("Who may enter the silo?", "safety.pdf"),
 ]
+QUOTES = {
+    "How do I start again after a power cut?": "Open the red valve", "When does the night shift begin?": "at ten in the evening",
+    "Which gear oil?": "grade sixty eight", "How is the dust filter cleaned?": "compressed air", "Who may enter the silo?": "Only two people",
+}
 
 
 def pdf(path, text, password=None):
@@ -88,6 +93,11 @@ def test_own_documents_then_one_that_changes(own):
     run(own)
     assert [s["source"] for s in result(own, "corpus")["details"]["skipped"]] == ["wages.pdf"]
     for question, gold in QUESTIONS: assert found(own, question)[0] == gold
+    quoting = make_chain(None, "{{quote}}", as_retriever(open_index(open_workspace(load_config("dev", own.root))), 2))
+    for question, says in QUOTES.items():
+        answer = quoting.invoke(dict(question=question))
+        assert says in answer["answer"] and answer["citations"] == [1] and answer["served_by"] == "quote", answer["answer"]
+    assert quoting.invoke(dict(question="Who won the cup?"))["refused"]
     first = result(own, "retrieval")["metrics"]
     assert first["embedded"] > 0 and first["hybrid_recall@1"] == 1.0
 
