@@ -490,6 +490,7 @@ class Gate:
     def remark(self) -> str:
         "What is to be said of a value that is beyond a bound which only informs."
         if self.met or not self.informs: return ""
+        if self.value != self.value: return f"{self.metric}: {self.informs}"
         return f"{self.metric} is {self.value:.3g}, beyond its bound of {self.bound:g}: {self.informs}"
 
     def row(self) -> dict:

@@ -187,7 +187,7 @@ def check_gates(
         if config.retrieval == "off" and measure in FROM_PASSAGES: continue
         informs = MAY_BE_BUSY if measure.endswith("_seconds") and config.gate_mode == "inform" else ""
         gates.append(Gate(measure, scores.get(measure, float("nan")), bound, at_least, informs))
-    if unasked: gates.append(Gate("compared with the champion", 0.0, 1.0, informs=unasked))
+    if unasked: gates.append(Gate("comparison with the champion", float("nan"), 0.0, informs=unasked))
     if against is not None: gates.append(Gate("upper end of the difference to the champion", against.high, 0.0))
     if slices is not None:
         gates.append(Gate("types of questions worse than the champion's", int((slices.verdict == "worse").sum()), 0, at_least=False))

@@ -70,7 +70,7 @@ def test_a_champion_that_cannot_be_asked_ends_nothing(third, tmp_path):
     done = other.llmops("run", "--env", "staging", "--only", "validation", RED_TEAM="", REGRESSIONS="", VALIDATION_QUESTIONS="2")
     assert done.returncode == 0 and "champion not compared" in done.stdout, done.stdout + done.stderr
     checked = json.loads((other.root / "stores" / "staging" / "stages" / "validation.json").read_text())["details"]
-    (remark,) = [gate["remark"] for gate in checked["gates"] if gate["gate"] == "compared with the champion"]
+    (remark,) = [gate["remark"] for gate in checked["gates"] if gate["gate"] == "comparison with the champion"]
     assert "it could not be asked" in remark and checked["against_champion"] is None and checked["champion"] == champion
     page = (other.root / "stores" / "staging" / "evidence" / f"version-{checked['version']}.html").read_text()
     assert f"There is no comparison with version {champion}, which serves now: it could not be asked" in page
