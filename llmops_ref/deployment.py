@@ -14,7 +14,7 @@ import contextlib, functools, itertools, json, time
 import pandas as pd
 
 from .approval import check_approved, read_evidence, recorded_digest
-from .config import load_config, read_shares
+from .config import SettingsError, load_config, read_shares
 from .evidence import version_facts
 from .hosting import open_host
 from .scoring import MAY_BE_BUSY, fair_seconds, score_answer
@@ -173,8 +173,12 @@ def hand_over(
 ) -> pd.DataFrame: # `share version asked seconds`; empty where there was nobody to take over from, or no steps
     "Give a version the traffic of the champion in steps, and then the alias; `DataError` after everything is as it was."
     table, champion = pd.DataFrame(columns=["share", "version", "asked", "seconds"]), ws.alias("assistant", "champion", record=False)
+    gone = ""
     if host.takes_over and champion not in (None, version):
-        host.start(champion)
+        try: host.start(champion)
+        except (DataError, SettingsError) as error: gone = str(error)
+    if gone: print(f"Version {champion} does not start any more, so version {version} takes over at once and not in steps: {gone}")
+    if host.takes_over and not gone and champion not in (None, version):
         def share_out(shares):                      # somebody on another machine may have gone back in the meantime
             if (now := ws.alias("assistant", "champion", record=False)) != champion:
                 raise DataError(
@@ -196,6 +200,7 @@ def hand_over(
     if champion not in (None, version): host.retire(champion)
     return table
 
+# %% ../nbs/07_deployment.ipynb #0a11bac3
 SMOKE = "How do I log a metric?"                    # asked where nothing is known of a version
 
 def known_answers(ws: Workspace, version: str) -> list[dict]: # `question gold reference ...`; empty if its evidence is gone
@@ -258,6 +263,7 @@ def rollback(
         host.close()
     return previous, question, answer
 
+# %% ../nbs/07_deployment.ipynb #0a11bac4
 def remove_version(ws: Workspace, version: str) -> None:
     "Delete a version from the registry; `DataError` if an alias points at it, because MLflow would drop the alias without a word."
     found = ws.mlflow().MlflowClient().get_model_version(ws.registered("assistant"), version_facts(ws, version)["version"])
