@@ -632,6 +632,8 @@ def notebook_html(notebook: Path) -> Path | None:
     if not notebook.exists(): return
     import nbformat
     from nbconvert import HTMLExporter
-    exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", embed_images=True)
-    body, _ = exporter.from_notebook_node(nbformat.read(notebook, 4))
+    exporter, executed = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", embed_images=True), nbformat.read(notebook, 4)
+    for cell in executed.cells:                     # a word for nbdev, which Markdown would take for a heading
+        if cell.cell_type == "markdown": cell.source = cell.source.removeprefix("#| export").lstrip("\n")
+    body, _ = exporter.from_notebook_node(executed)
     return write_atomic(notebook.with_suffix(".html"), body)
