@@ -191,8 +191,7 @@ def _questions(question):
         if not question.strip(): raise SettingsError(f"The question is empty. {asks}")
         return [question], False
     if sys.stdin.isatty(): raise SettingsError(asks)
-    if not (lines := [line.strip() for line in sys.stdin if line.strip()]): raise SettingsError(f"Standard input holds no question. {asks}")
-    return lines, True
+    return [line.strip() for line in sys.stdin if line.strip()], True
 
 @app.command()
 def search(

@@ -182,6 +182,8 @@ def pristine(tmp_path_factory) -> Project:
     with FileLock(shared / "pristine.lock"):
         if not (shared / "pristine.json").exists():
             project = Project(shared / "pristine", **SMALL)
+            for design in ("extract_then_answer", "structured_no_refusal"):                 # four others compete
+                (project.root / "data" / "prompts" / f"{design}.md").unlink(missing_ok=True)
             done = project.llmops("run", "--env", "staging", offline=True)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             facts = dict(root=str(project.root), environment=project.environment)

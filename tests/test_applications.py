@@ -27,7 +27,7 @@ def third(pristine, tmp_path_factory):
         settings = dict(
             APP="third_party", GATEWAY_MODELS="acme/acme-large", GATEWAY_FALLBACKS="local/smollm2-q8_0",
             GATEWAY_PROVIDERS=f"acme={acme.url}", PRICES="acme-large 2/8, smollm2-q8_0 0.02/0.08", PROMPT_SEARCH="0",
-            HUB_RETIRED="smollm2-torch, minilm-st",                            # which answered in the life cycle before
+            HUB_RETIRED="smollm2-torch, smollm2-q4_1, minilm-st",              # which answered in the life cycle before
         )
         def llmops(*args, **more): return project.llmops(*args, "--env", "staging", **(settings | more))
         project.environment["ACME_API_KEY"] = KEY

@@ -286,7 +286,7 @@ def test_data_and_index(site, tmp_path):
     emulator, project, files, jobs = site
     asked = (files / "data" / "questions.jsonl").read_text().splitlines(keepends=True)
     (files / "data" / "few.jsonl").write_text("".join(asked[::5]))              # their gold documents are always there
-    few = dict(questions="data/few.jsonl", corpus_documents=60, hub_retired="smollm2-torch, minilm-st")
+    few = dict(questions="data/few.jsonl", corpus_documents=60, hub_retired="smollm2-torch, smollm2-q4_1, minilm-st")
     first = emulator.run(jobs(tmp_path / "store", **few)["data_and_index"])
     assert emulator.result == RunResultState.SUCCESS and list(first) == ["hub", "corpus", "retrieval"], first
     ws = open_workspace(load_config("staging", files, store=str(tmp_path / "store")))

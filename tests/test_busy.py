@@ -57,7 +57,7 @@ def test_a_slow_only_candidate(tmp_path, monkeypatch, gate_mode, seconds, times,
 @pytest.mark.parametrize("gate_mode", MODES)
 def test_a_slow_candidate_of_validation(gate_mode):
     "Where gates inform, the report says PASSED, with a word on the time; a gate that judges answers still turns it."
-    config = load_config("dev", gate_mode=gate_mode, red_team="", regressions="")
+    config = load_config("dev", gate_mode=gate_mode, red_team="", regressions="", gates=[])
     gates = check_gates(config, SCORES)
     failed = [g.metric for g in gates if not g.holds]
     rows = [g.row() for g in gates]
