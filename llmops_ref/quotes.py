@@ -56,11 +56,11 @@ def quote(
     offers = [(n, said, weighed) for n, (id, text) in enumerate(passages, 1) for said, weighed in quotable(id, text)]
     if not offers: return ""
     texts = [weighed for *_, weighed in offers]
-    if embed is not None: likeness = np.asarray(embed([question, *texts]), float) @ np.asarray(embed([question])[0], float)
-    else: likeness = np.array([1.0, *(_shared(question, text) for text in texts)])
-    first = dict.fromkeys(n for n, *_ in offers)
-    scores = likeness[1:] - AHEAD * np.array([list(first).index(n) for n, *_ in offers])
-    number, said, _ = offers[int(np.argmax(scores))]
+    if embed is None: likeness = np.array([_shared(question, text) for text in texts])
+    else:
+        asked, *vectors = np.asarray(embed([question, *texts]), float)
+        likeness = np.array(vectors) @ asked
+    number, said, _ = offers[int(np.argmax(likeness - AHEAD * np.array([n - 1 for n, *_ in offers])))]
     return f"{said} [{number}]"
 
 def _shared(question, text):

@@ -176,14 +176,14 @@ def invented_names(
     answer: str,
     texts: list[str], # The passages shown, their ids, and the question
     shown: list[str] = (), # Ids of the passages: where they begin are packages, and no variables
-) -> list[str]: # Dotted, snake_case or CamelCase; empty if there is none
+) -> list[str]: # Dotted, snake_case, or CamelCase in backticks (PyTorch is no object); empty if there is none
     "The names of objects in an answer that stand nowhere in what was shown."
     prose, known, found = re.sub(r"(?s)```.*?(```|$)", "", answer).strip(), "\n".join(texts), []
     packages = {i.split(".")[0] for i in shown}
-    def stands(name): return re.search(rf"(?<![\w])(?<![\w]\.){re.escape(name)}(?!\w)|(?<=\w\.){re.escape(name)}(?!\w)", known)
+    def stands(name): return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", known)
     for m in _NAME.finditer(prose):
         name = re.sub(r"\(.*", "", m[1] or m[0]).strip()
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", name) or not re.search(r"[._]|[a-z][A-Z]", name): continue
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", name) or not re.search(r"[._]|[a-z][A-Z]" if m[1] else r"[._]", name): continue
         if m.end() == len(prose) and not m[1]: continue
         head, _, rest = name.partition(".")
         variable = rest and head not in packages and head[:1].islower()

@@ -49,7 +49,10 @@ def test_no_alarm_on_twenty_steady_weeks(material):
     assert not alarms
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow(reason="another fortnight of the same")) for seed in (1, 2))])
+AGAIN = pytest.mark.slow(reason="another fortnight of the same")
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=AGAIN), pytest.param(2, marks=AGAIN)])
 def test_a_hidden_drift_and_a_hidden_outage_are_found_on_their_days(material, seed):
     config, embedder, topics = material
     played = rehearse(config, ANSWERS, topics, embedder, seed=seed)
