@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .assistant import as_retriever, lowest_cosine, make_chain
+from .assistant import PLAIN_PROMPT, as_retriever, lowest_cosine, make_chain
 from .config import Config, load_config
 from .corpus import sample_questions
 from .examples import open_examples
@@ -25,6 +25,7 @@ from .hub import chosen_gguf
 from .llm import Endpoint, chat_client, read_prices, serve_command, token_cost
 from .evaluation import answer_all, summarise
 from .prompts import champion_prompt
+from .quotes import quotes
 from .retrieval import open_index
 from .services import running_services, start_service, stop_service
 from .workspace import Workspace, open_workspace
@@ -108,6 +109,7 @@ def compare_applications(
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]: # One row a system; and all answers by system
     "Let every system answer the test questions, and measure it; `DataError` if something that it needs has not been made."
     config, (template, _) = ws.config, champion_prompt(ws)
+    if quotes(template): template = PLAIN_PROMPT                            # models are compared, and a quote asks none
     systems = systems or tuple(s for s in SYSTEMS if not s.tuned or config.finetune == "on")
     questions = sample_questions(ws.read("questions").query("split == 'test'"), ws.config.validation_questions)
     rows, answers, index = [], {}, open_index(ws)

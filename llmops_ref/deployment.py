@@ -171,34 +171,43 @@ def hand_over(
     version: str,
     questions: list[str], # For `check_traffic`
 ) -> pd.DataFrame: # `share version asked seconds`; empty where there was nobody to take over from, or no steps
-    "Give a version the traffic of the champion in steps, and then the alias; `DataError` after everything is as it was."
+    "Give a version the traffic of the champion in steps, or at once if that does not start any more on this machine, and then the alias; `DataError` after everything is as it was."
     table, champion = pd.DataFrame(columns=["share", "version", "asked", "seconds"]), ws.alias("assistant", "champion", record=False)
-    gone = ""
-    if host.takes_over and champion not in (None, version):
-        try: host.start(champion)
-        except (DataError, SettingsError) as error: gone = str(error)
-    if gone: print(f"Version {champion} does not start any more, so version {version} takes over at once and not in steps: {gone}")
-    if host.takes_over and not gone and champion not in (None, version):
-        def share_out(shares):                      # somebody on another machine may have gone back in the meantime
-            if (now := ws.alias("assistant", "champion", record=False)) != champion:
-                raise DataError(
-                    f"Version {now} became champion while version {version} was taking over from version {champion}. That stands, and"
-                    " nothing more was changed."
-                )
-            host.share(shares)
-        def check(share):
-            table = check_traffic(
-                functools.partial(host.ask, purpose="rollout"), questions, ws.config.gate_p95_seconds, version, share,
-                lambda: ws.config.gate_mode == "inform",
+    def share_out(shares):                          # somebody on another machine may have gone back in the meantime
+        if (now := ws.alias("assistant", "champion", record=False)) != champion:
+            raise DataError(
+                f"Version {now} became champion while version {version} was taking over from version {champion}. That stands, and"
+                " nothing more was changed."
             )
-            if share == 1: make_champion(ws, version)     # here, so that the traffic goes back if the registry fails
-            return table
-        table = roll_out(share_out, champion, version, read_shares(ws.config, "rollout_steps"), check)[list(table.columns)]
+        host.share(shares)
+    def check(share):
+        table = check_traffic(
+            functools.partial(host.ask, purpose="rollout"), questions, ws.config.gate_p95_seconds, version, share,
+            lambda: ws.config.gate_mode == "inform",
+        )
+        if share == 1: make_champion(ws, version)         # here, so that the traffic goes back if the registry fails
+        return table
+    if host.takes_over and champion not in (None, version):
+        if gone := _does_not_start(ws, host, champion):
+            print(f"Version {champion} does not start any more, so version {version} takes over at once and not in steps: {gone}")
+            share_out({version: 1.0})
+            table = check(1.0).assign(share=1.0)[list(table.columns)]
+        else: table = roll_out(share_out, champion, version, read_shares(ws.config, "rollout_steps"), check)[list(table.columns)]
     else:
         if host.takes_over: host.share({version: 1.0})  # a deployment that was killed may have left other shares
         make_champion(ws, version)
     if champion not in (None, version): host.retire(champion)
     return table
+
+def _does_not_start(ws, host, version):             # why; elsewhere than here it stays built, and an error is one of the service
+    if ws.config.platform == "databricks": host.start(version)
+    else:
+        for last in (False, True):
+            try: host.start(version)
+            except DataError as error:
+                if last: return str(error)
+            else: break
+    return ""
 
 # %% ../nbs/07_deployment.ipynb #0a11bac3
 SMOKE = "How do I log a metric?"                    # asked where nothing is known of a version
@@ -207,9 +216,10 @@ def known_answers(ws: Workspace, version: str) -> list[dict]: # `question gold r
     "What a version was asked when it was validated, and answered right."
     try: examples = read_evidence(ws, version_facts(ws, version)).get("examples") or []
     except DataError: return []
-    return [example for example in examples if example["candidate"]["correct"]]
+    right = [example for example in examples if example["candidate"]["correct"]]
+    return [example for example in right if example["gold"]] or right            # whoever refuses everything is right about the others
 
-def _still_right(ask, version, known):              # a question and its answer
+def _still_right(ask, version, known, env):         # a question and its answer
     said = []
     for case in known[:3]:
         reply = ask(case["question"])
@@ -220,7 +230,7 @@ def _still_right(ask, version, known):              # a question and its answer
         said.append(f"{case['question']} {reply['answer']}")
     raise DataError(
         f"Version {version} was right about this when it was validated, and is wrong today:\n  " + "\n  ".join(said)
-        + "\nNothing was changed. Look at its files, or let it answer a question of your own: `llmops rollback --question \"...\"`."
+        + f"\nNothing was changed. Look at its files, or let it answer a question of your own: `llmops rollback --env {env} --question \"...\"`."
     )
 
 def rollback(
@@ -240,14 +250,14 @@ def rollback(
         verdict = version_facts(ws, previous).get("model_validation_status", "PENDING")
         if verdict != "PASSED" and not any_verdict:
             raise DataError(
-                f"Version {previous}, which served before, is {verdict}: it did not pass the gates of today's settings. To go back to it all"
-                f" the same: `llmops rollback --env {ws.config.env} --yes`. `llmops versions --env {ws.config.env}` lists the others."
+                f"Version {previous}, which served before, is {verdict}: when it was validated last it did not pass its gates. To go back to it"
+                f" all the same: `llmops rollback --env {ws.config.env} --yes`. `llmops versions --env {ws.config.env}` lists the others."
             )
         host = host or open_host(ws)
         host.start(previous)
         ask = functools.partial(host.ask, version=previous, purpose="smoke test")
         known = [] if question else known_answers(ws, previous)
-        question, answer = _still_right(ask, previous, known) if known else (question or SMOKE, ask(question or SMOKE)["answer"])
+        question, answer = _still_right(ask, previous, known, ws.config.env) if known else (question or SMOKE, ask(question or SMOKE)["answer"])
         host.share({previous: 1.0})
         client = ws.mlflow().MlflowClient()
         client.set_model_version_tag(name, current, "rolled_back", str(time.time()))        # it does not come back by itself

@@ -362,7 +362,9 @@ def _place(error, executed):
         if any(output.output_type == "error" for output in cell.get("outputs", [])): break
         titles = re.findall(r"(?m)^#+ +(.+)", cell.source) if cell.cell_type == "markdown" else []
         heading = titles[-1] if titles else heading
-    arrow = re.search(r"-+> *(\d+) +(.+)", "\n".join(_lines("\n".join(error.traceback))))
+    frames = ["\n".join(_lines(frame)) for frame in error.traceback]              # of a chain of errors, that of the cell
+    own = [frame for frame in frames if f"In[{error.exec_count}]" in frame.partition("\n")[0].replace(" ", "")] or frames
+    arrow = re.search(r"-+> *(\d+) +(.+)", "\n".join(own))
     return f"In [{error.exec_count}] under \"{heading}\"" + (f", line {arrow[1]}: {arrow[2].strip()}" if arrow else "")
 
 # %% ../nbs/90_pipeline.ipynb #599c7a02

@@ -86,6 +86,11 @@ def champion_prompt(
     found = ws.prompt("answer_prompt", "champion")
     if found is None:
         raise DataError(f"No prompt has the alias champion in {ws.config.env}. Run `llmops run --env {ws.config.env} --to prompts`.")
+    if quotes(found.template) and not may_quote(ws.config):
+        raise DataError(
+            f"The prompt in use in {ws.config.env} quotes and asks no model, and by now there is one that writes. Choose again: `llmops run"
+            f" --env {ws.config.env} --from prompts`."
+        )
     return found.template, str(found.version)
 
 # %% ../nbs/04_prompts.ipynb #a889ee5a

@@ -39,21 +39,27 @@ def quotable(
         said = first_sentence(text)
         return [(f"`{document_id}`" + (f": {said}" if said else ""), f"{document_id.replace('.', ' ')} {said or ''}")]
     heading, (_, _, body) = page_heading(text), plain_markdown(text).partition("\n")
-    found, beginning = page_sentences(text), " ".join((body or text).split()[:MOST_WORDS])
+    found, beginning = page_sentences(text), " ".join(body.split()[:MOST_WORDS])
     parts = [" ".join(part.split()) for part in re.split(r"\n[ \t]*\n", body)]
     whole = [part for part in parts if len(part.split()) <= MOST_WORDS and any(said in part and said != part for said in found)]
     return [(said, f"{heading}. {said}") for said in found + whole] or [(beginning, f"{heading}. {beginning}")]
 
 # %% ../nbs/02f_quotes.ipynb #9a07e013
+_UNNUMBERED = re.compile(r"\s*\[\d[\d,\s]*\]")                               # a footnote of the page is no citation of ours
 AHEAD = 0.05                                        # cosine by which the first passage is ahead of each that follows
 
 def quote(
     question: str,
     passages: list[tuple[str, str]], # Document id and text, the best first
     embed=None, # From n texts to n rows of length 1; `None`: shared words decide
-) -> str: # With its citation; empty if there is no passage
+) -> str: # With its citation; empty if no passage says a word
     "The sentence of the passages that answers best."
-    offers = [(n, said, weighed) for n, (id, text) in enumerate(passages, 1) for said, weighed in quotable(id, text)]
+    offers = [
+        (n, _UNNUMBERED.sub("", said), weighed)
+        for n, (id, text) in enumerate(passages, 1)
+        for said, weighed in quotable(id, text)
+        if re.search(r"[^\W\d_]", said)
+    ]
     if not offers: return ""
     texts = [weighed for *_, weighed in offers]
     if embed is None: likeness = np.array([_shared(question, text) for text in texts])

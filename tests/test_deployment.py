@@ -87,6 +87,7 @@ def test_approval_rollout_and_rollback(shop):
     waiting = shop.llmops("run", "--env", "staging", "--from", "validation", APPROVAL="person", ROLLOUT_STEPS="50%", **NEW, **BRIEF)
     weights.with_suffix(".away").rename(weights)
     assert waiting.returncode == 3, waiting.stdout + waiting.stderr
+    assert details(shop, "validation")["against_champion"] and "champion not compared" not in waiting.stdout
     assert "waits for a person: nobody has approved it yet" in waiting.stderr and "llmops approve --env staging" in waiting.stderr
     assert alias(shop, "champion") == before and alias(shop, "challenger") != before
     assert "waits for a person" in (shop.root / "runs" / "staging" / "latest" / "report.html").read_text()
