@@ -98,9 +98,12 @@ def collect_requests(
     there, end, client = set(known.trace_id), time.time() + patience, ws.mlflow()
     for trace_id in set(expected) - there:
         while not _whole(client.get_trace(trace_id, silent=True)) and time.time() < end: time.sleep(0.2)
-    new = pd.DataFrame(
-        [request_row(t) for t in _find_traces(ws, since, limit) if t.info.trace_id not in there], columns=COLUMNS
-    ).sort_values("time", ignore_index=True)
+    found = _find_traces(ws, since, limit)
+    while set(expected) - there - {t.info.trace_id for t in found} and time.time() < end:      # its tags may come after its spans
+        time.sleep(0.5)
+        found = _find_traces(ws, since, limit)
+    rows = [request_row(t) for t in found if t.info.trace_id not in there]
+    new = pd.DataFrame(rows, columns=COLUMNS).sort_values("time", ignore_index=True)
     ws.add("requests", new.astype(dict.fromkeys(("grounded", "invented", "echoed", "readable", "first_token_seconds"), float)), "trace_id")
     return new
 

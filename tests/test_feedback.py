@@ -161,7 +161,7 @@ def test_answers_go_on_while_the_store_of_traces_is_down_and_what_is_lost_is_cou
 def test_personal_data_is_in_no_trace_and_in_no_table_but_in_the_answer(served):
     ws, host, version = served
     reply = host.ask("My address is ada.lovelace@example.com and my phone +44 20 7946 0958. How do I log a metric?", version)
-    collect_requests(ws, [reply["trace_id"]])
+    collect_requests(ws, [reply["trace_id"]], patience=60)
     row = ws.read("requests").set_index("trace_id").loc[reply["trace_id"]]
     assert "[email]" in row.question and "[phone]" in row.question
     assert "ada.lovelace" in reply["question"]
@@ -181,7 +181,7 @@ def test_a_user_who_leaves_in_mid_stream_leaves_the_server_well(served):
     pieces.close()                                  # hangs up
     whole = list(stream_endpoint(host.endpoints[version].url, "How do I log a metric?", dict(user="ann")))
     assert "".join(whole[:-1]) == whole[-1]["answer"] and whole[-1]["version"] == version and whole[-1]["first_token_seconds"] > 0
-    collect_requests(ws, [whole[-1]["trace_id"]])
+    collect_requests(ws, [whole[-1]["trace_id"]], patience=60)
     row = ws.read("requests").set_index("trace_id").loc[whole[-1]["trace_id"]]
     assert row.user == "ann" and row.first_token_seconds > 0 and row.answer == whole[-1]["answer"]
     for _ in range(20):
@@ -195,7 +195,7 @@ def test_a_failed_request_is_a_row(served):
     ws, host, version = served
     with pytest.raises(Exception): host.ask("   ", version)
     last = host.ask("How do I log a metric?", version)["trace_id"]
-    collect_requests(ws, [last])
+    collect_requests(ws, [last], patience=60)
     failed = ws.read("requests").query("status == 'ERROR'")
     assert len(failed) == 1 and "question is empty" in failed.error.iloc[0] and failed.version.iloc[0] == version
 
