@@ -257,7 +257,8 @@ def rollback(
         host.start(previous)
         ask = functools.partial(host.ask, version=previous, purpose="smoke test")
         known = [] if question else known_answers(ws, previous)
-        question, answer = _still_right(ask, previous, known, ws.config.env) if known else (question or SMOKE, ask(question or SMOKE)["answer"])
+        if known: question, answer = _still_right(ask, previous, known, ws.config.env)
+        else: question, answer = question or SMOKE, ask(question or SMOKE)["answer"]
         host.share({previous: 1.0})
         client = ws.mlflow().MlflowClient()
         client.set_model_version_tag(name, current, "rolled_back", str(time.time()))        # it does not come back by itself

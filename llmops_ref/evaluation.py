@@ -70,7 +70,7 @@ MEASURES = [
 LESS_IS_BETTER = {"refused_wrongly", "personal_data", "invented"}
 COSTS = ["p50_seconds", "p95_seconds", "tokens", "words", "failed"]
 FROM_PASSAGES = {"citation_precision", "citation_recall", "cited", "grounded", "invented"}            # nobody takes them where there are none
-BY_KIND = {"names_gold", "says_reference"}          # of questions about an API, and about pages
+BY_KIND = {"names_gold", "says_reference", "invented"}                # of an API alone, or of pages alone
 ASSISTANT = [m for m in MEASURES + COSTS if m != "similarity"]        # what validation takes of each answer
 
 def summarise(

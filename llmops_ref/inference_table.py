@@ -12,7 +12,7 @@ import time
 
 import pandas as pd
 
-from .scoring import citations, echoes, groundedness, invented_names, is_refusal, readable, redact
+from .scoring import citations, echoes, groundedness, invented_names, is_page, is_refusal, readable, redact
 from .workspace import Workspace
 
 # %% ../nbs/07c_inference_table.ipynb #0457cbbb
@@ -35,16 +35,19 @@ def request_row(
     inputs = (root.inputs or {}).get("request") or root.inputs or {} if root is not None else {}
     asked = [m["content"] for m in inputs.get("input", []) if m.get("role") == "user"]
     question, passages, refused = str(asked[-1]) if asked else "", custom.get("passages", []), is_refusal(text)
-    said, ids, texts = bool(passages and text and not refused), [p["document_id"] for p in passages], [p["text"] for p in passages]
+    ids, texts = [p["document_id"] for p in passages], [p["text"] for p in passages]
+    said = bool(passages and text and not refused)
+    names = said and not all(map(is_page, ids))         # a page says no names that could be invented
     number = str(info.tags.get("sequence", ""))
     return dict(
         trace_id=info.trace_id, time=pd.Timestamp(info.request_time, unit="ms", tz="UTC"),
         purpose=str(info.tags.get("purpose", "")), question=redact(question), answer=redact(text), refused=refused,
         cited=bool(citations(text)), passages=ids,
-        similarity=max([float(p["similarity"]) for p in passages], default=0.0), 
+        similarity=max([float(p["similarity"]) for p in passages], default=0.0),
         grounded=groundedness(text, texts, question) if said else None,
-        invented=float(bool(invented_names(text, [*texts, *ids, question], ids))) if said else None,
-        echoed=echoes(text, question) if said else None, readable=float(readable(text)) if text else None, prompt_tokens=int(custom.get("prompt_tokens", 0)),
+        invented=float(bool(invented_names(text, [*texts, *ids, question], ids))) if names else None,
+        echoed=echoes(text, question) if said else None,
+        readable=float(readable(text)) if text else None, prompt_tokens=int(custom.get("prompt_tokens", 0)),
         completion_tokens=int(custom.get("completion_tokens", 0)), seconds=(info.execution_duration or 0) / 1000,
         first_token_seconds=custom.get("first_token_seconds"), cost_usd=float(custom.get("cost_usd") or 0.0),
         app=str(info.tags.get("app", "")), version=str(info.tags.get("assistant_version", "")),
