@@ -94,7 +94,7 @@ def _asker(endpoint, most=MAX_TOKENS, **extra):
         )
         seconds, timings = time.perf_counter() - start, (reply.model_extra or {}).get("timings", {})
         return dict(
-            text=reply.choices[0].message.content, seconds=seconds, read=reply.usage.prompt_tokens,
+            text=reply.choices[0].message.content, seconds=seconds, read=timings.get("prompt_n", reply.usage.prompt_tokens),
             written=reply.usage.completion_tokens, read_s=timings.get("prompt_ms", np.nan) / 1000,
             write_s=timings.get("predicted_ms", np.nan) / 1000,
         )
@@ -105,7 +105,7 @@ def _endpoint(job): yield _asker(Endpoint(job["url"], job["model"], job["key"]))
 def _llama(job):
     adapter = Path(job["adapter"]) if job.get("adapter") else None
     with serve_gguf(Path(job["file"]), adapter, job["slots"], job.get("context", 1024)) as endpoint:
-        yield _asker(endpoint, job.get("max_tokens", MAX_TOKENS), cache_prompt=False)
+        yield _asker(endpoint, job.get("max_tokens", MAX_TOKENS), cache_prompt=job.get("cache_prompt", False))
 
 # %% ../nbs/01_hub.ipynb #e1702da7
 @functools.cache

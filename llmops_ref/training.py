@@ -328,7 +328,7 @@ def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
                     f" tokens/s, {left:,.0f} s left",
                 )
 
-    every, checked = max(1, steps // max(recipe.checks, 1)), bool(held_out)
+    every, checked = math.ceil(steps / max(recipe.checks, 1)), bool(held_out)
     arguments = TrainingArguments(
         str(folder / "checkpoints"), max_steps=steps, per_device_train_batch_size=1, per_device_eval_batch_size=1,
         gradient_accumulation_steps=accumulate, learning_rate=recipe.lr, lr_scheduler_type="cosine",

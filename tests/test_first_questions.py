@@ -43,9 +43,8 @@ def gold_of(question: str, files: list[dict]) -> list[str]:
 def built(tmp_path_factory):
     "The corpus and the index of dev, made by the command, and the workspace that holds them."
     project = Project(tmp_path_factory.mktemp("first") / "project")
-    for stage in ("corpus", "retrieval"):
-        ran = project.llmops("run", "--env", "dev", "--only", stage)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
+    ran = project.llmops("run", "--env", "dev", "--from", "corpus", "--to", "retrieval")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
     return open_workspace(load_config("dev", project.root))
 
 
