@@ -69,7 +69,7 @@ compile = { $(BIN)/python -W ignore -c "$(1)" >/dev/null 2>&1 & }
 # For those who work on the project
 prepare: .venv/installed   # after editing notebooks: export them, clean them, write README.md and environment.yml
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
-	$(BIN)/jupyter nbconvert --to markdown --log-level ERROR --output-dir . --output README nbs/index.ipynb
+	$(BIN)/python -c "from llmops_ref.fork import write_readme; write_readme('.')"
 	$(MAKE) environment.yml
 
 site: .venv/installed      # notebooks and guides as pages, in _site/: what GitHub shows with Quarto, here without it

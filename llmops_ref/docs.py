@@ -19,7 +19,7 @@ from .fork import read_identity
 from .workspace import DataError, write_atomic
 
 # %% ../nbs/90j_docs.ipynb #9fa692d6
-GUIDES = ("learn", "fork", "databricks", "ci", "components", "measurements", "security", "cost", "faq")
+GUIDES = ("tutorial", "learn", "fork", "databricks", "ci", "components", "measurements", "security", "cost", "faq")
 
 def site_pages(
     root: Path | str, # The project's folder
@@ -62,8 +62,7 @@ def site_link(
     "Where a link of a source leads on the site."
     parts = urlsplit(link)
     if parts.scheme or link.startswith(("#", "//")): return link
-    base = Path("." if source == "nbs/index.ipynb" else Path(source).parent)
-    target = os.path.normpath(base / unquote(parts.path))
+    target = os.path.normpath(Path(source).parent / unquote(parts.path))
     anchor = f"#{parts.fragment}" if parts.fragment else ""
     target = "nbs/index.ipynb" if target == "README.md" else target
     if target in pages: return os.path.relpath(pages[target], Path(pages[source]).parent) + anchor

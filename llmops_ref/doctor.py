@@ -18,7 +18,7 @@ import pandas as pd
 import psutil
 
 from .config import Config, SettingsError, load_config
-from .fork import git, read_identity, read_upstream
+from .fork import FIRST_PAGE, git, read_identity, read_upstream
 from .pipeline import STAGES, check_parameters
 from .workspace import DataError, open_workspace, usable_cores
 
@@ -395,6 +395,7 @@ def find_samples(
             else Finding("name", "note", f"{me.name} is the sample itself", "llmops init --name my-assistant")
         )
     ]
+    if taken: found += guarded("README.md", lambda: _first_page(root))
     found.append(
         Finding("corpus", "note", "the API reference of the packages that we are made of", "llmops adopt <folder of your documents>")
         if config.corpus == "packages"
@@ -410,6 +411,15 @@ def find_samples(
     if not config.reviewers:
         found.append(Finding("reviewers", "note", "everybody may review feedback", "Name them: `reviewers` in settings.ini."))
     return found + guarded("data", lambda: _sample_data(root, config, taken))
+
+def _first_page(root):
+    text = (root / FIRST_PAGE).read_text(encoding="utf-8")
+    if missing := text.count("TODO"):
+        said = f"{missing} lines of it are not written yet"
+        return [Finding("README.md", "note", said, f"Look for TODO in {FIRST_PAGE}, then `make prepare`.")]
+    if "Nothing has run yet." in text:
+        return [Finding("README.md", "note", "without numbers", f".venv/bin/jupyter execute --inplace {FIRST_PAGE} && make prepare")]
+    return [Finding("README.md", "ok", "written")]
 
 def _sample_data(root, config, taken):
     from llmops_ref.corpus import load_questions

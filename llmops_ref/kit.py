@@ -245,7 +245,7 @@ def todo(env: Env = "dev", as_json: Json = False):
             f"\n{left} left."
             if left
             else (
-                "\nNothing of the sample is left in data and settings. No command can see whether nbs/index.ipynb (the README), the bounds"
-                " of the gates, and who may read (databricks.yml) are yours by now."
+                "\nNothing of the sample is left in the README, data and settings. No command can see whether the bounds of the gates, and who"
+                " may read (databricks.yml), are yours by now."
             )
         )

@@ -7,13 +7,14 @@ Reads what a run left: the results of its stages, and their figures. Leaves `rep
 # %% auto #0
 __all__ = ['KEY_NUMBERS', 'CAPTIONS', 'SCORECARD', 'KINDS', 'current_stages', 'Verdict', 'verdict', 'key_numbers', 'timeline',
            'split_details', 'versions', 'render_report', 'write_report', 'read_run', 'numbers_against',
-           'summary_markdown']
+           'summary_markdown', 'show_numbers']
 
 # %% ../nbs/90a_report.ipynb #03e44513
 import html, json, re, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .config import find_settings
 from .page import SIDES, UNSEEN, answer_card, change, direction, duration, picture, relative_link, render_page, show
 from .scoring import share_interval
 from .workspace import write_atomic
@@ -84,9 +85,10 @@ def verdict(
         reasons.append(f"Right answers against version {checked.get('champion')}, the champion: {checked['against_champion']}.")
     for row in (checked.get("comparison") or [])[:1]:
         reasons.append(
-            f"Score “{row.get('metric')}”: {show('', row.get('base'))} for what it is compared with ({_names(checked)['base'].lower()}),"
-            f" {show('', row.get('candidate'))} for the candidate. Difference {row.get('difference')}."
+            f"Score “{row.get('metric')}”: {show('', row.get('candidate'))} ({_names(checked)['candidate'].lower()}),"
+            f" {show('', row.get('base'))} ({_names(checked)['base'].lower()}). Difference {row.get('difference')}."
         )
+    if checked.get("advice"): reasons.append(f"Attention: {checked['advice']}")
     if alarms := [str(a.get("signal")) for a in watched.get("alerts") or [] if a.get("breached")]:
         reasons.append(f"Attention: {len(alarms)} of {len(watched['alerts'])} signals in use are over their bound ({', '.join(alarms)}).")
     asked = (stages.get("corpus") or {}).get("metrics") or {}
@@ -313,6 +315,8 @@ def write_report(run: dict, folder: Path | str) -> Path:
 # %% ../nbs/90a_report.ipynb #f95832d6
 def _md(text): return html.escape(UNSEEN.sub("", " ".join(str(text or "").split())), quote=False).replace("|", "\\|").replace("`", "'")
 
+def _with_around(number): return number["value"] + (f" ({number['around']})" if number["around"] else "")
+
 def read_run(
     folder: Path | str, # runs/dev/latest, or what another machine left there
 ) -> dict | None: # The record of a run, or None if there is none that can be read
@@ -352,10 +356,9 @@ def summary_markdown(
     ]
     heads = ("last run", "this run", "change") if other is None else ("main", "this", "difference")
     rows = key_numbers(run) if other is None else numbers_against(run, other)
-    def with_around(k): return k["value"] + (f" ({k['around']})" if k["around"] else "")
     lines += [
         "", f"| number | {' | '.join(heads)} |", "|---|--:|--:|--:|",
-        *(f"| {_md(k['label'])} | {k['previous']} | {with_around(k)} | {k['change']['text']} |" for k in rows),
+        *(f"| {_md(k['label'])} | {k['previous']} | {_with_around(k)} | {k['change']['text']} |" for k in rows),
     ]
     end = f"{_md(run.get('env'))}, run {_md(run.get('run_id'))}, commit {_md(run.get('commit'))}, {duration(run.get('seconds'))}"
     if other is not None:
@@ -364,3 +367,19 @@ def summary_markdown(
             f" {_md(run.get('machine'))}, there {_md(other.get('machine'))}."
         )
     return "\n".join([*lines, "", end, ""])
+
+# %% ../nbs/90a_report.ipynb #6c2f8b02
+def show_numbers(
+    root: Path | str | None = None, # The project's folder; by default the one that we stand in
+): # `IPython.display.Markdown`
+    "Verdict and key numbers of the last run of each environment on this machine."
+    from IPython.display import Markdown
+    runs = Path(root or find_settings().parent) / "runs"
+    found = [run for env in ("prod", "staging", "dev") if (run := read_run(runs / env / "latest"))]
+    return Markdown("\n\n".join(map(_numbers, found)) or "Nothing has run yet.")
+
+def _numbers(run):
+    found = verdict(run)
+    where = f"{_md(run.get('env'))}, run {_md(run.get('run_id'))}, commit {_md(run.get('commit'))}, {_md(run.get('machine'))}"
+    rows = [f"| {_md(number['label'])} | {_with_around(number)} |" for number in key_numbers(run)]
+    return "\n".join([f"**{_md(found.word)}**: {_md(found.title)} ({where}).", "", "| number | |", "|---|--:|", *rows])

@@ -112,8 +112,9 @@ def _leads_to(name, object_id, packages):           # mlflow.MlflowClient.log_me
     path = path[0].strip(".").split(".") if path else [there[-1]]
     said, own = ([re.sub("(api|ext|mixin)$", "", part.lower().replace("_", "")) for part in parts] for parts in (path, there))
     def ends(parts): return own[-len(parts):] == parts
-    made = len(path) > 2 and re.match(r"\w+\([^()]*\)\.", name)             # WorkspaceClient().jobs
-    variable = len(path) > 1 and (made or _variable(path[0], packages)) and ends(said[1:])          # w.jobs is the JobsAPI
+    made = re.match(r"([\w.]+)\([^()]*\)\.", name)                         # WorkspaceClient().jobs.get, with its path or without
+    by_attribute = said[made[1].count(".") + 1:] if made else []            # w.jobs is the JobsAPI
+    variable = ends(by_attribute) if len(by_attribute) > 1 else len(path) > 1 and _variable(path[0], packages) and ends(said[1:])
     longer = _within(own, said)                                             # by way of the module that defines it
     shorter = said[0] == own[0] and _within(said, own) and all(part in path or part.islower() for part in there)   # modules left out
     return ends(said) or variable or longer or shorter

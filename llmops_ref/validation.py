@@ -7,7 +7,7 @@ Reads the index, the prompt, the fine-tuned model, the test split of `questions`
 # %% auto #0
 __all__ = ['log_candidate', 'serving_environment', 'load_assistant', 'answers_folder', 'keep_answers', 'kept_answers',
            'recall_assistant', 'ask_champion', 'check_gates', 'time_again', 'side_by_side', 'open_baseline', 'sides',
-           'score_table', 'record_verdict', 'block']
+           'score_table', 'quote_answers', 'advise_quotes', 'record_verdict', 'block']
 
 # %% ../nbs/06_validation.ipynb #c9f3a1ef
 import contextlib, hashlib, json, os, re, time
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .assistant import cut_words, log_assistant, logged_digest, logged_settings, open_assistant
+from .assistant import as_retriever, cut_words, lowest_cosine, make_chain, open_assistant
+from .assistant import log_assistant, logged_digest, logged_settings
 from .cases import attack_table, load_attacks, load_regressions, planted, try_attacks, try_regressions
 from .config import Config, SettingsError, load_config
 from .corpus import sample_questions
@@ -25,6 +26,7 @@ from .evaluation import BY_KIND, FROM_PASSAGES, LESS_IS_BETTER, REPLY, answer_al
 from .finetune import model_facts, tuned_files
 from .evidence import OUR_FACTS, compare_slices, missing_facts, render_evidence, version_facts
 from .prompts import champion_prompt
+from .retrieval import open_index
 from .reviewed import regression_rows, reviewed_cases
 from .scoring import MAY_BE_BUSY, Comparison, Gate, compare, machine_share, said_share, with_share
 from .workspace import DataError, Workspace, git_commit, open_workspace, write_atomic
@@ -268,6 +270,31 @@ def score_table(candidate: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
         rows.append(dict(metric=measure, base=base[measure][both].mean(), candidate=candidate[measure][both].mean(), difference=difference))
     return pd.DataFrame(rows)
 
+# %% ../nbs/06_validation.ipynb #7a3c9d02
+def quote_answers(
+    ws: Workspace,
+    questions: pd.DataFrame, # Columns `id question type gold answer`
+) -> pd.DataFrame | None: # From `answer_all`; `None` where quotes are no choice: a provider's model, or no passages
+    "What the best sentence of the passages would have answered."
+    config = ws.config
+    if not _ours(config) or config.retrieval == "off": return None
+    retriever = as_retriever(open_index(ws), config.retrieval_k, config.retrieval, config.retrieval_candidates)
+    chain = make_chain(None, "{{quote}}", retriever, config.passage_words, lowest_cosine(config), config.question_words)
+    return answer_all(chain, questions)
+
+def advise_quotes(
+    env: str,
+    quoted: pd.DataFrame | None, # From `quote_answers`
+    candidate: pd.DataFrame, # The same questions, from `answer_all`
+) -> str: # Empty where quotes were right no more often
+    "What to do about a candidate that fails where quotes do not."
+    if quoted is None or quoted.correct.fillna(0).mean() <= candidate.correct.fillna(0).mean(): return ""
+    difference = compare(quoted.correct.fillna(0), candidate.correct.fillna(0))
+    return (
+        f"Quoting the best sentence, without a model, is correct {said_share(quoted.correct.fillna(0).mean(), len(quoted))} on the same"
+        f" questions ({difference}). `llmops run --env {env} --from prompts --set finetune=off` lets quotes compete."
+    )
+
 # %% ../nbs/06_validation.ipynb #aabbd80a
 def record_verdict(
     ws: Workspace,
@@ -303,11 +330,12 @@ def block(
     config: Config,
     version: str,
     gates: list[Gate],
+    advice: str = "", # What else could be done, from `advise_quotes`
 ) -> None:
     "Raise `DataError` when a gate does not hold and the environment's gates raise: the end of the line for this version."
     failed = [g.broken for g in gates if not g.holds]
     if failed and config.gate_mode == "raise":
         raise DataError(
             f"Validation failed: {'; '.join(failed)}. Version {version} is not deployed. Read its answers in the report, mend the stage"
-            " that is to blame, and run again."
+            " that is to blame, and run again." + f" {advice}" * bool(advice)
         )

@@ -28,7 +28,7 @@ SMALL = dict(
     HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", FINETUNE_EXAMPLES="16",
     FINETUNE_HELD_OUT="4", CHAT_MAX_TOKENS="24", VALIDATION_QUESTIONS="4", RED_TEAM_ATTACKS="6", MONITORING_PROBES="3",
     SMOKE_QUESTIONS="1", GATE_MODE="inform", GATE_P95_SECONDS="120", PROMPT_REPORT_QUESTIONS="4", PROMPT_BEHAVIOUR="1",
-    PROMPT_SEARCH="1", EMBEDDER="int8", FINETUNE_VARIANTS="base, adapter, merged-q4_1",
+    PROMPT_SEARCH="1", EMBEDDER="int8",
 )  # no timed assertions: CI machines may be slow
 
 # The tests are about the sample, also in a fork whose settings name other documents by now (`llmops adopt`).

@@ -44,7 +44,7 @@ COMMANDS = {command: name for name, text in PAGES.items() for command in said(te
 
 # What takes minutes is run by another test (which says the command's word, or what stands after =), and what cannot be had here by none
 ELSEWHERE = {
-    r"make (run|test)( TORCH=cpu)?": "test_kit.py::test_the_two_commands_of_the_renamed_project",
+    r"make run( TORCH=cpu)?": "test_kit.py::lived", r"make test( TORCH=cpu)?": "test_kit.py::test_the_two_commands_of_the_renamed_project",
     r"make setup( TORCH=cpu)?": "test_kit.py::acme=*INIT", r"make site": "test_docs.py::site=build_site(",
     r"make prepare": "test_kit.py::test_the_upgrade_command_of_a_renamed_project=upgrade",
     r"llmops run --env (dev|staging)": "conftest.py::pristine",
@@ -58,7 +58,7 @@ ELSEWHERE = {
     r"llmops (vote|review) .*": "test_feedback.py::corrected",
     r"llmops monitor .*": "test_monitoring.py::test_the_command_for_a_scheduler",
     r"llmops run --env dev --set (hub_retired=smollm2-q8_0|retrieval=off)": "test_kit.py::test_neither_fine_tuning_nor_an_index",
-    r"llmops run --env dev --set finetune=off": "test_kit.py::test_the_two_commands_of_the_renamed_project",
+    r"llmops run --env dev --set finetune=off": "test_kit.py::lived",
     r"llmops adopt .*": "test_adopt.py::adopted", r"llmops init.*": "test_kit.py::acme=*INIT",
     r"llmops upgrade": "test_kit.py::test_the_upgrade_command_of_a_renamed_project",
     r"git remote add upstream .*": "test_kit.py::test_a_template_without_history",
@@ -168,7 +168,7 @@ def links(text):
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S)) if not re.match(r"\w+:", link)]
 
 
-@pytest.mark.parametrize("name", [*PAGES, *(f"nbs/{path.name}" for path in sorted((ROOT / "nbs").glob("*.ipynb")) if path.stem != "index")])
+@pytest.mark.parametrize("name", [*PAGES, *(f"nbs/{path.name}" for path in sorted((ROOT / "nbs").glob("*.ipynb")))])
 def test_links_lead_somewhere(name):
     text = PAGES.get(name) or "\n\n".join(
         "".join(cell["source"]) for cell in json.loads((ROOT / name).read_text())["cells"] if cell["cell_type"] == "markdown"

@@ -120,6 +120,11 @@ def test_init_renames_everything_and_records_where_it_comes_from(renamed, upstre
     assert set(left) <= {"pyproject.toml", "CHANGELOG.md", "CITATION.cff", "LICENSE"}, left
     assert os.access(acme.root / ".ci" / "run", os.X_OK), "what was executable still is"
     assert not (acme.root / HERE.package).exists()
+    first = (acme.root / "README.md").read_text()
+    assert first.startswith(f"# {ACME.name}\n\n> {ACME.about}\n") and "TODO" in first and "Nothing has run yet." in first
+    assert "SmolLM2" not in first and "%" not in first, "neither our model nor our numbers"
+    tutorial = (acme.root / "nbs" / "guides" / "tutorial.md").read_text()
+    assert "A live line for each stage" in tutorial and "](../01_hub.ipynb)" in tutorial, "what the first page was is a guide"
     plan = called(acme, "bundle", "plan", "--env", "dev")
     assert f"{ACME.name} in dev" in plan.stdout and f"{ACME.catalog}_dev" in plan.stdout and f"{ACME.name} finetune dev" in plan.stdout, (
         plan.stdout + plan.stderr
@@ -133,29 +138,147 @@ def test_a_second_init_changes_nothing(renamed):
     assert git(renamed.root, "rev-parse", "HEAD") == before
 
 
+@pytest.fixture(scope="module")
+def lived(acme) -> Project:
+    "Its life cycle has run in dev, by `make run`; without fine-tuning, which the exercises do."
+    acme.ran = make(acme, "run", LLMOPS_FINETUNE="off")
+    assert acme.ran.returncode == 0, acme.ran.stdout[-3000:] + acme.ran.stderr[-3000:]
+    return acme
+
+
 @OWN_ENVIRONMENT
-def test_the_two_commands_of_the_renamed_project(acme):
+def test_the_two_commands_of_the_renamed_project(lived):
     "`make run` goes through the life cycle, here without fine-tuning; `make test` runs the lessons, and of the tests those that need no life cycle of their own."
-    done = make(acme, "run", LLMOPS_FINETUNE="off")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    acme = lived
     tried = ("hub", "corpus")                           # by the smoke test of `init`
     assert (
         ended(acme) == {name: "skipped" if name == "finetune" else "cached" if name in tried else "ran" for name in STAGE_NAMES}
         and (acme.root / "runs" / "dev" / "latest" / "report.html").is_file()
     )
-    asked = subprocess.run(
-        [".venv/bin/llmops", "ask", "How do I log a metric?", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True
-    )
-    assert json.loads(asked.stdout)["answer"], asked.stderr
-    facts = json.loads(
-        subprocess.run(
-            [".venv/bin/llmops", "versions", "--env", "dev", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True
-        ).stdout
-    )
-    assert "champion" in json.dumps(facts)
-    tested = make(acme, "test", PYTEST_ADDOPTS="tests/test_notebooks.py tests/test_workflows.py -p no:cacheprovider")
+    assert json.loads(shell(acme, '.venv/bin/llmops ask "How do I log a metric?" --json').stdout)["answer"]
+    assert "champion" in shell(acme, ".venv/bin/llmops versions --env dev --json").stdout
+    quick = "tests/test_notebooks.py tests/test_workflows.py tests/test_docs.py -p no:cacheprovider"
+    tested = make(acme, "test", PYTEST_ADDOPTS=f"{quick} -k 'not quick_commands and not chat_command and not serve_command'")
     assert tested.returncode == 0, tested.stdout[-4000:] + tested.stderr[-2000:]
     assert " passed" in tested.stdout and git(acme.root, "status", "--porcelain") == "", "neither leaves anything that git would see"
+
+
+# --- the exercises of the guides, each to its check, in the fork
+
+def shell(project, line, **variables) -> subprocess.CompletedProcess:
+    "A line of a guide, as somebody types it."
+    return subprocess.run(
+        ["bash", "-c", line], cwd=project.root, env=project.environment | {f"LLMOPS_{k}": v for k, v in variables.items()},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900,
+    )
+
+
+def exercise(project, guide, heading) -> list[str]:
+    "The commands of the first block under a heading (or after some words) of a guide, as the fork has it."
+    text = (project.root / "nbs" / "guides" / guide).read_text().partition(heading)[2]
+    return [line.strip() for line in re.search(r"^ *```\n(.*?)^ *```", text, re.M | re.S)[1].splitlines()]
+
+
+def done(project, line, **variables) -> str:
+    "What a line says that must succeed."
+    ran = shell(project, line, **variables)
+    assert ran.returncode == 0, f"{line}\n{ran.stdout[-3000:]}{ran.stderr[-3000:]}"
+    return ran.stdout
+
+
+@OWN_ENVIRONMENT
+def test_exercise_what_would_a_setting_cost(lived):
+    plan, = exercise(lived, "learn.md", "**Exercise.** Before you change a setting")
+    said = done(lived, plan)
+    for stage in ("01_hub", "02_corpus", "03_retrieval"): assert re.search(rf"cached +{stage}", said), said
+    for stage in ("04_prompts", "05_finetune", "06_validation"): assert re.search(rf"run +{stage} .*retrieval_k", said), said
+    assert "retrieval_k" in done(lived, ".venv/bin/llmops why prompts")
+
+
+@OWN_ENVIRONMENT
+def test_exercise_a_prompt_of_your_own(lived):
+    write, run = exercise(lived, "learn.md", "### Exercise 1")
+    done(lived, write)
+    said = done(lived, run)
+    assert re.search(r"ran +04_prompts .*\bmine\b", said), said
+    page = (lived.root / "runs" / "dev" / "latest" / "report.html").read_text()
+    assert re.search(r"Every design.*?<td[^>]*>\s*mine\b", page, re.S)
+    (lived.root / "data" / "prompts" / "mine.md").unlink()
+
+
+@OWN_ENVIRONMENT
+def test_exercise_fail_well(lived):
+    line, = exercise(lived, "learn.md", "### Exercise 2")
+    ran = shell(lived, line)
+    assert ran.returncode == 1 and "red_team.jsonl" in ran.stderr and "line 1" in ran.stderr and "needs the key" in ran.stderr, ran.stderr
+    assert "Running:" not in ran.stdout and "Traceback" not in ran.stderr
+
+
+@OWN_ENVIRONMENT
+def test_exercise_once_round_the_loop(lived):
+    ask, vote, review, run, where = exercise(lived, "learn.md", "### Exercise 3")
+    trace = re.search(r"tr-\w+", done(lived, ask))[0]
+    given = re.search(r"\ba-\w+", done(lived, vote.replace("tr-...", trace)))[0]
+    done(lived, review.replace("a-...", given))
+    done(lived, run)
+    way = done(lived, where.replace("a-...", given)).strip().splitlines()
+    assert "serves" in way[-1], way
+
+
+@OWN_ENVIRONMENT
+def test_exercise_a_question(lived):
+    add, check = exercise(lived, "learn.md", "- Write a question")
+    added = re.search(r"\b[a-z]\d+\b", done(lived, add))[0]
+    done(lived, check)
+    assert added in done(lived, ".venv/bin/llmops questions list --drafts")
+    done(lived, f".venv/bin/llmops questions review {added} --accept")
+    assert added not in done(lived, ".venv/bin/llmops questions list --drafts")
+    git(lived.root, "checkout", "-q", "data")
+
+
+@OWN_ENVIRONMENT
+def test_exercise_a_gate(lived):
+    "One line, a commit, and staging stops with its name; nobody has to touch a lesson."
+    settings = lived.root / "settings.ini"
+    line = re.search(r"`(gates = token_f1 [^`]+)`", (lived.root / "nbs" / "guides" / "learn.md").read_text())[1]
+    settings.write_text(re.sub(r"^gates =[^;\n]*", f"{line} ", settings.read_text(), flags=re.M))
+    committed(lived.root, "Add a gate")
+    lived.environment.pop("LLMOPS_GATE_MODE", None)     # what dev and the other tests inform of, staging raises
+    ran = shell(lived, ".venv/bin/llmops run --env staging", FINETUNE="off", VALIDATION_QUESTIONS="4")
+    assert ran.returncode == 1, ran.stdout[-2000:]
+    assert re.search(r"token_f1 is 0\.\d+, must be at least 0\.99", ran.stderr), ran.stderr[-2000:]
+    git(lived.root, "reset", "-q", "--hard", "HEAD~1")
+
+
+@OWN_ENVIRONMENT
+def test_exercise_a_signal(lived):
+    ours = '    Signal("unreadable answers"'
+    mine = '    Signal("long answers", "quality", _answers, lambda r, c: r.answer.str.len() > 400, lambda c: 0.1),'
+    edit(lived, "07g_signals.ipynb", ours, f"{mine}\n{ours}")
+    assert make(lived, "prepare").returncode == 0
+    assert "long answers" in done(lived, ".venv/bin/llmops monitor --env dev")
+    git(lived.root, "reset", "-q", "--hard")
+
+
+@OWN_ENVIRONMENT
+def test_exercise_documents_and_a_readme_with_their_numbers(lived):
+    "Somebody's folder is adopted, answered from with a citation, and the first page of the fork shows the numbers of that run."
+    assert re.search(r"made from", done(lived, ".venv/bin/llmops todo").splitlines()[0])
+    done(lived, "cp -r nbs/guides handbook")
+    adopt, run = exercise(lived, "learn.md", "cp -r nbs/guides handbook")
+    done(lived, adopt)
+    done(lived, run, FINETUNE="off")
+    reply = json.loads(done(lived, '.venv/bin/llmops ask "What happens to votes?" --json'))
+    cited = {reply["passages"][n - 1]["document_id"] for n in reply["citations"]}
+    assert cited and cited <= {path.name for path in (lived.root / "handbook").iterdir()}, reply
+    assert "are drafts" in (lived.root / "runs" / "dev" / "latest" / "report.html").read_text()
+    write = re.search(r"`(\.venv/bin/jupyter execute [^`]+)`", (lived.root / "README.md").read_text())[1]
+    done(lived, write)
+    page = (lived.root / "README.md").read_text()
+    assert "Nothing has run yet." not in page and re.search(r"\| Right answers, \w+.* \| \d+% \(of \d+; ", page), page
+    assert git(lived.root, "status", "--porcelain", "--", "README.md", "nbs/index.ipynb").split()[1::2] == ["README.md", "nbs/index.ipynb"]
+    git(lived.root, "reset", "-q", "--hard")
+    git(lived.root, "clean", "-qfd")
 
 
 @OWN_ENVIRONMENT
@@ -253,6 +376,7 @@ def test_a_renamed_fork_takes_over_what_upstream_changed(renamed, upstream):
     committed(acme.root, "Make it ours")
 
     edit(upstream, "07g_signals.ipynb", "How likely so many bad ones are", "How probable so many bad ones are")
+    edit(upstream, "index.ipynb", "A live line for each stage", "One live line for each stage")
     edit(upstream, "00c_scoring.ipynb", "from collections import Counter", "from collections import Counter        # " + HERE.package)
     settings = upstream.root / "settings.ini"
     settings.write_text(
@@ -273,6 +397,8 @@ def test_a_renamed_fork_takes_over_what_upstream_changed(renamed, upstream):
         re.search(r"^retrieval_k = 4 ", (acme.root / "settings.ini").read_text(), re.M)
         and "retrieval_candidates = 60" in (acme.root / "settings.ini").read_text()
     )
+    assert "One live line for each stage" in (acme.root / "nbs" / "guides" / "tutorial.md").read_text(), "what upstream tells arrives as a guide"
+    assert "TODO" in (acme.root / "README.md").read_text() and "TODO" in (acme.root / "nbs" / "index.ipynb").read_text()
     assert (acme.root / "data" / "questions.jsonl").read_text() == '{"id": "q1"}\n'
     assert git(acme.root, "status", "--porcelain") == "" and git(acme.root, "log", "-1", "--format=%s").startswith(f"Take over {HERE.name}")
     assert "nothing is new" in called(acme, "upgrade").stdout
@@ -289,7 +415,8 @@ def test_the_upgrade_command_of_a_renamed_project(acme, upstream):
     said = json.loads(done.stdout)
     assert not said["conflicts"] and said["now"]["commit"] == git(upstream.root, "rev-parse", "HEAD")
     assert "if the true share were at the bound" in (acme.root / ACME.package / "signals.py").read_text()
-    assert "then a closing table" in (acme.root / "README.md").read_text()
+    assert "then a closing table" in (acme.root / "nbs" / "guides" / "tutorial.md").read_text()
+    assert (acme.root / "README.md").read_text().startswith(f"# {ACME.name}\n"), "its first page is its own"
     assert git(acme.root, "status", "--porcelain") == ""
 
 
@@ -428,7 +555,7 @@ def test_todo_names_the_sample_until_it_is_gone(upstream, tmp_path):
         return {f["about"]: f["state"] for f in json.loads(called(fork, "todo", "--json").stdout)["findings"]}
     first = todo()
     assert first["name"] == "ok" and {
-        first[about] for about in ("corpus", "questions", "data/prompts", "data/regressions.jsonl", "prices", "reviewers")
+        first[about] for about in ("corpus", "questions", "data/prompts", "data/regressions.jsonl", "prices", "reviewers", "README.md")
     } == {"note"}
     questions = fork.root / "data" / "questions.jsonl"
     lines = questions.read_text().splitlines(keepends=True)
@@ -440,9 +567,11 @@ def test_todo_names_the_sample_until_it_is_gone(upstream, tmp_path):
         .replace("reviewers = ", "reviewers = ada ")
     )
     shutil.rmtree(fork.root / "data" / "prompts")
+    page = fork.root / "nbs" / "index.ipynb"
+    page.write_text(page.read_text().replace("TODO", "Here is").replace("Nothing has run yet.", "Right answers: 50%"))
     second = todo()
     assert (
-        second["corpus"] == second["questions"] == "ok"
+        second["corpus"] == second["questions"] == second["README.md"] == "ok"
         and second["drafts"] == "note"
         and "reviewers" not in second
         and "data/prompts" not in second
