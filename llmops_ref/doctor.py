@@ -413,12 +413,13 @@ def find_samples(
     return found + guarded("data", lambda: _sample_data(root, config, taken))
 
 def _first_page(root):
-    text = (root / FIRST_PAGE).read_text(encoding="utf-8")
-    if missing := text.count("TODO"):
-        said = f"{missing} lines of it are not written yet"
-        return [Finding("README.md", "note", said, f"Look for TODO in {FIRST_PAGE}, then `make prepare`.")]
+    text, page = ((root / name).read_text(encoding="utf-8") if (root / name).is_file() else "" for name in ("README.md", FIRST_PAGE))
+    if missing := text.count("TODO:"):
+        return [Finding("README.md", "note", f"not written yet: {missing} x TODO", f"Look for TODO in {FIRST_PAGE}, then `make prepare`.")]
+    if "show_numbers" not in page:
+        return [Finding("README.md", "note", "no numbers of your own runs", f"A cell of {FIRST_PAGE} that calls `show_numbers` has them.")]
     if "Nothing has run yet." in text:
-        return [Finding("README.md", "note", "without numbers", f".venv/bin/jupyter execute --inplace {FIRST_PAGE} && make prepare")]
+        return [Finding("README.md", "note", "no numbers yet", f".venv/bin/jupyter execute --inplace {FIRST_PAGE} && make prepare")]
     return [Finding("README.md", "ok", "written")]
 
 def _sample_data(root, config, taken):

@@ -157,21 +157,29 @@ def relink(
     text: str, # Markdown
     here: str, # The folder that its links are right in, relative to the project
     there: str, # The folder that it goes to
+    root: Path | None = None, # The project's folder; then a link that is wrong in `here` and right in `there` stays
 ) -> str:
-    "A text whose links to files still lead there after it has moved; what stands in a block of code is left alone."
+    "A text whose links `[...](path)` still lead there after it has moved; what stands in code is left alone."
     def moved(m):
         path, mark, anchor = m[1].partition("#")
-        if not path or re.match(r"\w+:", path): return m[0]
-        return f"]({posixpath.relpath(posixpath.normpath(posixpath.join(here, path)), there)}{mark}{anchor})"
-    parts = re.split(r"(```.*?```)", text, flags=re.S)
-    return "".join(part if n % 2 else re.sub(r"\]\(([^)\s]+)\)", moved, part) for n, part in enumerate(parts))
+        if not path or path.startswith("/") or re.match(r"\w+:", path): return m[0]
+        if root and not (root / here / path).exists() and (root / there / path).exists(): return m[0]
+        return f"]({posixpath.relpath(posixpath.normpath(posixpath.join(here, path)), there)}{mark}{anchor}{m[2]})"
+    parts = re.split(r"(```.*?```|`[^`\n]+`)", text, flags=re.S)
+    return "".join(part if n % 2 else re.sub(r'\]\(([^)\s]+)((?:\s+"[^"]*")?)\)', moved, part) for n, part in enumerate(parts))
 
 # %% ../nbs/90f_fork.ipynb #5b1e7a05
 def write_readme(root: Path | str) -> Path:
-    "Write `README.md` from `nbs/index.ipynb`, with the outputs that are stored there."
+    "Write `README.md` from `nbs/index.ipynb`: its text, and the outputs of its code cells without their code. Without one it stays."
     from nbconvert import MarkdownExporter
-    text, _ = MarkdownExporter().from_filename(str(Path(root) / FIRST_PAGE))
-    return write_atomic(Path(root) / "README.md", relink(text, "nbs", ".").strip("\n") + "\n")
+    root = Path(root)
+    if not (root / FIRST_PAGE).is_file(): return root / "README.md"
+    exporter = MarkdownExporter(exclude_input=True)
+    text, made = exporter.from_filename(str(root / FIRST_PAGE), resources=dict(output_files_dir="README_files"))
+    for name, picture in made["outputs"].items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(picture)
+    return write_atomic(root / "README.md", relink(text, "nbs", ".", root).strip("\n") + "\n")
 
 # %% ../nbs/90f_fork.ipynb #5b1e7a07
 _OWN_PAGE = """# {name}
@@ -218,9 +226,9 @@ Each stage is a notebook in [`nbs`](.), and [`settings.ini`](../settings.ini) sa
 What it was made from stands in [`pyproject.toml`](../pyproject.toml), `[tool.upstream]`; the licence is in [LICENSE](../LICENSE)."""
 
 def keep_tutorial(root: Path | str) -> None:
-    "Make a guide of the first page, as it stands; without one there is nothing to do."
+    "Make a guide of the first page, as it stands; nothing is done without one, or where that guide is already."
     path = Path(root) / FIRST_PAGE
-    if not path.is_file(): return
+    if not path.is_file() or (Path(root) / TUTORIAL).exists(): return
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     head = "# The tutorial\n\n> The first page of the project that this one was made from: how all of it works\n"
@@ -231,11 +239,15 @@ def begin_first_page(root: Path | str, new: Identity) -> None:
     path = Path(root) / FIRST_PAGE
     if not path.is_file(): return
     keep_tutorial(root)
-    page, above_and_below = json.loads(path.read_text(encoding="utf-8")), _OWN_PAGE.format(**vars(new)).split("\n---\n")
-    cells = [dict(cell_type="markdown", id=f"first-{n}", metadata={}, source=text.splitlines(keepends=True)) for n, text in enumerate(above_and_below)]
+    page, parts = json.loads(path.read_text(encoding="utf-8")), _OWN_PAGE.format(**vars(new)).split("\n---\n")
+    cells = [
+        dict(cell_type="markdown", id=f"first-{n}", metadata={}, source=text.splitlines(keepends=True)) for n, text in enumerate(parts)
+    ]
     code = f"#| eval: false\nfrom {new.package}.report import show_numbers\nshow_numbers()"
-    nothing = dict(output_type="display_data", metadata={}, data={"text/markdown": ["Nothing has run yet."], "text/plain": ["Nothing has run yet."]})
-    numbers = dict(cell_type="code", execution_count=None, id="numbers", metadata={}, outputs=[nothing], source=code.splitlines(keepends=True))
+    nothing = dict(output_type="display_data", metadata={}, data={f"text/{kind}": ["Nothing has run yet."] for kind in ("markdown", "plain")})
+    numbers = dict(
+        cell_type="code", execution_count=None, id="numbers", metadata={}, outputs=[nothing], source=code.splitlines(keepends=True)
+    )
     page["cells"] = [cells[0], numbers, cells[1]]
     write_atomic(path, json.dumps(page, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
     write_readme(root)

@@ -380,6 +380,7 @@ def show_numbers(
 
 def _numbers(run):
     found = verdict(run)
-    where = f"{_md(run.get('env'))}, run {_md(run.get('run_id'))}, commit {_md(run.get('commit'))}, {_md(run.get('machine'))}"
+    facts = (run.get("env"), f"run {run.get('run_id')}", f"commit {run.get('commit')}", run.get("machine"))
+    where = ", ".join(_md(fact) for fact in facts if fact)
     rows = [f"| {_md(number['label'])} | {_with_around(number)} |" for number in key_numbers(run)]
     return "\n".join([f"**{_md(found.word)}**: {_md(found.title)} ({where}).", "", "| number | |", "|---|--:|", *rows])

@@ -114,6 +114,7 @@ def _leads_to(name, object_id, packages):           # mlflow.MlflowClient.log_me
     def ends(parts): return own[-len(parts):] == parts
     made = re.match(r"([\w.]+)\([^()]*\)\.", name)                         # WorkspaceClient().jobs.get, with its path or without
     by_attribute = said[made[1].count(".") + 1:] if made else []            # w.jobs is the JobsAPI
+    if made and "." in made[1] and said[0] != own[0]: by_attribute = []     # an object of another package
     variable = ends(by_attribute) if len(by_attribute) > 1 else len(path) > 1 and _variable(path[0], packages) and ends(said[1:])
     longer = _within(own, said)                                             # by way of the module that defines it
     shorter = said[0] == own[0] and _within(said, own) and all(part in path or part.islower() for part in there)   # modules left out

@@ -26,6 +26,7 @@ from .evaluation import BY_KIND, FROM_PASSAGES, LESS_IS_BETTER, REPLY, answer_al
 from .finetune import model_facts, tuned_files
 from .evidence import OUR_FACTS, compare_slices, missing_facts, render_evidence, version_facts
 from .prompts import champion_prompt
+from .quotes import quotes
 from .retrieval import open_index
 from .reviewed import regression_rows, reviewed_cases
 from .scoring import MAY_BE_BUSY, Comparison, Gate, compare, machine_share, said_share, with_share
@@ -274,10 +275,11 @@ def score_table(candidate: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
 def quote_answers(
     ws: Workspace,
     questions: pd.DataFrame, # Columns `id question type gold answer`
-) -> pd.DataFrame | None: # From `answer_all`; `None` where quotes are no choice: a provider's model, or no passages
+) -> pd.DataFrame | None: # From `answer_all`; `None` where no model of ours was tuned, or there are no passages, or no prompt that quotes
     "What the best sentence of the passages would have answered."
     config = ws.config
-    if not _ours(config) or config.retrieval == "off": return None
+    offered = any(quotes(path.read_text(encoding="utf-8-sig")) for path in (config.root / config.prompts).glob("*.md"))
+    if not _ours(config) or config.retrieval == "off" or not offered: return None
     retriever = as_retriever(open_index(ws), config.retrieval_k, config.retrieval, config.retrieval_candidates)
     chain = make_chain(None, "{{quote}}", retriever, config.passage_words, lowest_cosine(config), config.question_words)
     return answer_all(chain, questions)
@@ -287,12 +289,15 @@ def advise_quotes(
     quoted: pd.DataFrame | None, # From `quote_answers`
     candidate: pd.DataFrame, # The same questions, from `answer_all`
 ) -> str: # Empty where quotes were right no more often
-    "What to do about a candidate that fails where quotes do not."
-    if quoted is None or quoted.correct.fillna(0).mean() <= candidate.correct.fillna(0).mean(): return ""
-    difference = compare(quoted.correct.fillna(0), candidate.correct.fillna(0))
+    "What else could be tried where a gate does not hold; the questions that only one of the two could answer do not count."
+    if quoted is None: return ""
+    both = ((quoted.error == "") & (candidate.error == "")).to_numpy()
+    one, other = (answers.correct[both].fillna(0) for answers in (quoted, candidate))
+    if not both.any() or one.mean() <= other.mean(): return ""
     return (
-        f"Quoting the best sentence, without a model, is correct {said_share(quoted.correct.fillna(0).mean(), len(quoted))} on the same"
-        f" questions ({difference}). `llmops run --env {env} --from prompts --set finetune=off` lets quotes compete."
+        f"Quoting the best sentence, without a model, is correct {said_share(one.mean(), len(one))} on the same questions"
+        f" ({compare(one, other)}). `llmops run --env {env} --from prompts --set finetune=off` lets quotes compete; to keep it, write"
+        " `finetune = off` into settings.ini."
     )
 
 # %% ../nbs/06_validation.ipynb #aabbd80a

@@ -343,6 +343,7 @@ def test_twelve_pages_are_quoted(tmp_path):
     assert results["prompts"]["details"]["winner"] == "extract" and results["validation"]["details"]["verdict"] == "PASSED"
     answered = project.llmops("ask", stdin="\n".join([*NEWCOMER, "Who is the president of France?"])).stdout
     replies = [json.loads(line) for line in answered.splitlines()]
+    assert len(replies) == len(NEWCOMER) + 1
     wrong = {
         question: reply["answer"]
         for (question, (words, page)), reply in zip(NEWCOMER.items(), replies)

@@ -340,3 +340,4 @@ def test_a_worse_model_is_refused(shop, tmp_path):
     finally: ws.set_alias("chat_model", "candidate", good)
     assert "readable is 0." in says or "grounded is 0." in says
     assert "token_f1 is 0." in says and "must be at least 0.9" in says, "a gate of its own, by one line in the settings"
+    assert "Quoting the best sentence" in says and "lets quotes compete" in says, "no model at all would be right more often"
