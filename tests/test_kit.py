@@ -587,6 +587,7 @@ def test_todo_names_the_sample_until_it_is_gone(upstream, tmp_path):
     shutil.rmtree(fork.root / "data" / "prompts")
     page = fork.root / "nbs" / "index.ipynb"
     page.write_text(page.read_text().replace("TODO", "Here is").replace("Nothing has run yet.", "Right answers: 50%"))
+    write_readme(fork.root)
     second = todo()
     assert (
         second["corpus"] == second["questions"] == second["README.md"] == "ok"
