@@ -214,8 +214,9 @@ def done(project, line, **variables) -> str:
 def test_exercise_what_would_a_setting_cost(desk):
     plan, = exercise(desk, "learn.md", "**Exercise.** Before you change a setting")
     said = done(desk, plan)
-    for stage in ("01_hub", "02_corpus", "03_retrieval"): assert re.search(rf"cached +{stage}", said), said
-    for stage in ("04_prompts", "05_finetune", "06_validation"): assert re.search(rf"run +{stage} .*retrieval_k", said), said
+    for stage in ("01_hub", "02_corpus"): assert re.search(rf"cached +{stage}", said), said
+    for stage in ("03_retrieval", "04_prompts", "06_validation"): assert re.search(rf"run +{stage} .*retrieval_k", said), said
+    assert re.search("run +05_finetune", said) and re.search("maybe +07_deployment", said), said
     assert "retrieval_k" in done(desk, ".venv/bin/llmops why prompts")
 
 
@@ -245,7 +246,7 @@ def test_exercise_once_round_the_loop(desk):
     done(desk, review.replace("a-...", given))
     done(desk, run)
     way = done(desk, where.replace("a-...", given)).strip().splitlines()
-    assert "serves" in way[-1], way
+    assert re.match("serves +version ", way[-2]), way    # its second line says where
 
 
 @OWN_ENVIRONMENT
