@@ -313,7 +313,7 @@ def score_answer(
     question: str = "",
     passages: list[str] | None = None, # Texts of the passages shown; without them nothing is said of groundedness
 ) -> dict[str, float]: # Only the scores that make sense for this question
-    "All scores of one answer. `correct`: the right object is named first, or what the reference says is said (and the passage cited, if the question said it already), or the question is rightly refused."
+    "All scores of one answer. `correct`: the right object is named first; if the question names it itself, what the reference says is said and the right passage cited; in prose, what the reference says is said; or the question is rightly refused."
     refused = is_refusal(answer)
     form = dict(readable=readable(answer), personal_data=float(bool(personal_data(answer))), words=float(len(answer.split())))
     if re.search(r"[^\W\d_]", answer): form["in_language"] = in_language(answer, question)
@@ -324,11 +324,12 @@ def score_answer(
     precision, by_name = citation_precision(answer, shown, gold), asks_for_name(gold, reference)
     right = names_gold(answer, gold, question, shown) if by_name else says_reference(answer, reference, question)
     known = any(mentions(question, g) for g in gold) if by_name else set(_content_words(reference)) <= set(_content_words(question))
+    told = says_reference(answer, reference, question) if by_name and known else 1.0        # a name that was asked with is no answer
     scores = (
         {"names_gold" if by_name else "says_reference": right}
         | dict(
             token_f1=token_f1(answer, reference), cited=float(bool(citations(answer))), refused_wrongly=float(refused),
-            correct=0.0 if shown and known and not precision else right,
+            correct=0.0 if shown and known and not precision else right * told,
         )
         | form
     )
