@@ -179,7 +179,8 @@ def write_readme(root: Path | str) -> Path:
     for name, picture in made["outputs"].items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(picture)
-    return write_atomic(root / "README.md", relink(text, "nbs", ".", root).strip("\n") + "\n")
+    text = re.sub(r"\n{3,}", "\n\n", relink(text, "nbs", ".", root).strip("\n"))          # outputs stand between empty lines of their own
+    return write_atomic(root / "README.md", text + "\n")
 
 # %% ../nbs/90f_fork.ipynb #5b1e7a07
 _OWN_PAGE = """# {name}
@@ -454,12 +455,12 @@ def _as_fork(
         if new.package != old.package: (tree / old.package).rename(tree / new.package)
         record_upstream(tree, record)               # the same in both trees, so that it takes no part
         if (Path(root) / TUTORIAL).is_file(): keep_tutorial(tree)              # who threw it away does not get it back
-        settings = (tree / "settings.ini").read_text()
+        settings, version = (tree / "settings.ini").read_text(), version_of(tree, new.package)
         git(tree, "add", "-A")
         for name in _left_out(tree, new.package): (tree / name).unlink()
         git(tree, "add", "-A")
         made = git(tree, "commit-tree", git(tree, "write-tree"), *(w for p in parents for w in ("-p", p)), "-m", f"{old.name}, renamed")
-        return made, old, version_of(tree, new.package), settings
+        return made, old, version, settings
 
 # %% ../nbs/90f_fork.ipynb #a5c89ca4
 def prepare_project(root: Path | str) -> None:

@@ -260,7 +260,7 @@ PARTS = dict(
 <details><summary>{{ c.passages | length }} passage{{ 's' if c.passages | length > 1 }} shown, {{ c.cited or 'none' }} cited</summary>
 {% for p in c.passages %}
 <div class="passage{{ ' cited' if p.by }}" id="{{ c.anchor }}p{{ p.number }}"><b>[{{ p.number }}] {{ p.document }}</b>{% if p.gold %}<span class="tag good">answers the question</span>{% endif %}
-{% for by in p.by %}<span class="tag">cited by the {{ by | lower }}</span>{% endfor %}
+{% for by in p.by %}<span class="tag">cited: {{ by | lower }}</span>{% endfor %}
 <div>{{ p.text }}</div></div>{% endfor %}</details>{% endif %}</article>{% endmacro %}""",
     head="""
 <div class="line soft small"><span>{{ run.project }} · <b>{{ run.env }}</b></span><span>{{ when }} · run {{ run.run_id }}</span></div>

@@ -124,11 +124,11 @@ def verdict(
 KEY_NUMBERS = [ # Stage, metric (a regular expression; {best} is the stage's winner), words
     ("validation", r"(candidate_)?correct", "Right answers, {candidate}"),
     ("retrieval", r"hybrid_recall@5", "Right passage in the first five"),
-    ("validation", r"(candidate_)?citation_precision", "Citations that support the answer"),
+    ("validation", r"(candidate_)?citation_precision", "Citations of a passage that answers"),
     ("validation", r"(candidate_)?p95_seconds", "Answer time, slowest in twenty"),
     ("validation", r"base_correct", "Right answers, {base}"),
     ("validation", r"(candidate_)?(refused|refusal_recall)", "Unanswerable questions refused"),
-    ("prompts", r"{best}_correct", "Right answers with the best prompt"),
+    ("prompts", r"{best}_correct", "Right answers with the best prompt, train split"),
     ("prompts", r"test_grounded", "Words of its answers that stand in the passages"),
     ("finetune", r"adapter_token_f1", "Token F1 of held-out answers, tuned"),
     ("finetune", r"base_token_f1", "Token F1 of held-out answers, base"),

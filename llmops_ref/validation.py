@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .assistant import as_retriever, cut_words, lowest_cosine, make_chain, open_assistant
+from .assistant import DIRECT_PROSE, as_retriever, cut_words, lowest_cosine, make_chain, open_assistant
 from .assistant import log_assistant, logged_digest, logged_settings
 from .cases import attack_table, load_attacks, load_regressions, planted, try_attacks, try_regressions
 from .config import Config, SettingsError, load_config
@@ -249,7 +249,8 @@ def side_by_side(
 def open_baseline(ws: Workspace, template: str):
     "What a candidate is compared with: the base model, or the same model without passages if nothing was tuned."
     kept = dict(wrap=keeper(ws))                    # 04 has asked the base model some of these questions already
-    return open_assistant(ws, template, **kept) if _ours(ws.config) else open_assistant(ws, passages=False, **kept)
+    if _ours(ws.config): return open_assistant(ws, template, **kept)
+    return open_assistant(ws, None if ws.config.corpus == "packages" else DIRECT_PROSE, passages=False, **kept)
 
 def sides(config: Config) -> dict[str, str]:
     "What the two are called in the report."

@@ -13,7 +13,7 @@ from conftest import BIN, ROOT, SMALL, Project
 from llmops_ref.config import SettingsError, load_config
 from llmops_ref.doctor import NEEDED, _rights_in, check_workspace
 from llmops_ref.fork import (
-    FIRST_PAGE, TUTORIAL, Identity, fork_project, git, read_identity, read_upstream, relink, upgrade_project, write_readme,
+    FIRST_PAGE, TUTORIAL, Identity, fork_project, git, read_identity, read_upstream, relink, upgrade_project, version_of, write_readme,
 )
 from llmops_ref.pipeline import STAGES
 from llmops_ref.workspace import DataError
@@ -263,7 +263,7 @@ def test_exercise_a_question(desk):
 def test_exercise_a_gate(desk):
     "One line, a commit, and staging stops with its name; nobody has to touch a lesson."
     settings = desk.root / "settings.ini"
-    line = re.search(r"`(gates = token_f1 [^`]+)`", (desk.root / "nbs" / "guides" / "learn.md").read_text())[1]
+    line = re.search(r"`(gates = [^`]*token_f1 [^`]+)`", (desk.root / "nbs" / "guides" / "learn.md").read_text())[1]
     settings.write_text(re.sub(r"^gates =[^;\n]*", f"{line} ", settings.read_text(), flags=re.M))
     committed(desk.root, "Add a gate")
     ran = shell(desk, ".venv/bin/llmops run --env staging", FINETUNE="off", VALIDATION_QUESTIONS="4", GATE_MODE="raise")
@@ -409,6 +409,7 @@ def test_a_renamed_fork_takes_over_what_upstream_changed(renamed, upstream):
     git(acme.root, "fetch", "-q", "upstream")
     now, changed, conflicts = upgrade_project(acme.root, prepare=exported)
     assert not conflicts and now.commit == read_upstream(acme.root).commit == git(upstream.root, "rev-parse", "HEAD")
+    assert now.version == read_upstream(acme.root).version == version_of(upstream.root, HERE.package) != "unknown"
     module = (acme.root / ACME.package / "signals.py").read_text()
     assert "that Acme keeps under" in module and "How probable so many" in module
     assert f"# {ACME.package}" in (acme.root / ACME.package / "scoring.py").read_text(), "what upstream wrote came under our name"
