@@ -126,7 +126,8 @@ def rollback(
             return
         from llmops_ref.deployment import rollback as back
         version, asked, answer = back(workspace_of(env), question, any_verdict=yes)
-        typer.echo(f"Version {version} of the assistant is champion of {env} again; another `rollback` returns. It answered first: {asked}\n  {seen(answer)}")
+        typer.echo(f"Version {version} of the assistant is champion of {env} again; another `rollback` returns. It answered first:")
+        typer.echo(f"  {asked}\n  {seen(answer)}")
 
 # %% ../nbs/90k_operations.ipynb #d7073cd1
 SERVED = ("assistant", "front", "chat_model", "gateway")
