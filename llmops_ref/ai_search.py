@@ -18,6 +18,7 @@ import pandas as pd
 
 from .config import SettingsError
 from .embedding import Embedder, clean_text
+from .scoring import is_page
 from .vector_index import Passage
 from .workspace import DataError
 
@@ -390,7 +391,7 @@ class AISearchIndex:
         candidates: int = 50, # How many rows to ask for, at least: one document may have many
         vector: np.ndarray | None = None, # The question's embedding, if known; an index that Databricks embeds for ignores it
         filters: dict | None = None, # Column -> value or list of values
-    ) -> list[Passage]: # Best first, at most one of each document
+    ) -> list[Passage]: # Best first, at most one of each object; of a page as many as fit
         "Find passages; an empty question finds nothing. `SettingsError` for an unknown method or column, `DataError` if the index does not answer."
         if method not in QUERY_TYPES: raise SettingsError(f"There is no search method {method!r}. There is {', '.join(QUERY_TYPES)}.")
         question = clean_text(question)[:20_000]
@@ -404,8 +405,9 @@ class AISearchIndex:
             near = rows if method == "dense" else self._rows("dense", question, vector, n, 0, filters)
         cosines, found = {row["id"]: cosine_of(float(row["score"])) for row in near}, {}
         for row in rows:
-            if len(found) < k and row["document_id"] not in found:
-                found[row["document_id"]] = Passage(
+            one = row["id"] if is_page(row["document_id"]) else row["document_id"]
+            if len(found) < k and one not in found:
+                found[one] = Passage(
                     *(str(row[c] if row[c] is not None else "") for c in COLUMNS), float(row["score"]), cosines.get(row["id"], 0.0)
                 )
         return list(found.values())

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .chunking import PAGES
 from .config import SettingsError
 from .embedding import clean_text
 from .scoring import words
@@ -154,7 +155,9 @@ class Index:
         self.vectors = faiss.read_index(str(self.folder / "vectors.faiss"))
         self.bm25 = bm25s.BM25.load(str(self.folder / "bm25"), load_corpus=False)
         self.chunks = pyarrow.parquet.read_table(self.folder / "chunks.parquet")
-        self.documents = pd.factorize(self.chunks["document_id"].to_pandas())[0]        # numbers: a search compares a hundred of them
+        known = self.chunks.select(["id", "document_id", "kind"]).to_pandas()
+        ours = known.document_id.mask(known.kind.isin(PAGES), known.id)                 # each section of a page stands for itself
+        self.documents = pd.factorize(ours)[0]                                          # numbers: a search compares a hundred of them
         self.first = np.unique(self.documents, return_index=True)[1]                    # the first row of each
         known = "prominence" in self.chunks.column_names
         self.prominence = self.chunks["prominence"].to_numpy()[self.first] if known else np.zeros(len(self.first))
@@ -270,7 +273,7 @@ def search(
     candidates: int = 50, # How many of each method go into the fusion
     vector: np.ndarray | None = None, # The question's embedding, if it is known already
     filters: dict | None = None, # Column -> value or values, such as `{"package": "mlflow"}`
-) -> list[Passage]: # Best first, at most one of each document
+) -> list[Passage]: # Best first, at most one of each object; of a page as many as fit
     "Find passages; an empty question finds nothing. `SettingsError` for an unknown method or filter."
     if method not in METHODS: raise SettingsError(f"There is no search method {method!r}. Use one of {', '.join(METHODS)}.")
     question = clean_text(question[:QUESTION_CHARS]).strip()

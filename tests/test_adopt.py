@@ -316,7 +316,7 @@ The warranty does not cover damage by water that was spilt over the charging bas
 NEWCOMER = {
     "How many days do I have to return something?": ("thirty days", "returns.md"), "Is water damage covered?": ("not cover", "warranty.md"),
     "What does the Nero cost?": ("hundred and nineteen", "prices.md"), "When must I descale?": ("light turns orange", "descaling.md"),
-    "How much is a spare lid?": ("nine euros", "prices.md"), "How do I pair the kettle with a new phone?": ("old phone", "pairing.md"),
+    "How do I descale?": ("half a litre", "descaling.md"), "How much is a spare lid?": ("nine euros", "prices.md"), "How do I pair the kettle with a new phone?": ("old phone", "pairing.md"),
     "Are you open on Sundays?": ("closed", "hours.md"), "How long is the warranty on the charging base?": ("one year", "warranty.md"),
     "Can I return an opened filter?": ("cannot be returned", "returns.md"), "Why does the lid lock?": ("sixty degrees", "safety.md"),
     "What is delivery to an island like?": ("six working days", "delivery.md"), "Who reads my application?": ("two people", "jobs.md"),
