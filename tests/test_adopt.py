@@ -316,7 +316,8 @@ The warranty does not cover damage by water that was spilt over the charging bas
 NEWCOMER = {
     "How many days do I have to return something?": ("thirty days", "returns.md"), "Is water damage covered?": ("not cover", "warranty.md"),
     "What does the Nero cost?": ("hundred and nineteen", "prices.md"), "When must I descale?": ("light turns orange", "descaling.md"),
-    "How do I descale?": ("half a litre", "descaling.md"), "How much is a spare lid?": ("nine euros", "prices.md"), "How do I pair the kettle with a new phone?": ("old phone", "pairing.md"),
+    "How do I descale?": ("half a litre", "descaling.md"), "How much is a spare lid?": ("nine euros", "prices.md"),
+    "How do I pair the kettle with a new phone?": ("old phone", "pairing.md"),
     "Are you open on Sundays?": ("closed", "hours.md"), "How long is the warranty on the charging base?": ("one year", "warranty.md"),
     "Can I return an opened filter?": ("cannot be returned", "returns.md"), "Why does the lid lock?": ("sixty degrees", "safety.md"),
     "What is delivery to an island like?": ("six working days", "delivery.md"), "Who reads my application?": ("two people", "jobs.md"),
@@ -325,7 +326,7 @@ NEWCOMER = {
 
 @LIFE_CYCLE
 def test_twelve_pages_are_quoted(tmp_path):
-    "Too little to train on: the best sentence of the best page, with its citation, is validated, deployed, and right about what its pages say."
+    "Too little to train on: the best sentence of the best page, with its citation, is validated, deployed, and right."
     project = Project(tmp_path / "project", **QUICK | dict(PROMPT_REPORT_QUESTIONS="4", VALIDATION_QUESTIONS="0"))
     (project.root / "handbook").mkdir()
     for page in HANDBOOK.split("@")[1:]:
