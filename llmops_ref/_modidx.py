@@ -46,6 +46,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmops_ref.ai_search._call': ('ai_search.html#_call', 'llmops_ref/ai_search.py'),
                                       'llmops_ref.ai_search._in_batches': ('ai_search.html#_in_batches', 'llmops_ref/ai_search.py'),
                                       'llmops_ref.ai_search._ready_endpoint': ('ai_search.html#_ready_endpoint', 'llmops_ref/ai_search.py'),
+                                      'llmops_ref.ai_search._stands_for': ('ai_search.html#_stands_for', 'llmops_ref/ai_search.py'),
                                       'llmops_ref.ai_search._wait': ('ai_search.html#_wait', 'llmops_ref/ai_search.py'),
                                       'llmops_ref.ai_search.answer_rows': ('ai_search.html#answer_rows', 'llmops_ref/ai_search.py'),
                                       'llmops_ref.ai_search.change_feed_sql': ('ai_search.html#change_feed_sql', 'llmops_ref/ai_search.py'),

@@ -347,6 +347,8 @@ def cosine_of(score: float) -> float:
 QUERY_TYPES = dict(hybrid="HYBRID", dense="ANN", bm25="FULL_TEXT")
 MOST_ROWS = dict(hybrid=200, dense=10_000, bm25=200)
 
+def _stands_for(row): return row["id"] if is_page(row["document_id"]) else row["document_id"]     # a section of a page, or an object
+
 class AISearchIndex:
     "An index on AI Search, searched like our FAISS index; `DataError` if there is none of that name."
     def __init__(
@@ -378,7 +380,7 @@ class AISearchIndex:
                 answer = QueryVectorIndexResponse.from_dict(_call(self.client, "POST", f"indexes/{self.name}/query", body)).as_dict()
             else: answer = api.query_index(self.name, **body).as_dict()
             rows, page = answer_rows(answer), answer
-            while page.get("next_page_token") and len({row["document_id"] for row in rows}) < enough:
+            while page.get("next_page_token") and len(set(map(_stands_for, rows))) < enough:
                 page = api.query_next_page(self.name, endpoint_name=self.shape["endpoint"], page_token=page["next_page_token"]).as_dict()
                 rows += answer_rows({"manifest": answer["manifest"]} | page)
         return rows
@@ -405,9 +407,8 @@ class AISearchIndex:
             near = rows if method == "dense" else self._rows("dense", question, vector, n, 0, filters)
         cosines, found = {row["id"]: cosine_of(float(row["score"])) for row in near}, {}
         for row in rows:
-            one = row["id"] if is_page(row["document_id"]) else row["document_id"]
-            if len(found) < k and one not in found:
-                found[one] = Passage(
+            if len(found) < k and _stands_for(row) not in found:
+                found[_stands_for(row)] = Passage(
                     *(str(row[c] if row[c] is not None else "") for c in COLUMNS), float(row["score"]), cosines.get(row["id"], 0.0)
                 )
         return list(found.values())

@@ -43,7 +43,8 @@ def test_package_is_in_sync(tmp_path):
 def test_readme_is_current(tmp_path):
     (tmp_path / "nbs").mkdir()
     shutil.copy(ROOT / "nbs" / "index.ipynb", tmp_path / "nbs")
-    assert write_readme(tmp_path).read_text() == (ROOT / "README.md").read_text(), "run `make prepare`: README.md is not what nbs/index.ipynb says"
+    said = write_readme(tmp_path).read_text()
+    assert said == (ROOT / "README.md").read_text(), "run `make prepare`: README.md is not what nbs/index.ipynb says"
 
 
 def test_environment_file_agrees_with_the_lock():
