@@ -19,7 +19,7 @@ from .asking import page_sentences
 from .assistant import cut_words
 from .chunking import make_chunks
 from .config import SettingsError, explain, load_config
-from .corpus import load_questions
+from .questions import load_questions
 from .documents import read_folder
 from .drafts import draft_questions
 from .fork import setting_changes, write_settings

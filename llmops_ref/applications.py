@@ -17,16 +17,16 @@ import pandas as pd
 
 from .assistant import PLAIN_PROMPT, as_retriever, lowest_cosine, make_chain
 from .config import Config, load_config
-from .corpus import sample_questions
+from .questions import sample_questions
 from .examples import open_examples
-from .finetune import tuned_files
+from .registry import tuned_files
 from .gateway import gateway_endpoint
-from .hub import chosen_gguf
+from .weights import chosen_gguf
 from .llm import Endpoint, chat_client, read_prices, serve_command, token_cost
 from .evaluation import answer_all, summarise
-from .prompts import champion_prompt
+from .prompt_registry import champion_prompt
 from .quotes import quotes
-from .retrieval import open_index
+from .published import open_index
 from .services import running_services, start_service, stop_service
 from .workspace import Workspace, open_workspace
 

@@ -13,9 +13,9 @@ import os, time
 
 import pandas as pd
 
-from .assistant import logged_digest
+from .versions import logged_digest
 from .config import SettingsError, load_config
-from .evidence import version_facts
+from .versions import version_facts
 from .workspace import DataError, Workspace, open_workspace
 
 # %% ../nbs/06b_approval.ipynb #b93c1c10

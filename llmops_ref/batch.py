@@ -13,7 +13,7 @@ import functools, os
 import pandas as pd
 
 from .config import SettingsError
-from .validation import serving_environment
+from .versions import serving_environment
 from .workspace import DataError, Workspace
 
 # %% ../nbs/07a_batch.ipynb #aed41db3

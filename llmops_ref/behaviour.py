@@ -6,19 +6,19 @@ Reads questions and two ways to ask the assistant. Leaves one row a test case, a
 
 # %% auto #0
 __all__ = ['GIBBERISH', 'CASES', 'variants', 'first_named', 'cited_documents', 'same_answer', 'Without', 'asking_without',
-           'check_behaviour', 'wilson', 'behaviour_table']
+           'check_behaviour', 'behaviour_table']
 
 # %% ../nbs/03f_behaviour.ipynb #fac57b91
 import functools, re, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 
 from .config import SettingsError
 from .scoring import asks_for_name, citation_precision, citations, is_page, is_refusal, names_gold, says_reference, token_f1
+from .significance import wilson
 
 # %% ../nbs/03f_behaviour.ipynb #0dd25fc4
 _ORDINARY = re.compile(
@@ -159,12 +159,6 @@ def check_behaviour(
     return pd.DataFrame(cases, columns=CASES)
 
 # %% ../nbs/03f_behaviour.ipynb #fa4ec747
-def wilson(passed: int, n: int, confidence: float = 0.95) -> tuple[float, float]: # Lower and upper bound of the share
-    "Score interval of a share (Wilson, 1927)."
-    z, p = NormalDist().inv_cdf((1 + confidence) / 2), passed / n
-    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
-
 def behaviour_table(cases: pd.DataFrame) -> pd.DataFrame: # `test case n passed low high`; passed is the share, low and high its interval
     "The share of the cases of `check_behaviour` that passed, with its 95% interval, for each kind of case."
     groups = [(*names, len(group), int(group.passed.sum())) for names, group in cases.groupby(["test", "case"], sort=False)]

@@ -20,8 +20,9 @@ import psutil
 from .chunking import CHUNKERS, make_chunks
 from .config import SettingsError, load_config
 from .embedding import PRECISIONS, TEXT_TOKENS, minilm_folder, open_embedder
-from .hub import base_checkpoint, fastest_dtype, run_probes, weights
-from .retrieval import embed_chunks, index_precision, open_faiss, with_prominence
+from .weights import base_checkpoint, weights
+from .probes import fastest_dtype, run_probes
+from .published import embed_chunks, index_precision, open_faiss, with_prominence
 from .scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from .vector_index import KINDS, Index, build_index, choose_kind, fuse, make_faiss
 from .workspace import Workspace, open_workspace

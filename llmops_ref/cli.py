@@ -43,7 +43,7 @@ def run(
 ):
     "Run the stages of the life cycle that are not up to date, in order."
     with manners():
-        from llmops_ref.pipeline import find_stage, make_plan, preflight
+        from llmops_ref.plan import find_stage, make_plan, preflight
         for text in (settings or []) + ([f"app={app_name}"] if app_name else []):
             key, found, value = text.partition("=")
             if not found: raise SettingsError(f"--set takes KEY=VALUE, not {text!r}.")
@@ -122,7 +122,8 @@ def _to_try(ws, env):                               # only what this environment
 def status(env: Env = "dev", as_json: Json = False):
     "Show every stage: up to date or not, how long it took, its headline."
     with manners():
-        from llmops_ref.pipeline import STAGES, duration, manifest, not_needed, reasons
+        from llmops_ref.plan import STAGES, manifest, not_needed, reasons
+        from llmops_ref.pipeline import duration
         ws, rows = workspace_of(env), []
         for stage in STAGES:
             last, why, idle = manifest(ws, stage) or {}, reasons(ws, stage), not_needed(ws.config, stage)
@@ -158,7 +159,7 @@ def summary(
 def why(stage: Annotated[str, typer.Argument(help="Such as 03 or retrieval")], env: Env = "dev", as_json: Json = False):
     "Say why a stage would run, or that it would not."
     with manners():
-        from llmops_ref.pipeline import find_stage, manifest, reasons
+        from llmops_ref.plan import find_stage, manifest, reasons
         chosen, ws = find_stage(stage), workspace_of(env)
         found, last = reasons(ws, chosen), manifest(ws, chosen) or {}
         if as_json:
@@ -204,7 +205,7 @@ def search(
     "Find passages, without asking a model."
     with manners():
         from dataclasses import asdict
-        from llmops_ref.retrieval import open_index
+        from llmops_ref.published import open_index
         questions, many = _questions(question)
         ws = workspace_of(env)
         index, method = open_index(ws), ws.config.retrieval if ws.config.retrieval != "off" else "hybrid"
@@ -229,7 +230,7 @@ def ask(
     with manners():
         questions, many = _questions(question)
         ws = workspace_of(env)
-        from llmops_ref.deployment import open_champion
+        from llmops_ref.champion import open_champion
         with contextlib.ExitStack() as loaded:
             with patience(f"Loading the assistant of {env}"): answer = loaded.enter_context(open_champion(ws))
             for text in questions:
@@ -268,7 +269,7 @@ def list_questions(
 ):
     "List questions, drafts too."
     with manners():
-        from llmops_ref.corpus import QUESTION_TYPES, load_questions
+        from llmops_ref.questions import QUESTION_TYPES, load_questions
         ws = workspace_of(env)
         rows = load_questions(ws.read_file(ws.config.questions), drafts=True)
         if one_of(split, "--split", ("train", "test")): rows = rows[rows.split == split]
@@ -298,7 +299,7 @@ def add(
 ):
     "Add a question as a draft; on a terminal, what is missing is asked."
     with manners():
-        from llmops_ref.corpus import QUESTION_TYPES, load_questions
+        from llmops_ref.questions import QUESTION_TYPES, load_questions
         from llmops_ref.questions import add_question, check_questions
         ws = workspace_of(env)
         path, question, kind = (
@@ -343,7 +344,7 @@ def review(
 def check(env: Env = "dev", as_json: Json = False):
     "Look for duplicates, leaks between splits, and gold objects that do not exist; exit code 1 if there are any."
     with manners():
-        from llmops_ref.corpus import load_questions
+        from llmops_ref.questions import load_questions
         from llmops_ref.questions import check_questions
         ws = workspace_of(env)
         rows, documents = load_questions(ws.read_file(ws.config.questions), drafts=True), _documents(ws)

@@ -19,7 +19,7 @@ import psutil
 
 from .config import Config, SettingsError, load_config
 from .fork import FIRST_PAGE, git, read_identity, read_upstream
-from .pipeline import STAGES, check_parameters
+from .plan import STAGES, check_parameters
 from .workspace import DataError, open_workspace, usable_cores
 
 # %% ../nbs/90h_doctor.ipynb #d5c79a90
@@ -182,7 +182,7 @@ def check_tags(root: Path) -> Finding:
 def check_weights() -> list[Finding]:
     "Whether the models that came as packages are those that we pinned."
     from llmops_ref.embedding import minilm_folder
-    from llmops_ref.llm import base_gguf
+    from llmops_ref.weights import base_gguf
     found = []
     for name, get in dict(SmolLM2=base_gguf, MiniLM=minilm_folder).items():
         error = _error(get, DataError)
@@ -423,7 +423,7 @@ def _first_page(root):
     return [Finding("README.md", "ok", "written")]
 
 def _sample_data(root, config, taken):
-    from llmops_ref.corpus import load_questions
+    from llmops_ref.questions import load_questions
     rows, found, commit, told = load_questions(root / config.questions, drafts=True), [], taken and taken.commit, True
     try: commit and git(root, "cat-file", "-e", commit)
     except DataError:

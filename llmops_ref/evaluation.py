@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from .config import SettingsError, load_config
-from .hub import chosen_gguf
+from .weights import chosen_gguf
 from .scoring import REFUSAL, asks_for_name, is_refusal, names_gold, score_answer
 from .files import DataError, known_digest, write_atomic
 from .workspace import Workspace, open_workspace

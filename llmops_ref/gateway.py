@@ -17,7 +17,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from .config import Config, SettingsError, load_config
-from .llm import Endpoint, base_gguf, chat_client, q8_gguf, read_prices, serve_command, server_key
+from .llm import Endpoint, chat_client, read_prices, serve_command, server_key
+from .weights import base_gguf, q8_gguf
 from .services import find_service, owner, running_services, start_service, stop_service, stop_services
 from .workspace import MLFLOW_SWITCHES, DataError, Workspace, hush_pyspark, open_workspace, write_atomic
 

@@ -13,7 +13,7 @@ import contextlib, datetime, hashlib, math, re, time
 
 from .config import Config, SettingsError, load_config
 from .serving import ROUTE, LocalHost, check_shares, read_events, stream_endpoint
-from .validation import load_assistant
+from .versions import load_assistant
 from .workspace import DataError, Workspace, open_workspace
 
 # %% ../nbs/06d_hosting.ipynb #094671a5

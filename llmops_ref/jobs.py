@@ -12,11 +12,12 @@ __all__ = ['TASKS', 'run_stage_task', 'hand_on_triggers', 'check_model', 'evalua
 import os, sys
 
 from .config import SettingsError, load_config
-from .deployment import check_deployable
-from .evidence import version_facts
+from .champion import check_deployable
+from .versions import version_facts
 from .hosting import asking_for, open_client
-from .pipeline import STAGES, Lines, StageFailed, find_stage, make_plan, preflight, run_pipeline
-from .validation import log_candidate
+from .plan import STAGES, find_stage, make_plan, preflight
+from .pipeline import Lines, StageFailed, run_pipeline
+from .champion import log_candidate
 from .workspace import DataError, Workspace, on_databricks, open_workspace
 
 # %% ../nbs/90b_jobs.ipynb #f2f8344f

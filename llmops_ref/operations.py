@@ -98,7 +98,7 @@ def versions(
     "List the versions of the assistant: aliases, verdicts, approvals, digests."
     with manners():
         from llmops_ref.approval import list_versions
-        from llmops_ref.deployment import remove_version
+        from llmops_ref.champion import remove_version
         ws = workspace_of(env)
         if remove: remove_version(ws, remove)
         table = list_versions(ws)
@@ -118,13 +118,13 @@ def rollback(
     "Make the previous champion serve again."
     with manners():
         if prompt:
-            from llmops_ref.prompts import rollback_prompt
+            from llmops_ref.prompt_registry import rollback_prompt
             typer.echo(
                 f"Version {rollback_prompt(workspace_of(env))} of the prompt is champion of {env} again. Give it to the"
                 f" assistant: {me()} run --env {env} --from finetune"
             )
             return
-        from llmops_ref.deployment import rollback as back
+        from llmops_ref.champion import rollback as back
         version, asked, answer = back(workspace_of(env), question, any_verdict=yes)
         typer.echo(f"Version {version} of the assistant is champion of {env} again; another `rollback` returns. It answered first:")
         typer.echo(f"  {asked}\n  {seen(answer)}")
@@ -153,7 +153,7 @@ def _serve(ws, what, port):                         # its URL, and a request to 
             for name, state in publish_gateway(WorkspaceClient(), ws.config).items(): typer.echo(f"{state:9} {name}")
         endpoint = gateway_endpoint(ws)
     else:
-        from llmops_ref.finetune import tuned_files
+        from llmops_ref.registry import tuned_files
         from llmops_ref.llm import Endpoint, serve_command
         model, adapter, version = tuned_files(ws)
         key = os.environ.setdefault("CHAT_API_KEY", secrets.token_urlsafe(24))

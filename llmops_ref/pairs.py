@@ -16,7 +16,7 @@ import pandas as pd
 from .asking import ask_about, ask_beyond, ask_invented, ask_outside, ask_page, first_sentence, page_sentences
 from .assistant import PLAIN_PROMPT, build_messages, cut_words
 from .chunking import PAGES
-from .retrieval import Index
+from .vector_index import Index
 from .scoring import REFUSAL, reference_recall, token_f1, words
 from .workspace import DataError
 

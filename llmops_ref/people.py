@@ -150,7 +150,8 @@ def monitor(
 ):
     "Look at traffic, votes and drift now; say what is wrong and what to do."
     with manners():
-        from llmops_ref.pipeline import StageFailed, find_stage, make_plan, preflight, run_pipeline
+        from llmops_ref.pipeline import StageFailed, run_pipeline
+        from llmops_ref.plan import find_stage, make_plan, preflight
         one_of(fail_on, "--fail-on", ("breach", "never"))
         ws = workspace_of(env)
         steps = make_plan(ws, only=find_stage("monitoring"), force=True)

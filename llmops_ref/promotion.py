@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 from .config import load_config
-from .finetune import same_content
-from .llm import BASE_SHA256
+from .registry import same_content
+from .weights import BASE_SHA256
 from .workspace import DataError, Workspace, file_digest, git_commit, open_workspace
 
 # %% ../nbs/05b_promotion.ipynb #3973da1d

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .config import find_settings
 from .page import SIDES, UNSEEN, answer_card, change, direction, duration, picture, relative_link, render_page, show
-from .scoring import share_interval
+from .significance import share_interval
 from .workspace import write_atomic
 
 # %% ../nbs/90a_report.ipynb #18ee69f3

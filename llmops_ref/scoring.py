@@ -9,16 +9,14 @@ __all__ = ['REFUSAL', 'FUNCTION_WORDS', 'USUAL', 'SAID', 'AGREEMENT', 'MAY_BE_BU
            'is_refusal', 'citations', 'words', 'token_f1', 'names_gold', 'is_page', 'mentions', 'citation_precision',
            'citation_recall', 'groundedness', 'echoes', 'invented_names', 'reference_recall', 'says_reference',
            'asks_for_name', 'language', 'script', 'in_language', 'readable', 'personal_data', 'redact', 'pseudonym',
-           'score_answer', 'similarities', 'score_labelled', 'agreement', 'agreement_with_people', 'share_interval',
-           'said_share', 'Comparison', 'mcnemar', 'compare', 'Gate', 'machine_share', 'with_share', 'fair_seconds']
+           'score_answer', 'similarities', 'score_labelled', 'agreement', 'agreement_with_people', 'machine_share',
+           'with_share', 'fair_seconds']
 
 # %% ../nbs/00c_scoring.ipynb #8f4e9a6a
 import functools, hashlib, importlib.util, json, math, re, time, unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -396,125 +394,6 @@ def agreement_with_people(
             )
         )
     return pd.DataFrame(rows, columns=["label", "score", "n", "agree", "kappa", "auc"])
-
-# %% ../nbs/00c_scoring.ipynb #5a4e0002
-def share_interval(
-    share: float, # 0 to 1
-    n: int, # Of how many
-) -> tuple[float, float]: # Its lower and its upper end, 95%
-    "Wilson's interval of a share."
-    z = 1.96
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
-
-def said_share(share: float, n: int) -> str: # 0.67 of 6 [0.30, 0.90]
-    "A share with what it rests on."
-    if not n or share != share: return "none"
-    low, high = share_interval(share, n)
-    return f"{share:.2f} of {n} [{low:.2f}, {high:.2f}]"
-
-# %% ../nbs/00c_scoring.ipynb #db056fd1
-@dataclass(frozen=True)
-class Comparison:
-    "Mean paired difference of two systems on the same questions, with its interval."
-    difference: float
-    low: float
-    high: float
-    n: int # Questions, or groups of them
-    detectable: float = float(
-        "nan"
-    )  # Smallest true difference that this many questions would find in four of five cases; NaN where they are too few for any
-    p_value: float | None = None # McNemar's exact test; only of scores that are 0 or 1
-    confidence: float = 0.95
-
-    @property
-    def verdict(self) -> str:
-        if self.n < 6 or (
-            self.p_value is not None and self.p_value >= 1 - self.confidence
-        ): # five that all go one way have a p value of 0.06 in a sign test
-            return "not enough evidence"
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "not enough evidence"
-
-    def __str__(self): return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], n = {self.n}: {self.verdict}"
-
-def mcnemar(
-    candidate, # Scores of 0 or 1
-    baseline, # Of the same questions in the same order
-) -> float: # Two-sided p value
-    "Exact test on the questions that only one of the two gets right (McNemar, 1947): were it luck, each side would win half of them."
-    a, b = np.asarray(candidate, float), np.asarray(baseline, float)
-    wins, losses = int((a > b).sum()), int((a < b).sum())
-    n = wins + losses
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2 ** n)
-
-def compare(
-    candidate: list[float],
-    baseline: list[float], # Scores of the same questions in the same order
-    confidence: float = 0.95,
-    resamples: int = 4000,
-    seed: int = 17,
-    groups: (
-        list | None
-    ) = None, # Which questions belong together, such as those about the same passages: they are drawn together, and count as one
-) -> Comparison:
-    "Paired bootstrap on the per-question differences; `ValueError` if the lists do not pair up or are empty."
-    a, b = np.asarray(candidate, float), np.asarray(baseline, float)
-    if a.shape != b.shape or a.size == 0: raise ValueError(f"Scores must pair up: {a.size} candidate scores, {b.size} baseline scores.")
-    d, weights = a - b, np.ones(a.size)
-    if groups is not None:
-        _, where = np.unique(np.asarray(groups), return_inverse=True)
-        weights = np.bincount(where)
-        d = np.bincount(where, d) / weights
-    drawn = np.random.default_rng(seed).integers(0, d.size, (resamples, d.size))
-    means = (d[drawn] * weights[drawn]).sum(1) / weights[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    binary, z = groups is None and set(np.unique([a, b])) <= {0.0, 1.0}, NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(
-        0.8
-    )
-    detectable = (
-        z * max(d.std(ddof=1) if d.size > 1 else 1.0, 1 / math.sqrt(d.size)) / math.sqrt(d.size)
-    )  # differences that are all the same say little when they are few
-    if binary: detectable = max(detectable, z * z / (d.size + z * z))       # a difference of x spreads by x (1 - x) at least
-    if d.size < 6 or binary and detectable > 1: detectable = float("nan")   # `verdict` calls none of five, and shares differ by 1 at most
-    return Comparison(
-        float((a - b).mean()), float(low), float(high), int(d.size), float(detectable), mcnemar(a, b) if binary else None, confidence
-    )
-
-# %% ../nbs/00c_scoring.ipynb #1514f87d
-@dataclass(frozen=True)
-class Gate:
-    "One condition that a candidate must meet."
-    metric: str
-    value: float
-    bound: float
-    at_least: bool = True # False: the value must be at most the bound
-    informs: str = "" # Why a value beyond the bound fails nothing; empty: it fails
-
-    @property
-    def met(self) -> bool:
-        "Whether the value is within the bound; one that is not a number never is."
-        return bool(self.value >= self.bound if self.at_least else self.value <= self.bound)
-
-    @property
-    def holds(self) -> bool:
-        "Whether the candidate may go on: the condition is met, or it only informs."
-        return self.met or bool(self.informs)
-
-    @property
-    def broken(self) -> str:
-        return f"{self.metric} is {self.value:.3f}, must be {'at least' if self.at_least else 'at most'} {self.bound:g}"
-
-    @property
-    def remark(self) -> str:
-        "What is to be said of a value that is beyond a bound which only informs."
-        if self.met or not self.informs: return ""
-        if self.value != self.value: return f"{self.metric}: {self.informs}"
-        return f"{self.metric} is {self.value:.3g}, beyond its bound of {self.bound:g}: {self.informs}"
-
-    def row(self) -> dict:
-        must_be = f"{'≥' if self.at_least else '≤'} {self.bound:g}" + (", informs" if self.informs else "")
-        row = dict(gate=self.metric, value=round(self.value, 3), must_be=must_be, holds=self.holds)
-        return row | (dict(remark=self.remark) if self.remark else {})
 
 # %% ../nbs/00c_scoring.ipynb #f9ca1ad5
 MAY_BE_BUSY = (

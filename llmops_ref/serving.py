@@ -16,7 +16,7 @@ import httpx
 from .config import SettingsError, sleep_while_waiting
 from .gateway import forget_routes, gateway_command, gateway_environment, gateway_store
 from .services import PATIENCE, Service, owned_by, owner, running_services, start_service, stop_service
-from .validation import serving_environment
+from .versions import serving_environment
 from .workspace import DataError, Workspace
 
 # %% ../nbs/06c_serving.ipynb #bfe21c7b

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from .config import Config, SettingsError, load_config
-from .hub import fastest_dtype
+from .probes import fastest_dtype
 from .workspace import DataError, file_digest, usable_cores, write_atomic
 
 # %% ../nbs/04b_training.ipynb #1d19feb8

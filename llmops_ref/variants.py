@@ -16,9 +16,11 @@ import numpy as np
 import pandas as pd
 
 from .config import SettingsError
-from .hub import chosen_gguf, run_probes
-from .llm import ENCODINGS, base_gguf, reencode
-from .scoring import compare, is_refusal, score_answer
+from .weights import chosen_gguf
+from .probes import run_probes
+from .weights import ENCODINGS, base_gguf, reencode
+from .significance import compare
+from .scoring import is_refusal, score_answer
 from .workspace import DataError, Workspace, file_digest
 
 # %% ../nbs/04c_variants.ipynb #9c64c140

@@ -20,7 +20,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 
 from .embedding import Embedder, minilm_folder, minilm_onnx, open_embedder
-from .retrieval import index_folder, index_precision
+from .published import index_folder, index_precision
 from .vector_index import Index, build_index
 from .workspace import Workspace, write_atomic
 

@@ -6,7 +6,7 @@ from markdown_it import MarkdownIt
 
 from conftest import ROOT, SAMPLE, Project
 from llmops_ref.config import load_config
-from llmops_ref.corpus import load_questions
+from llmops_ref.questions import load_questions
 from llmops_ref.fork import git
 from llmops_ref.scoring import is_refusal, says_reference
 from llmops_ref.workspace import open_workspace

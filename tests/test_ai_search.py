@@ -11,7 +11,7 @@ from databricks.sdk.service.vectorsearch import (
 
 from llmops_ref.ai_search import COLUMNS, AISearchIndex, create_search_index, delete_chunks, index_body, sync_search_index, upsert_chunks
 from llmops_ref.config import SettingsError, load_config
-from llmops_ref.retrieval import publish_to_ai_search
+from llmops_ref.published import publish_to_ai_search
 from llmops_ref.workspace import DataError, open_workspace
 from socket_workspace import MISSING, SocketWorkspace, on_a_socket
 

@@ -12,7 +12,7 @@ from conftest import BIN, ROOT, SMALL, copy_of
 from llmops_ref.bundle import load_bundle
 from llmops_ref.config import SettingsError, load_config
 from llmops_ref.jobs import TASKS, deployment_job, hand_on_triggers
-from llmops_ref.pipeline import STAGES
+from llmops_ref.plan import STAGES
 from llmops_ref.workspace import DataError, open_workspace
 
 VALUES = dict(service_principal="5e0c2f1a-1d7b", approvers="ml-leads")

@@ -9,7 +9,8 @@ import pytest
 from conftest import copy_of
 from llmops_ref.approval import ApprovalNeeded, check_approved, decide
 from llmops_ref.config import load_config
-from llmops_ref.deployment import check_traffic, one_at_a_time, roll_out
+from llmops_ref.deployment import check_traffic, roll_out
+from llmops_ref.champion import one_at_a_time
 from llmops_ref.services import Service, stop_services
 from llmops_ref.serving import LocalHost, open_front
 from llmops_ref.validation import answers_folder, kept_answers, recall_assistant

@@ -8,7 +8,7 @@ from conftest import ROOT, copy_of
 from llmops_ref.config import Config
 from llmops_ref.docs import anchor_of, broken_links, build_site, site_pages
 from llmops_ref.fork import TUTORIAL, read_upstream
-from llmops_ref.pipeline import STAGES
+from llmops_ref.plan import STAGES
 from test_chat import chromium
 from test_workflows import test_what_is_called_exists as exists
 

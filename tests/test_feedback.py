@@ -14,7 +14,7 @@ from llmops_ref.config import load_config
 from llmops_ref.feedback import record_feedback, share_down
 from llmops_ref.inference_table import collect_requests, count_lost
 from llmops_ref.pairs import build_pairs, check_pairs
-from llmops_ref.retrieval import open_index
+from llmops_ref.published import open_index
 from llmops_ref.review import PER_SOURCE, review_feedback, to_review, trace_case
 from llmops_ref.reviewed import question_rows, regression_rows, reviewed_cases
 from llmops_ref.scoring import names_gold

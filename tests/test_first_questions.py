@@ -8,7 +8,7 @@ from llmops_ref.chat import example_questions
 from llmops_ref.config import load_config
 from llmops_ref.fork import TUTORIAL, read_upstream
 from llmops_ref.prominence import ask_first, first_questions
-from llmops_ref.retrieval import open_index
+from llmops_ref.published import open_index
 from llmops_ref.workspace import open_workspace
 
 SHOWN = 2                                           # passages that the model is shown; `retrieval_k`

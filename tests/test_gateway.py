@@ -13,7 +13,8 @@ from langchain_core.exceptions import (
 )
 
 from conftest import CACHE
-from llmops_ref.assistant import DIRECT_PROMPT, assistant_parts, make_chain
+from llmops_ref.assistant import DIRECT_PROMPT, make_chain
+from llmops_ref.versions import assistant_parts
 from llmops_ref.config import SettingsError, load_config
 from llmops_ref.gateway import gateway_endpoint, publish_gateway, workspace_services
 from llmops_ref.llm import BadReply, Endpoint, chat_client

@@ -17,7 +17,8 @@ from databricks.sdk.service.apps import (
 from conftest import ROOT
 from llmops_ref.bundle import destroy
 from llmops_ref.config import SettingsError, load_config
-from llmops_ref.deployment import check_traffic, hand_over, rollback, roll_out, smoke_test
+from llmops_ref.deployment import check_traffic, hand_over, roll_out, smoke_test
+from llmops_ref.champion import rollback
 from llmops_ref.hosting import AppHost, ModelServingHost, endpoint_name
 from llmops_ref.workspace import DataError, Workspace
 from socket_workspace import BREAKS, MISSING, SocketWorkspace, on_a_socket, strict

@@ -15,7 +15,7 @@ from llmops_ref.doctor import NEEDED, _rights_in, check_workspace
 from llmops_ref.fork import (
     FIRST_PAGE, TUTORIAL, Identity, fork_project, git, read_identity, read_upstream, relink, upgrade_project, version_of, write_readme,
 )
-from llmops_ref.pipeline import STAGES
+from llmops_ref.plan import STAGES
 from llmops_ref.workspace import DataError
 from test_bundle import Emulator
 

@@ -8,7 +8,7 @@ from langchain_tests.integration_tests import EmbeddingsIntegrationTests, Retrie
 from llmops_ref.assistant import retriever_class
 from llmops_ref.config import load_config
 from llmops_ref.embedding import open_embedder
-from llmops_ref.retrieval import publish_index
+from llmops_ref.published import publish_index
 from llmops_ref.vector_index import Index, build_index
 from llmops_ref.vectorstore import IndexStore, MiniLMEmbeddings, log_retriever
 from llmops_ref.workspace import open_workspace

@@ -9,7 +9,8 @@ from conftest import copy_of
 from llmops_ref.config import load_config
 from llmops_ref.embedding import open_embedder
 from llmops_ref.inference_table import COLUMNS
-from llmops_ref.monitoring import look_at, question_topics, rehearse, render_monitoring
+from llmops_ref.monitoring import look_at, rehearse, render_monitoring
+from llmops_ref.simulation import question_topics
 from llmops_ref.workspace import open_workspace
 
 ANSWER = dict(

@@ -12,7 +12,7 @@ from llmops_ref.inference_table import collect_requests
 from llmops_ref.pairs import build_pairs, check_pairs
 from llmops_ref.review import review_feedback
 from llmops_ref.reviewed import reviewed_cases
-from llmops_ref.pipeline import find_stage, reasons, stage_code
+from llmops_ref.plan import find_stage, reasons, stage_code
 from llmops_ref.teacher import open_teacher
 from llmops_ref.workspace import DataError, open_workspace
 from provider import Provider

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from llmops_ref.corpus import load_questions
+from llmops_ref.questions import load_questions
 from llmops_ref.scoring import names_gold
 
 ASKED = "Which call tells whether a metric was logged?"

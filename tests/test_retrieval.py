@@ -8,7 +8,7 @@ from conftest import Project
 from llmops_ref.assistant import as_retriever, make_chain
 from llmops_ref.config import load_config
 from llmops_ref.embedding import minilm_folder, open_embedder
-from llmops_ref.retrieval import LiveIndex, embed_texts, open_index, publish_index
+from llmops_ref.published import LiveIndex, embed_texts, open_index, publish_index
 from llmops_ref.vector_index import Index, build_index, open_reranker
 from llmops_ref.workspace import open_workspace
 

@@ -6,7 +6,7 @@ import psutil, pytest
 
 from conftest import no_network
 from llmops_ref.config import load_config
-from llmops_ref.pipeline import STAGES, lessons
+from llmops_ref.plan import STAGES, lessons
 from llmops_ref.workspace import open_workspace
 
 QUESTION = "How do I point an alias at a specific model version?"
