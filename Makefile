@@ -69,11 +69,11 @@ compile = { $(BIN)/python -W ignore -c "$(1)" >/dev/null 2>&1 & }
 # For those who work on the project
 prepare: .venv/installed   # after editing notebooks: export them, clean them, write README.md and environment.yml
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
-	$(BIN)/python -c "from llmops_ref.fork import write_readme; write_readme('.')"
+	$(BIN)/python -c "from llmops_ref.kit.fork import write_readme; write_readme('.')"
 	$(MAKE) environment.yml
 
 site: .venv/installed      # notebooks and guides as pages, in _site/: what GitHub shows with Quarto, here without it
-	$(BIN)/python -c "from llmops_ref.docs import build_site, broken_links; build_site('.', '_site'); wrong = broken_links('_site'); print('_site/index.html' if not wrong else wrong); raise SystemExit(bool(wrong))"
+	$(BIN)/python -c "from llmops_ref.kit.docs import build_site, broken_links; build_site('.', '_site'); wrong = broken_links('_site'); print('_site/index.html' if not wrong else wrong); raise SystemExit(bool(wrong))"
 
 lock:                      # resolve the newest versions that fit pyproject.toml
 	$(BIN)/uv pip compile -q --no-header --no-annotate --extra test pyproject.toml -o requirements.lock

@@ -8,10 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llmops_ref.chat import open_champion, serve_chat
-from llmops_ref.config import SettingsError, load_config
-from llmops_ref.services import free_port
-from llmops_ref.workspace import DataError, open_workspace
+from llmops_ref.feedback.chat import open_champion, serve_chat
+from llmops_ref.core.config import SettingsError, load_config
+from llmops_ref.core.services import free_port
+from llmops_ref.core.workspace import DataError, open_workspace
 
 
 def main():

@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from llmops_ref.training import answer_loss, collate, pack_rows
+from llmops_ref.tuning.training import answer_loss, collate, pack_rows
 
 SHAPES = {  # layers, width, inner width, heads, heads of keys and values, words
     "tiny": (2, 64, 128, 4, 2, 512),
@@ -76,7 +76,7 @@ def padded(batch):
 
 def whole_loss(model, batch, items=None):
     "A packed row whose every place goes through the output layer."
-    from llmops_ref.training import sees
+    from llmops_ref.tuning.training import sees
     mask = sees(batch["group"][0], batch["branch"][0])[None, None]
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False).logits[0]
     return torch.nn.functional.cross_entropy(logits.float(), batch["labels"][0])

@@ -12,12 +12,12 @@ import hashlib
 
 import pandas as pd
 
-from . import chunking
-from .chunking import make_chunks
-from .documents import corpus_source, read_folder, read_table
-from .packages import NOTHING, read_api
-from .prominence import prominence
-from .workspace import DataError, file_digest, Workspace
+from .documents import chunking
+from .documents.chunking import make_chunks
+from .documents.folder import corpus_source, read_folder, read_table
+from .documents.packages import NOTHING, read_api
+from .documents.prominence import prominence
+from .core.workspace import DataError, file_digest, Workspace
 
 # %% ../nbs/02_corpus.ipynb #cd1608e3
 def add_prominence(

@@ -12,10 +12,10 @@ import functools, itertools, time
 
 import pandas as pd
 
-from .champion import make_champion
-from .config import read_shares
-from .scoring import fair_seconds, MAY_BE_BUSY
-from .workspace import DataError, Workspace
+from .release.champion import make_champion
+from .core.config import read_shares
+from .core.scoring import fair_seconds, MAY_BE_BUSY
+from .core.workspace import DataError, Workspace
 
 # %% ../nbs/07_deployment.ipynb #62048e39
 def smoke_test(
@@ -50,7 +50,7 @@ def slowness(
     again, # A function that measures it once more
     informs, # As for `smoke_test`
 ) -> str: # What is to be said; empty for answers in time
-    "Judge a time by the rule of `00c_scoring`: where gates inform it is said, elsewhere it is measured again, and `DataError` if it is slow still."
+    "Judge a time by the rule of `core.scoring`: where gates inform it is said, elsewhere it is measured again, and `DataError` if it is slow still."
     def said(seconds): return f"{who} takes {seconds:.1f} s for an answer (median), more than gate_p95_seconds = {bound:g}"
     if seconds <= bound: return ""
     if informs(): return f"{said(seconds)}: {MAY_BE_BUSY}."

@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from .config import SettingsError
-from .gateway import gateway_endpoint
-from .llm import Endpoint
-from .probes import _last_line, run_probes
-from .scoring import fair_seconds, MAY_BE_BUSY, mrr_at_k, recall_at_k
-from .weights import weights
-from .workspace import DataError, file_digest, Workspace, write_atomic
+from .core.config import SettingsError
+from .models.gateway import gateway_endpoint
+from .models.llm import Endpoint
+from .models.probes import _last_line, run_probes
+from .core.scoring import fair_seconds, MAY_BE_BUSY, mrr_at_k, recall_at_k
+from .models.weights import weights
+from .core.workspace import DataError, file_digest, Workspace, write_atomic
 
 # %% ../nbs/01_hub.ipynb #a2c7bdc6
 @dataclass(frozen=True)

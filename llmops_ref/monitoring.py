@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from .config import Config
-from .drift import find_drift
-from .page import render_page
-from .scoring import MAY_BE_BUSY
-from .signals import find_triggers, signal_days, signal_table
-from .simulation import simulate
+from .core.config import Config
+from .feedback.drift import find_drift
+from .core.page import render_page
+from .core.scoring import MAY_BE_BUSY
+from .feedback.signals import find_triggers, signal_days, signal_table
+from .feedback.rehearsal import simulate
 
 # %% ../nbs/08_monitoring.ipynb #213185b1
 @dataclass

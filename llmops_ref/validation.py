@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .assistant import as_retriever, cut_words, DIRECT_PROSE, lowest_cosine, make_chain, open_assistant
-from .config import Config, SettingsError
-from .evaluation import answer_all, BY_KIND, FROM_PASSAGES, keeper, LESS_IS_BETTER, read_gates, REPLY
-from .evidence import render_evidence
-from .published import open_index
-from .quotes import quotes
-from .scoring import machine_share, MAY_BE_BUSY, with_share
-from .significance import compare, Comparison, Gate, said_share
-from .versions import load_assistant, logged_digest, logged_settings
-from .workspace import DataError, Workspace, write_atomic
+from .assistant.chain import as_retriever, cut_words, DIRECT_PROSE, lowest_cosine, make_chain, open_assistant
+from .core.config import Config, SettingsError
+from .evaluation.answers import answer_all, BY_KIND, FROM_PASSAGES, keeper, LESS_IS_BETTER, read_gates, REPLY
+from .release.evidence import render_evidence
+from .search.published import open_index
+from .assistant.quotes import quotes
+from .core.scoring import machine_share, MAY_BE_BUSY, with_share
+from .core.significance import compare, Comparison, Gate, said_share
+from .assistant.versions import load_assistant, logged_digest, logged_settings
+from .core.workspace import DataError, Workspace, write_atomic
 
 # %% ../nbs/06_validation.ipynb #c8d2e7f3
 def answers_folder(

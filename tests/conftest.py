@@ -12,8 +12,8 @@ from unittest.mock import patch
 import pytest
 from filelock import FileLock
 
-from llmops_ref.config import begin_process
-from llmops_ref.fork import write_setting
+from llmops_ref.core.config import begin_process
+from llmops_ref.kit.fork import write_setting
 
 begin_process()
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ class Project:
     def inside(self, *args: str, stdin: str = "", **settings) -> SimpleNamespace: # `returncode stdout stderr`, as of a process
         "The same command in this process: what starts no kernel and no server needs no interpreter of its own."
         from typer.testing import CliRunner
-        from llmops_ref.cli import app
+        from llmops_ref.commands.cli import app
         environment = self.environment | {f"LLMOPS_{k}": v for k, v in settings.items()}
         with patch.dict(os.environ, environment, clear=True), contextlib.chdir(self.root), _same_mlflow():
             done = CliRunner().invoke(app, list(args), input=stdin, prog_name="llmops")

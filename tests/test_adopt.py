@@ -5,11 +5,11 @@ import pytest
 from markdown_it import MarkdownIt
 
 from conftest import ROOT, SAMPLE, Project
-from llmops_ref.config import load_config
-from llmops_ref.questions import load_questions
-from llmops_ref.fork import git
-from llmops_ref.scoring import is_refusal, says_reference
-from llmops_ref.workspace import open_workspace
+from llmops_ref.core.config import load_config
+from llmops_ref.evaluation.questions import load_questions
+from llmops_ref.kit.fork import git
+from llmops_ref.core.scoring import is_refusal, says_reference
+from llmops_ref.core.workspace import open_workspace
 
 QUICK = dict(
     HUB_PROBE_QUESTIONS="1", HUB_MAX_SECONDS_PER_ANSWER="120", PROMPT_QUESTIONS="2", PROMPT_REPORT_QUESTIONS="2",

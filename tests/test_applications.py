@@ -6,13 +6,13 @@ import pandas as pd, psutil, pytest
 from conftest import CACHE, SMALL, copy_of
 from langchain_core.exceptions import ModelAuthenticationError
 
-from llmops_ref.versions import assistant_digest, assistant_parts, log_chain
-from llmops_ref.assistant import open_assistant
-from llmops_ref.config import load_config
-from llmops_ref.registry import tuned_files
-from llmops_ref.prompt_registry import champion_prompt
+from llmops_ref.assistant.versions import assistant_digest, assistant_parts, log_chain
+from llmops_ref.assistant.chain import open_assistant
+from llmops_ref.core.config import load_config
+from llmops_ref.tuning.registry import tuned_files
+from llmops_ref.assistant.prompt_registry import champion_prompt
 from llmops_ref.validation import answers_folder
-from llmops_ref.workspace import open_workspace
+from llmops_ref.core.workspace import open_workspace
 from provider import Provider
 
 KEY = f"sk-canary-{secrets.token_hex(12)}"

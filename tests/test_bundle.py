@@ -9,11 +9,11 @@ from databricks.sdk.service.jobs import JobSettings, RunResultState
 from databricks.sdk.service.workspace import ImportFormat
 
 from conftest import BIN, ROOT, SMALL, copy_of
-from llmops_ref.bundle import load_bundle
-from llmops_ref.config import SettingsError, load_config
-from llmops_ref.jobs import TASKS, deployment_job, hand_on_triggers
-from llmops_ref.plan import STAGES
-from llmops_ref.workspace import DataError, open_workspace
+from llmops_ref.runner.bundle import load_bundle
+from llmops_ref.core.config import SettingsError, load_config
+from llmops_ref.runner.jobs import TASKS, deployment_job, hand_on_triggers
+from llmops_ref.runner.plan import STAGES
+from llmops_ref.core.workspace import DataError, open_workspace
 
 VALUES = dict(service_principal="5e0c2f1a-1d7b", approvers="ml-leads")
 
@@ -97,7 +97,7 @@ def test_the_deployment_job_keeps_the_contract():
     evaluate, approval, deploy = job.tasks
     assert approval.task_key.lower().startswith("approval") and approval.max_retries == 0 and approval.disable_auto_optimization
     assert [d.task_key for d in approval.depends_on] == ["evaluate"] and [d.task_key for d in deploy.depends_on] == [approval.task_key]
-    from llmops_ref.approval import TASK
+    from llmops_ref.release.approval import TASK
     assert approval.task_key == TASK, "the button sets the tag that our check reads"
     assert ("ml-leads", "CAN_MANAGE_RUN") in [(p.group_name, p.level.value) for p in job.permissions]
 
@@ -107,7 +107,7 @@ def test_the_python_part_under_the_command_that_runs_it(tmp_path):
     given = dict(
         bundle=dict(name="llmops-ref", target="prod"),
         variables={k: dict(value=v) for k, v in load_bundle(ROOT, "prod", VALUES).variables.items()},
-        python=dict(resources=["llmops_ref.bundle:load_resources"]),
+        python=dict(resources=["llmops_ref.runner.bundle:load_resources"]),
     )
     (tmp_path / "in.json").write_text(json.dumps(given))
     files = [f"--{name}={tmp_path / name}.json" for name in ("output", "diagnostics", "locations")]

@@ -7,18 +7,18 @@ import pandas as pd
 import pytest
 
 from llmops_ref import hub
-from llmops_ref.config import load_config
+from llmops_ref.core.config import load_config
 from llmops_ref.deployment import check_traffic, smoke_test
-from llmops_ref.evidence import evidence_reasons
+from llmops_ref.release.evidence import evidence_reasons
 from llmops_ref.hub import Candidate, choose, probe_candidates
-from llmops_ref.llm import Endpoint, chat_client
+from llmops_ref.models.llm import Endpoint, chat_client
 from llmops_ref.monitoring import Look, render_monitoring
-from llmops_ref.report import verdict
-from llmops_ref.scoring import fair_seconds
-from llmops_ref.services import start_service, stop_services
-from llmops_ref.signals import signal_days, signal_table
+from llmops_ref.runner.report import verdict
+from llmops_ref.core.scoring import fair_seconds
+from llmops_ref.core.services import start_service, stop_services
+from llmops_ref.feedback.signals import signal_days, signal_table
 from llmops_ref.validation import block, check_gates
-from llmops_ref.workspace import DataError, open_workspace
+from llmops_ref.core.workspace import DataError, open_workspace
 
 MODES = ["inform", "raise"]
 SCORES = dict(names_gold=0.8, citation_precision=0.9, grounded=0.9, readable=1.0, refused=0.7, failed=0, p95_seconds=11.9)

@@ -8,10 +8,10 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from conftest import ROOT
-from llmops_ref.chat import AT_ONCE, HEADERS, PAGE, chat_app, example_questions, open_champion
-from llmops_ref.config import load_config
-from llmops_ref.services import stop_services
-from llmops_ref.workspace import open_workspace
+from llmops_ref.feedback.chat import AT_ONCE, HEADERS, PAGE, chat_app, example_questions, open_champion
+from llmops_ref.core.config import load_config
+from llmops_ref.core.services import stop_services
+from llmops_ref.core.workspace import open_workspace
 
 SCRIPT = "<img src=x onerror=\"document.title='broken in'\"><script>document.title='broken in'</script>"
 ME = dict(session="a-test-session")
@@ -194,7 +194,7 @@ def test_other_names_of_the_server(ws, host):
 
 
 def test_a_stream_that_breaks(client, host, caplog):
-    from llmops_ref.workspace import DataError
+    from llmops_ref.core.workspace import DataError
     host.pieces = ["Use", DataError("The endpoint ended it in the middle.")]
     assert ask(client) == [("piece", "Use"), ("failed", "The endpoint ended it in the middle.")]
     host.pieces = ["Use", RuntimeError("/secret/path")]
@@ -390,7 +390,7 @@ def test_what_is_not_sent(page, host):
 
 
 def test_stop_break_and_again(page, host, served):
-    from llmops_ref.workspace import DataError
+    from llmops_ref.core.workspace import DataError
     wait = threading.Event()
     host.pieces = ["Half of it", wait]
     say(page, "How?")

@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 
 from conftest import copy_of
-from llmops_ref.approval import ApprovalNeeded, check_approved, decide
-from llmops_ref.config import load_config
+from llmops_ref.release.approval import ApprovalNeeded, check_approved, decide
+from llmops_ref.core.config import load_config
 from llmops_ref.deployment import check_traffic, roll_out
-from llmops_ref.champion import one_at_a_time
-from llmops_ref.services import Service, stop_services
-from llmops_ref.serving import LocalHost, open_front
+from llmops_ref.release.champion import one_at_a_time
+from llmops_ref.core.services import Service, stop_services
+from llmops_ref.release.serving import LocalHost, open_front
 from llmops_ref.validation import answers_folder, kept_answers, recall_assistant
-from llmops_ref.workspace import DataError, open_workspace
+from llmops_ref.core.workspace import DataError, open_workspace
 
 NEW = dict(QUESTION_WORDS="150")                        # another assistant, without training another model
 BRIEF = dict(RED_TEAM="", REGRESSIONS="", VALIDATION_QUESTIONS="2", ROLLOUT_QUESTIONS="4")      # where a test is about what follows
@@ -226,7 +226,7 @@ def test_the_next_question_goes_by_the_new_shares(shop, monkeypatch):
                 try: asked.append(host.ask("Who is there?")["version"])
                 except DataError as error: failed.append(error)
         def waits(seconds): raise AssertionError(f"somebody waits for {seconds} s")
-        monkeypatch.setattr("llmops_ref.serving.time", SimpleNamespace(sleep=waits))
+        monkeypatch.setattr("llmops_ref.release.serving.time", SimpleNamespace(sleep=waits))
         askers = [threading.Thread(target=ask_on, daemon=True) for _ in range(2)]
         for asker in askers: asker.start()
         for version in ("b", "a", "b"):
@@ -320,8 +320,8 @@ def test_a_worse_model_is_refused(shop, tmp_path):
     "A fine-tune that loads and answers, and whose training diverged: half of its weights are noise."
     import torch
     from safetensors.torch import load_file, save_file
-    from llmops_ref.variants import adapter_to_gguf
-    from llmops_ref.workspace import file_digest
+    from llmops_ref.tuning.variants import adapter_to_gguf
+    from llmops_ref.core.workspace import file_digest
     ws = workspace(shop)
     mlflow, name, good = ws.mlflow(), ws.registered("chat_model"), ws.alias("chat_model", "candidate", record=False)
     content = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{good}", dst_path=str(tmp_path)))

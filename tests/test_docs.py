@@ -5,10 +5,10 @@ import httpx
 import pytest
 
 from conftest import ROOT, copy_of
-from llmops_ref.config import Config
-from llmops_ref.docs import anchor_of, broken_links, build_site, site_pages
-from llmops_ref.fork import TUTORIAL, read_upstream
-from llmops_ref.plan import STAGES
+from llmops_ref.core.config import Config
+from llmops_ref.kit.docs import anchor_of, broken_links, build_site, site_pages
+from llmops_ref.kit.fork import TUTORIAL, read_upstream
+from llmops_ref.runner.plan import STAGES
 from test_chat import chromium
 from test_workflows import test_what_is_called_exists as exists
 
@@ -81,8 +81,8 @@ NOT_HERE = {
     r"make offline": "takes both commands again; the life cycle of `pristine` runs without a network",
     r"make lock.*": "resolves anew; the workflow `newest` does it every Monday",
     r"make run INSTALLER=pip": "takes ten minutes more; pip reads the same lock",
-    r"llmops bench .*": "takes minutes; its lesson, 03d_bench, measures",
-    r"llmops load": "takes minutes; its lesson is 07b_load",
+    r"llmops bench .*": "takes minutes; its lesson, bench.choices, measures",
+    r"llmops load": "takes minutes; its lesson is bench.load",
     r"nbdev-install-hooks": "writes into the home of whoever runs it", r"git .*": "is git's own",
 }
 

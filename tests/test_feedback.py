@@ -8,19 +8,19 @@ import pandas as pd
 import pytest
 
 from conftest import copy_of
-from llmops_ref.asking import ask_about, first_sentence
-from llmops_ref.chat import find_trace
-from llmops_ref.config import load_config
-from llmops_ref.feedback import record_feedback, share_down
-from llmops_ref.inference_table import collect_requests, count_lost
-from llmops_ref.pairs import build_pairs, check_pairs
-from llmops_ref.published import open_index
-from llmops_ref.review import PER_SOURCE, review_feedback, to_review, trace_case
-from llmops_ref.reviewed import question_rows, regression_rows, reviewed_cases
-from llmops_ref.scoring import names_gold
-from llmops_ref.serving import LocalHost, stream_endpoint
-from llmops_ref.services import stop_services
-from llmops_ref.workspace import open_workspace
+from llmops_ref.documents.asking import ask_about, first_sentence
+from llmops_ref.feedback.chat import find_trace
+from llmops_ref.core.config import load_config
+from llmops_ref.feedback.votes import record_feedback, share_down
+from llmops_ref.feedback.inference_table import collect_requests, count_lost
+from llmops_ref.tuning.pairs import build_pairs, check_pairs
+from llmops_ref.search.published import open_index
+from llmops_ref.feedback.review import PER_SOURCE, review_feedback, to_review, trace_case
+from llmops_ref.evaluation.reviewed import question_rows, regression_rows, reviewed_cases
+from llmops_ref.core.scoring import names_gold
+from llmops_ref.release.serving import LocalHost, stream_endpoint
+from llmops_ref.core.services import stop_services
+from llmops_ref.core.workspace import open_workspace
 
 
 def workspace(project, **settings):

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from llmops_ref.training import Recipe, fit, last_checkpoint, launch, prepare_training
-from llmops_ref.workspace import DataError
+from llmops_ref.tuning.training import Recipe, fit, last_checkpoint, launch, prepare_training
+from llmops_ref.core.workspace import DataError
 
 RECIPE = Recipe(rank=4, lr=0.05, tokens=64, epochs=2, checks=4)
 
@@ -47,7 +47,7 @@ def pairs(n=96):
 
 def start(folder, **options):
     return subprocess.Popen(
-        [sys.executable, "-m", "llmops_ref.training", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, "-m", "llmops_ref.tuning.training", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
 
 
@@ -66,7 +66,7 @@ def undisturbed(base, tmp_path_factory):
     @functools.cache
     def train(dtype):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("llmops_ref.training.training_dtype", lambda device: dtype)
+            patch.setattr("llmops_ref.tuning.training.training_dtype", lambda device: dtype)
             return fit(prepare_training(tmp_path_factory.mktemp("undisturbed"), base, pairs(), RECIPE))
     return train
 
@@ -113,7 +113,7 @@ def test_the_result_counts_what_was_learned_from(base, undisturbed, tmp_path):
 def test_activations_computed_again(base, undisturbed, tmp_path, monkeypatch):
     "It takes less memory and learns the same; and by the name that transformers will still know."
     whole = undisturbed("float32")
-    monkeypatch.setattr("llmops_ref.training.training_dtype", lambda device: "float32")
+    monkeypatch.setattr("llmops_ref.tuning.training.training_dtype", lambda device: "float32")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*gradient_checkpointing(_enable)?` is deprecated", category=FutureWarning)
         again = fit(prepare_training(tmp_path, base, pairs(), replace(RECIPE, recompute=True)))

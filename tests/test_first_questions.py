@@ -4,12 +4,12 @@ import json, re
 import pytest
 
 from conftest import ROOT, Project
-from llmops_ref.chat import example_questions
-from llmops_ref.config import load_config
-from llmops_ref.fork import TUTORIAL, read_upstream
-from llmops_ref.prominence import ask_first, first_questions
-from llmops_ref.published import open_index
-from llmops_ref.workspace import open_workspace
+from llmops_ref.feedback.chat import example_questions
+from llmops_ref.core.config import load_config
+from llmops_ref.kit.fork import TUTORIAL, read_upstream
+from llmops_ref.documents.prominence import ask_first, first_questions
+from llmops_ref.search.published import open_index
+from llmops_ref.core.workspace import open_workspace
 
 SHOWN = 2                                           # passages that the model is shown; `retrieval_k`
 

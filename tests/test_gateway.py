@@ -13,13 +13,13 @@ from langchain_core.exceptions import (
 )
 
 from conftest import CACHE
-from llmops_ref.assistant import DIRECT_PROMPT, make_chain
-from llmops_ref.versions import assistant_parts
-from llmops_ref.config import SettingsError, load_config
-from llmops_ref.gateway import gateway_endpoint, publish_gateway, workspace_services
-from llmops_ref.llm import BadReply, Endpoint, chat_client
-from llmops_ref.services import running_services, stop_services
-from llmops_ref.workspace import open_workspace
+from llmops_ref.assistant.chain import DIRECT_PROMPT, make_chain
+from llmops_ref.assistant.versions import assistant_parts
+from llmops_ref.core.config import SettingsError, load_config
+from llmops_ref.models.gateway import gateway_endpoint, publish_gateway, workspace_services
+from llmops_ref.models.llm import BadReply, Endpoint, chat_client
+from llmops_ref.core.services import running_services, stop_services
+from llmops_ref.core.workspace import open_workspace
 from provider import FAULTS, Provider
 from socket_workspace import MISSING, SocketWorkspace, on_a_socket, strict
 
@@ -216,7 +216,7 @@ def test_shares_and_a_guardrail(tmp_path, monkeypatch):
 @pytest.fixture
 def agent(tmp_path, monkeypatch):
     "The agent as MLflow serves it, without an index, behind a gateway with two real models; and its workspace."
-    from llmops_ref.agent import AssistantAgent
+    from llmops_ref.assistant.agent import AssistantAgent
     config = load_config(
         "dev", app="third_party", store=str(tmp_path / "store"), cache=CACHE, gateway_models=["local/smollm2-q8_0"],
         gateway_fallbacks=["local/smollm2-q4_1"], retrieval="off", chat_slots=2, chat_max_tokens=2,

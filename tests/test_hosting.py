@@ -15,12 +15,12 @@ from databricks.sdk.service.apps import (
 )
 
 from conftest import ROOT
-from llmops_ref.bundle import destroy
-from llmops_ref.config import SettingsError, load_config
+from llmops_ref.runner.bundle import destroy
+from llmops_ref.core.config import SettingsError, load_config
 from llmops_ref.deployment import check_traffic, hand_over, roll_out, smoke_test
-from llmops_ref.champion import rollback
-from llmops_ref.hosting import AppHost, ModelServingHost, endpoint_name
-from llmops_ref.workspace import DataError, Workspace
+from llmops_ref.release.champion import rollback
+from llmops_ref.release.hosting import AppHost, ModelServingHost, endpoint_name
+from llmops_ref.core.workspace import DataError, Workspace
 from socket_workspace import BREAKS, MISSING, SocketWorkspace, on_a_socket, strict
 
 QUESTION = "How do I log a metric?"
@@ -437,7 +437,7 @@ def apps(monkeypatch):
             yield lambda question: dict(
                 question=question["question"], answer=f"Version {version} says so.", passages=[], citations=[], seconds=0.1
             )
-        monkeypatch.setattr("llmops_ref.hosting.load_assistant", loaded)
+        monkeypatch.setattr("llmops_ref.release.hosting.load_assistant", loaded)
         yield state
 
 
@@ -501,7 +501,7 @@ def test_on_a_real_workspace():
             f"needs a Databricks workspace: {', '.join(missing)} not set (LLMOPS_TEST_CATALOG: a catalog with the registered model"
             " reference.assistant; LLMOPS_TEST_VERSIONS: two of its versions, such as 1,2)"
         )
-    from llmops_ref.workspace import open_workspace
+    from llmops_ref.core.workspace import open_workspace
     host = ModelServingHost(
         open_workspace(load_config("staging", platform="databricks", catalog=os.environ["LLMOPS_TEST_CATALOG"])), WorkspaceClient()
     )

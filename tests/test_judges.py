@@ -3,10 +3,10 @@ import json, os, time
 
 import pandas as pd, pytest
 
-from llmops_ref import judges as module
-from llmops_ref.config import SettingsError, load_config
-from llmops_ref.judges import agreement_table, judge_answers, make_judges
-from llmops_ref.workspace import open_workspace
+from llmops_ref.evaluation import judges as module
+from llmops_ref.core.config import SettingsError, load_config
+from llmops_ref.evaluation.judges import agreement_table, judge_answers, make_judges
+from llmops_ref.core.workspace import open_workspace
 from provider import Provider
 
 ANSWERS = pd.DataFrame(

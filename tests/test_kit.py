@@ -10,13 +10,13 @@ import pytest
 from databricks.sdk.service.catalog import PermissionsChange, Privilege
 
 from conftest import BIN, ROOT, SMALL, Project
-from llmops_ref.config import SettingsError, load_config
-from llmops_ref.doctor import NEEDED, _rights_in, check_workspace
-from llmops_ref.fork import (
+from llmops_ref.core.config import SettingsError, load_config
+from llmops_ref.kit.doctor import NEEDED, _rights_in, check_workspace
+from llmops_ref.kit.fork import (
     FIRST_PAGE, TUTORIAL, Identity, fork_project, git, read_identity, read_upstream, relink, upgrade_project, version_of, write_readme,
 )
-from llmops_ref.plan import STAGES
-from llmops_ref.workspace import DataError
+from llmops_ref.runner.plan import STAGES
+from llmops_ref.core.workspace import DataError
 from test_bundle import Emulator
 
 HERE = read_identity(ROOT)
@@ -506,7 +506,7 @@ def test_a_conflict_is_named_and_left_in_a_notebook_that_opens(renamed, upstream
         edit(project, "07h_simulation.ipynb", "# simulation", f"# simulation\n\n{word} words")
         committed(project.root, "Differ")
     done = called(acme, "upgrade")
-    assert done.returncode == 1 and "nbs/07h_simulation.ipynb" in done.stderr and "git reset --hard" in done.stderr, done.stderr
+    assert done.returncode == 1 and "nbs/lib/feedback/rehearsal.ipynb" in done.stderr and "git reset --hard" in done.stderr, done.stderr
     text = json.dumps(json.loads((acme.root / "nbs" / "07h_simulation.ipynb").read_text()))
     assert "Acme's words" in text and "Upstream's words" in text
     git(acme.root, "reset", "-q", "--hard")

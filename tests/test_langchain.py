@@ -5,13 +5,13 @@ import pandas as pd, pytest
 from langchain_core.documents import Document
 from langchain_tests.integration_tests import EmbeddingsIntegrationTests, RetrieversIntegrationTests, VectorStoreIntegrationTests
 
-from llmops_ref.assistant import retriever_class
-from llmops_ref.config import load_config
-from llmops_ref.embedding import open_embedder
-from llmops_ref.published import publish_index
-from llmops_ref.vector_index import Index, build_index
-from llmops_ref.vectorstore import IndexStore, MiniLMEmbeddings, log_retriever
-from llmops_ref.workspace import open_workspace
+from llmops_ref.assistant.chain import retriever_class
+from llmops_ref.core.config import load_config
+from llmops_ref.models.embedding import open_embedder
+from llmops_ref.search.published import publish_index
+from llmops_ref.search.vector_index import Index, build_index
+from llmops_ref.search.vectorstore import IndexStore, MiniLMEmbeddings, log_retriever
+from llmops_ref.core.workspace import open_workspace
 
 CHUNKS = pd.DataFrame(
     [

@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 
 from conftest import BIN, CACHE, ROOT, Project
-from llmops_ref.config import Config, _parse, load_config
-from llmops_ref.fork import write_setting
+from llmops_ref.core.config import Config, _parse, load_config
+from llmops_ref.kit.fork import write_setting
 
 # What another team would write; all other settings are moved by their type. `platform` stays: lessons are for this machine.
 NOWHERE = "http://127.0.0.1:9/v1"

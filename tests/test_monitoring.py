@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 
 from conftest import copy_of
-from llmops_ref.config import load_config
-from llmops_ref.embedding import open_embedder
-from llmops_ref.inference_table import COLUMNS
+from llmops_ref.core.config import load_config
+from llmops_ref.models.embedding import open_embedder
+from llmops_ref.feedback.inference_table import COLUMNS
 from llmops_ref.monitoring import look_at, rehearse, render_monitoring
-from llmops_ref.simulation import question_topics
-from llmops_ref.workspace import open_workspace
+from llmops_ref.feedback.rehearsal import question_topics
+from llmops_ref.core.workspace import open_workspace
 
 ANSWER = dict(
     dict.fromkeys(COLUMNS, ""), status="OK", answer="Use it [1].", cited=True, refused=False, passages=["a"],

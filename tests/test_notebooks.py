@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from conftest import BIN, ROOT
-from llmops_ref.files import DataError
-from llmops_ref.fork import write_readme
-from llmops_ref.plan import STAGES, check_parameters, lessons
+from llmops_ref.core.files import DataError
+from llmops_ref.kit.fork import write_readme
+from llmops_ref.runner.plan import STAGES, check_parameters, lessons
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 

@@ -6,15 +6,15 @@ import pandas as pd
 import pytest
 from langchain_core.exceptions import ModelError
 
-from llmops_ref.config import load_config
-from llmops_ref.feedback import record_feedback
-from llmops_ref.inference_table import collect_requests
-from llmops_ref.pairs import build_pairs, check_pairs
-from llmops_ref.review import review_feedback
-from llmops_ref.reviewed import reviewed_cases
-from llmops_ref.plan import find_stage, reasons, stage_code
-from llmops_ref.teacher import open_teacher
-from llmops_ref.workspace import DataError, open_workspace
+from llmops_ref.core.config import load_config
+from llmops_ref.feedback.votes import record_feedback
+from llmops_ref.feedback.inference_table import collect_requests
+from llmops_ref.tuning.pairs import build_pairs, check_pairs
+from llmops_ref.feedback.review import review_feedback
+from llmops_ref.evaluation.reviewed import reviewed_cases
+from llmops_ref.runner.plan import find_stage, reasons, stage_code
+from llmops_ref.tuning.teacher import open_teacher
+from llmops_ref.core.workspace import DataError, open_workspace
 from provider import Provider
 
 VERBS = [

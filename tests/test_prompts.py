@@ -4,8 +4,8 @@ import json, shutil
 import pytest
 
 from conftest import copy_of
-from llmops_ref.config import load_config
-from llmops_ref.workspace import open_workspace
+from llmops_ref.core.config import load_config
+from llmops_ref.core.workspace import open_workspace
 
 BAD = {
     "french": (

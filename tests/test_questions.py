@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from llmops_ref.questions import load_questions
-from llmops_ref.scoring import names_gold
+from llmops_ref.evaluation.questions import load_questions
+from llmops_ref.core.scoring import names_gold
 
 ASKED = "Which call tells whether a metric was logged?"
 ADD = (
@@ -102,8 +102,8 @@ def test_people_who_add_at_once_do_not_overwrite_each_other(project):
 
 def test_check_finds_leaks_and_broken_gold(project):
     "In a file that somebody edited by hand, and with the documents of a corpus that has run."
-    from llmops_ref.config import load_config
-    from llmops_ref.workspace import open_workspace
+    from llmops_ref.core.config import load_config
+    from llmops_ref.core.workspace import open_workspace
     import pandas as pd
     questions = load_questions(file(project))
     train, test = (questions[(questions.split == split) & (questions.type == "howto")].iloc[0] for split in ("train", "test"))

@@ -5,12 +5,12 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np, pandas as pd, pytest
 
 from conftest import Project
-from llmops_ref.assistant import as_retriever, make_chain
-from llmops_ref.config import load_config
-from llmops_ref.embedding import minilm_folder, open_embedder
-from llmops_ref.published import LiveIndex, embed_texts, open_index, publish_index
-from llmops_ref.vector_index import Index, build_index, open_reranker
-from llmops_ref.workspace import open_workspace
+from llmops_ref.assistant.chain import as_retriever, make_chain
+from llmops_ref.core.config import load_config
+from llmops_ref.models.embedding import minilm_folder, open_embedder
+from llmops_ref.search.published import LiveIndex, embed_texts, open_index, publish_index
+from llmops_ref.search.vector_index import Index, build_index, open_reranker
+from llmops_ref.core.workspace import open_workspace
 
 PAGES = {
     "guide/restart.md": (

@@ -5,9 +5,9 @@ from pathlib import Path
 import psutil, pytest
 
 from conftest import no_network
-from llmops_ref.config import load_config
-from llmops_ref.plan import STAGES, lessons
-from llmops_ref.workspace import open_workspace
+from llmops_ref.core.config import load_config
+from llmops_ref.runner.plan import STAGES, lessons
+from llmops_ref.core.workspace import open_workspace
 
 QUESTION = "How do I point an alias at a specific model version?"
 
@@ -68,7 +68,7 @@ def test_aliases_are_those_that_mlflow_knows(finished):
 def test_what_only_shows_imports_no_model_and_no_mlflow(finished):
     "Help, a plan and a status are read a hundred times a day."
     slow = {"torch", "mlflow", "transformers", "langchain_core", "onnxruntime", "faiss", "pyspark"}
-    script = f"import sys\nfrom llmops_ref.cli import app\ntry: app()\nfinally: print(sorted({slow} & set(sys.modules)), file=sys.stderr)"
+    script = f"import sys\nfrom llmops_ref.commands.cli import app\ntry: app()\nfinally: print(sorted({slow} & set(sys.modules)), file=sys.stderr)"
     for words in (["--help"], ["status", "--env", "staging"], ["run", "--env", "staging"], ["why", "retrieval", "--env", "staging"]):
         done = subprocess.run(
             [sys.executable, "-c", script, *words], cwd=finished.root, env=finished.environment, capture_output=True, text=True
@@ -171,9 +171,9 @@ def test_killed_kernel_then_resume(finished):
 
 
 def test_a_kernel_that_is_killed_while_it_waits_is_replaced(project):
-    from llmops_ref.config import load_config
-    from llmops_ref.pipeline import _Kernels
-    from llmops_ref.workspace import Workspace
+    from llmops_ref.core.config import load_config
+    from llmops_ref.runner.pipeline import _Kernels
+    from llmops_ref.core.workspace import Workspace
     with _Kernels(Workspace(load_config("dev", project.root))) as kernels:
         kernels.prepare(STAGES[1])
         killed = kernels.waiting[0]

