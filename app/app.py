@@ -11,7 +11,8 @@ sys.path.insert(0, str(ROOT))
 from llmops_ref.feedback.chat import open_champion, serve_chat
 from llmops_ref.core.config import SettingsError, load_config
 from llmops_ref.core.services import free_port
-from llmops_ref.core.workspace import DataError, open_workspace
+from llmops_ref.core.files import DataError
+from llmops_ref.core.workspace import open_workspace
 
 
 def main():

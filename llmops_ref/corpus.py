@@ -12,12 +12,13 @@ import hashlib
 
 import pandas as pd
 
+from .core.files import DataError, file_digest
+from .core.workspace import Workspace
 from .documents import chunking
 from .documents.chunking import make_chunks
 from .documents.folder import corpus_source, read_folder, read_table
 from .documents.packages import NOTHING, read_api
 from .documents.prominence import prominence
-from .core.workspace import DataError, file_digest, Workspace
 
 # %% ../nbs/02_corpus.ipynb #cd1608e3
 def add_prominence(

@@ -12,10 +12,11 @@ import functools, itertools, time
 
 import pandas as pd
 
-from .release.champion import make_champion
 from .core.config import read_shares
-from .core.scoring import fair_seconds, MAY_BE_BUSY
-from .core.workspace import DataError, Workspace
+from .core.files import DataError
+from .core.scoring import MAY_BE_BUSY, fair_seconds
+from .core.workspace import Workspace
+from .release.champion import make_champion
 
 # %% ../nbs/07_deployment.ipynb #62048e39
 def smoke_test(

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from .core.workspace import Workspace
+from .models.weights import BASE_SHA256, base_checkpoint
 from .tuning.training import launch, prepare_training, recipe_of
 from .tuning.variants import adapter_to_gguf
-from .models.weights import base_checkpoint, BASE_SHA256
-from .core.workspace import Workspace
 
 # %% ../nbs/05_finetune.ipynb #1982b583
 def share_of(

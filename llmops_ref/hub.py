@@ -18,12 +18,13 @@ import pandas as pd
 import psutil
 
 from .core.config import SettingsError
+from .core.files import DataError, file_digest, write_atomic
+from .core.scoring import MAY_BE_BUSY, fair_seconds, mrr_at_k, recall_at_k
+from .core.workspace import Workspace
 from .models.gateway import gateway_endpoint
 from .models.llm import Endpoint
 from .models.probes import _last_line, run_probes
-from .core.scoring import fair_seconds, MAY_BE_BUSY, mrr_at_k, recall_at_k
 from .models.weights import weights
-from .core.workspace import DataError, file_digest, Workspace, write_atomic
 
 # %% ../nbs/01_hub.ipynb #a2c7bdc6
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 
 from .core.config import Config
-from .feedback.drift import find_drift
 from .core.page import render_page
 from .core.scoring import MAY_BE_BUSY
-from .feedback.signals import find_triggers, signal_days, signal_table
+from .feedback.drift import find_drift
 from .feedback.rehearsal import simulate
+from .feedback.signals import find_triggers, signal_days, signal_table
 
 # %% ../nbs/08_monitoring.ipynb #213185b1
 @dataclass

@@ -14,12 +14,13 @@ import json
 import pandas as pd
 
 from .assistant.chain import check_template
-from .core.config import Config, SettingsError
-from .evaluation.answers import LESS_IS_BETTER, MEASURES, summarise
 from .assistant.examples import open_examples, wants_examples
 from .assistant.quotes import may_quote, quotes
-from .core.significance import compare, Comparison, Gate
-from .core.workspace import DataError, Workspace
+from .core.config import Config, SettingsError
+from .core.files import DataError
+from .core.significance import Comparison, Gate, compare
+from .core.workspace import Workspace
+from .evaluation.answers import LESS_IS_BETTER, MEASURES, summarise
 
 # %% ../nbs/04_prompts.ipynb #83777abf
 IN_USE, PROPOSAL = "registry/champion", "search/proposal"                  # names that no file can have

@@ -13,10 +13,10 @@ import time
 import numpy as np
 import pandas as pd
 
-from .models.embedding import DIMENSION, open_embedder, PRECISIONS
 from .core.scoring import mrr_at_k, ndcg_at_k, recall_at_k
-from .search.vector_index import Index, METHODS, terms
 from .core.workspace import Workspace
+from .models.embedding import DIMENSION, PRECISIONS, open_embedder
+from .search.vector_index import Index, METHODS, terms
 
 # %% ../nbs/03_retrieval.ipynb #01a3f178
 def compare_precisions(

@@ -16,16 +16,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .assistant.chain import as_retriever, cut_words, DIRECT_PROSE, lowest_cosine, make_chain, open_assistant
+from .assistant.chain import DIRECT_PROSE, as_retriever, cut_words, lowest_cosine, make_chain, open_assistant
+from .assistant.quotes import quotes
+from .assistant.versions import load_assistant, logged_digest, logged_settings
 from .core.config import Config, SettingsError
-from .evaluation.answers import answer_all, BY_KIND, FROM_PASSAGES, keeper, LESS_IS_BETTER, read_gates, REPLY
+from .core.files import DataError, write_atomic
+from .core.scoring import MAY_BE_BUSY, machine_share, with_share
+from .core.significance import Comparison, Gate, compare, said_share
+from .core.workspace import Workspace
+from .evaluation.answers import BY_KIND, FROM_PASSAGES, LESS_IS_BETTER, REPLY, answer_all, keeper, read_gates
 from .release.evidence import render_evidence
 from .search.published import open_index
-from .assistant.quotes import quotes
-from .core.scoring import machine_share, MAY_BE_BUSY, with_share
-from .core.significance import compare, Comparison, Gate, said_share
-from .assistant.versions import load_assistant, logged_digest, logged_settings
-from .core.workspace import DataError, Workspace, write_atomic
 
 # %% ../nbs/06_validation.ipynb #c8d2e7f3
 def answers_folder(

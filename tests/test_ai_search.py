@@ -12,7 +12,8 @@ from databricks.sdk.service.vectorsearch import (
 from llmops_ref.search.ai_search import COLUMNS, AISearchIndex, create_search_index, delete_chunks, index_body, sync_search_index, upsert_chunks
 from llmops_ref.core.config import SettingsError, load_config
 from llmops_ref.search.published import publish_to_ai_search
-from llmops_ref.core.workspace import DataError, open_workspace
+from llmops_ref.core.files import DataError
+from llmops_ref.core.workspace import open_workspace
 from socket_workspace import MISSING, SocketWorkspace, on_a_socket
 
 NAME, TABLE, ENDPOINT = "llmops_dev.reference.chunks_index", "llmops_dev.reference.chunks", "llmops"

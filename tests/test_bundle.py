@@ -13,7 +13,8 @@ from llmops_ref.runner.bundle import load_bundle
 from llmops_ref.core.config import SettingsError, load_config
 from llmops_ref.runner.jobs import TASKS, deployment_job, hand_on_triggers
 from llmops_ref.runner.plan import STAGES
-from llmops_ref.core.workspace import DataError, open_workspace
+from llmops_ref.core.files import DataError
+from llmops_ref.core.workspace import open_workspace
 
 VALUES = dict(service_principal="5e0c2f1a-1d7b", approvers="ml-leads")
 

@@ -18,7 +18,8 @@ from llmops_ref.core.scoring import fair_seconds
 from llmops_ref.core.services import start_service, stop_services
 from llmops_ref.feedback.signals import signal_days, signal_table
 from llmops_ref.validation import block, check_gates
-from llmops_ref.core.workspace import DataError, open_workspace
+from llmops_ref.core.files import DataError
+from llmops_ref.core.workspace import open_workspace
 
 MODES = ["inform", "raise"]
 SCORES = dict(names_gold=0.8, citation_precision=0.9, grounded=0.9, readable=1.0, refused=0.7, failed=0, p95_seconds=11.9)

@@ -194,7 +194,7 @@ def test_other_names_of_the_server(ws, host):
 
 
 def test_a_stream_that_breaks(client, host, caplog):
-    from llmops_ref.core.workspace import DataError
+    from llmops_ref.core.files import DataError
     host.pieces = ["Use", DataError("The endpoint ended it in the middle.")]
     assert ask(client) == [("piece", "Use"), ("failed", "The endpoint ended it in the middle.")]
     host.pieces = ["Use", RuntimeError("/secret/path")]
@@ -390,7 +390,7 @@ def test_what_is_not_sent(page, host):
 
 
 def test_stop_break_and_again(page, host, served):
-    from llmops_ref.core.workspace import DataError
+    from llmops_ref.core.files import DataError
     wait = threading.Event()
     host.pieces = ["Half of it", wait]
     say(page, "How?")

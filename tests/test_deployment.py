@@ -14,7 +14,8 @@ from llmops_ref.release.champion import one_at_a_time
 from llmops_ref.core.services import Service, stop_services
 from llmops_ref.release.serving import LocalHost, open_front
 from llmops_ref.validation import answers_folder, kept_answers, recall_assistant
-from llmops_ref.core.workspace import DataError, open_workspace
+from llmops_ref.core.files import DataError
+from llmops_ref.core.workspace import open_workspace
 
 NEW = dict(QUESTION_WORDS="150")                        # another assistant, without training another model
 BRIEF = dict(RED_TEAM="", REGRESSIONS="", VALIDATION_QUESTIONS="2", ROLLOUT_QUESTIONS="4")      # where a test is about what follows
@@ -321,7 +322,7 @@ def test_a_worse_model_is_refused(shop, tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
     from llmops_ref.tuning.variants import adapter_to_gguf
-    from llmops_ref.core.workspace import file_digest
+    from llmops_ref.core.files import file_digest
     ws = workspace(shop)
     mlflow, name, good = ws.mlflow(), ws.registered("chat_model"), ws.alias("chat_model", "candidate", record=False)
     content = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{good}", dst_path=str(tmp_path)))

@@ -170,7 +170,7 @@ def links(text):
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S)) if not re.match(r"\w+:", link)]
 
 
-@pytest.mark.parametrize("name", [*PAGES, *(f"nbs/{path.name}" for path in sorted((ROOT / "nbs").glob("*.ipynb")))])
+@pytest.mark.parametrize("name", [*PAGES, *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "nbs").rglob("*.ipynb")))])
 def test_links_lead_somewhere(name):
     text = PAGES.get(name) or "\n\n".join(
         "".join(cell["source"]) for cell in json.loads((ROOT / name).read_text())["cells"] if cell["cell_type"] == "markdown"
@@ -230,7 +230,7 @@ def site(tmp_path_factory):
 def test_no_link_of_the_site_is_broken(site):
     assert broken_links(site) == []
     pages = site_pages(ROOT)
-    assert len(pages) == len(list((ROOT / "nbs").glob("*.ipynb"))) + len(
+    assert len(pages) == len(list((ROOT / "nbs").rglob("*.ipynb"))) + len(
         list((ROOT / "nbs" / "guides").glob("*.md"))
     ), "every notebook and every guide is a page"
     assert {str(path.relative_to(site)) for path in site.rglob("*.html")} == set(pages.page)

@@ -76,8 +76,8 @@ def test_no_stage_but_monitoring_reads_votes(finished):
     reads = {path.stem: json.loads(path.read_text())["reads"] for path in (finished.root / "stores" / "staging" / "stages").glob("*.json")}
     assert "table:reviewed" in reads["corpus"] and "table:reviewed" in reads["finetune"] and "table:reviewed" in reads["validation"]
     assert not [stage for stage, names in reads.items() if "table:feedback" in names and stage != "monitoring"]
-    used = [path.name for path in (finished.root / "llmops_ref").glob("*.py") if 'read("feedback")' in path.read_text()]
-    assert set(used) <= {"feedback.py", "review.py"}, "a new reader of unreviewed votes: is it one that trains, chooses or gates?"
+    used = [path.name for path in (finished.root / "llmops_ref").rglob("*.py") if 'read("feedback")' in path.read_text()]
+    assert set(used) <= {"votes.py", "review.py"}, "a new reader of unreviewed votes: is it one that trains, chooses or gates?"
 
 
 def _vote(store, trace, n):

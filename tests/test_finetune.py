@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from llmops_ref.tuning.training import Recipe, fit, last_checkpoint, launch, prepare_training
-from llmops_ref.core.workspace import DataError
+from llmops_ref.core.files import DataError
 
 RECIPE = Recipe(rank=4, lr=0.05, tokens=64, epochs=2, checks=4)
 

@@ -26,7 +26,7 @@ ASKED = re.compile(r"""llmops (?:ask|search)\b[^\n"'`]*?(?:\\?"|')([^"'\\]+)(?:\
 
 def told() -> dict[str, str]:
     "Each question that a page, a guide, a lesson or a help text asks `llmops`, and the first place of it."
-    pages = [ROOT / "README.md", *sorted((ROOT / "nbs").glob("*.ipynb")), *sorted((ROOT / "nbs" / "guides").glob("*.md"))]
+    pages = [ROOT / "README.md", *sorted((ROOT / "nbs").rglob("*.ipynb")), *sorted((ROOT / "nbs" / "guides").glob("*.md"))]
     found = {}
     for page in pages:
         text = page.read_text(encoding="utf-8")

@@ -20,7 +20,8 @@ from llmops_ref.core.config import SettingsError, load_config
 from llmops_ref.deployment import check_traffic, hand_over, roll_out, smoke_test
 from llmops_ref.release.champion import rollback
 from llmops_ref.release.hosting import AppHost, ModelServingHost, endpoint_name
-from llmops_ref.core.workspace import DataError, Workspace
+from llmops_ref.core.files import DataError
+from llmops_ref.core.workspace import Workspace
 from socket_workspace import BREAKS, MISSING, SocketWorkspace, on_a_socket, strict
 
 QUESTION = "How do I log a metric?"

@@ -16,7 +16,7 @@ from llmops_ref.kit.fork import (
     FIRST_PAGE, TUTORIAL, Identity, fork_project, git, read_identity, read_upstream, relink, upgrade_project, version_of, write_readme,
 )
 from llmops_ref.runner.plan import STAGES
-from llmops_ref.core.workspace import DataError
+from llmops_ref.core.files import DataError
 from test_bundle import Emulator
 
 HERE = read_identity(ROOT)
@@ -78,7 +78,7 @@ OWN_ENVIRONMENT = pytest.mark.slow(reason="a renamed project installs itself, an
 def called(project, *words) -> subprocess.CompletedProcess:
     "Its command, as its package has it."
     return subprocess.run(
-        [str(BIN / "python"), "-c", f"from {ACME.package}.cli import app; app()", *words], cwd=project.root, env=project.environment,
+        [str(BIN / "python"), "-c", f"from {ACME.package}.commands.cli import app; app()", *words], cwd=project.root, env=project.environment,
         stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )
 
@@ -275,7 +275,7 @@ def test_exercise_a_gate(desk):
 def test_exercise_a_signal(desk):
     ours = '    Signal("unreadable answers"'
     mine = '    Signal("long answers", "quality", _answers, lambda r, c: r.answer.str.len() > 400, lambda c: 0.1),'
-    edit(desk, "07g_signals.ipynb", ours, f"{mine}\n{ours}")
+    edit(desk, "lib/feedback/signals.ipynb", ours, f"{mine}\n{ours}")
     assert make(desk, "prepare").returncode == 0
     assert "long answers" in done(desk, ".venv/bin/llmops monitor --env dev")
 
@@ -388,15 +388,15 @@ def exported(root):
 def test_a_renamed_fork_takes_over_what_upstream_changed(renamed, upstream):
     "Both change the same notebook in other cells, and the settings beside each other; both are there afterwards, in the package too, and the fork's data are its own."
     acme = renamed
-    edit(acme, "07g_signals.ipynb", "A share of rows that must stay under a bound.", "A share of rows that Acme keeps under a bound.")
+    edit(acme, "lib/feedback/signals.ipynb", "A share of rows that must stay under a bound.", "A share of rows that Acme keeps under a bound.")
     settings = acme.root / "settings.ini"
     settings.write_text(re.sub(r"^retrieval_k = 2 ", "retrieval_k = 4 ", settings.read_text(), flags=re.M))
     (acme.root / "data" / "questions.jsonl").write_text('{"id": "q1"}\n')
     committed(acme.root, "Make it ours")
 
-    edit(upstream, "07g_signals.ipynb", "How likely so many bad ones are", "How probable so many bad ones are")
+    edit(upstream, "lib/feedback/signals.ipynb", "How likely so many bad ones are", "How probable so many bad ones are")
     edit(upstream, "index.ipynb", "A live line for each stage", "One live line for each stage")
-    edit(upstream, "00c_scoring.ipynb", "from collections import Counter", "from collections import Counter        # " + HERE.package)
+    edit(upstream, "lib/core/scoring.ipynb", "from collections import Counter", "from collections import Counter        # " + HERE.package)
     settings = upstream.root / "settings.ini"
     settings.write_text(
         settings.read_text()
@@ -428,7 +428,7 @@ def test_a_renamed_fork_takes_over_what_upstream_changed(renamed, upstream):
 def test_the_upgrade_command_of_a_renamed_project(acme, upstream):
     "It fetches, merges, prepares (which README and package prove) and commits; no edit of upstream is lost."
     edit(upstream, "index.ipynb", "A live line for each stage, a closing table", "A live line for each stage, then a closing table")
-    edit(upstream, "07g_signals.ipynb", "if the true share is at the bound", "if the true share were at the bound")
+    edit(upstream, "lib/feedback/signals.ipynb", "if the true share is at the bound", "if the true share were at the bound")
     committed(upstream.root, "Say it better")
     done = subprocess.run([".venv/bin/llmops", "upgrade", "--json"], cwd=acme.root, env=acme.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -503,11 +503,11 @@ def test_a_template_without_history(upstream, tmp_path):
 def test_a_conflict_is_named_and_left_in_a_notebook_that_opens(renamed, upstream):
     acme = renamed
     for project, word in ((acme, "Acme's"), (upstream, "Upstream's")):
-        edit(project, "07h_simulation.ipynb", "# simulation", f"# simulation\n\n{word} words")
+        edit(project, "lib/feedback/rehearsal.ipynb", "# rehearsal", f"# rehearsal\n\n{word} words")
         committed(project.root, "Differ")
     done = called(acme, "upgrade")
     assert done.returncode == 1 and "nbs/lib/feedback/rehearsal.ipynb" in done.stderr and "git reset --hard" in done.stderr, done.stderr
-    text = json.dumps(json.loads((acme.root / "nbs" / "07h_simulation.ipynb").read_text()))
+    text = json.dumps(json.loads((acme.root / "nbs" / "lib/feedback/rehearsal.ipynb").read_text()))
     assert "Acme's words" in text and "Upstream's words" in text
     git(acme.root, "reset", "-q", "--hard")
 

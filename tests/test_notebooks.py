@@ -1,5 +1,5 @@
 """The notebooks are the source: committed clean, in sync with the package, and safe to run under papermill."""
-import ast, builtins, json, re, shutil, subprocess
+import ast, builtins, json, os, re, shutil, subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ from llmops_ref.core.files import DataError
 from llmops_ref.kit.fork import write_readme
 from llmops_ref.runner.plan import STAGES, check_parameters, lessons
 
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 
 
 def copy_of_sources(folder: Path) -> Path:
@@ -25,18 +25,18 @@ def cells(path): return json.loads(path.read_text())["cells"]
 def test_notebooks_are_clean(tmp_path):
     copy = copy_of_sources(tmp_path)
     subprocess.run([BIN / "nbdev-clean"], cwd=copy, check=True)
-    dirty = [p.name for p in NOTEBOOKS if (copy / "nbs" / p.name).read_bytes() != p.read_bytes()]
+    dirty = [str(p.relative_to(ROOT)) for p in NOTEBOOKS if (copy / p.relative_to(ROOT)).read_bytes() != p.read_bytes()]
     assert not dirty, f"run `make prepare`: not cleaned: {dirty}"
 
 
 def test_package_is_in_sync(tmp_path):
     copy = copy_of_sources(tmp_path)
     subprocess.run([BIN / "nbdev-export"], cwd=copy, check=True)
-    stale = [
-        p.name
-        for p in (copy / "llmops_ref").glob("*.py")
-        if not (ROOT / "llmops_ref" / p.name).exists() or (ROOT / "llmops_ref" / p.name).read_bytes() != p.read_bytes()
-    ]
+    made = {p.relative_to(copy): p.read_bytes() for p in (copy / "llmops_ref").rglob("*.py")}
+    stale = [str(name) for name, text in made.items() if not (ROOT / name).exists() or (ROOT / name).read_bytes() != text]
+    stale += [str(p) for p in sorted((ROOT / "llmops_ref").rglob("*.py")) if p.relative_to(ROOT) not in made]
+    notebooks = {re.search(r"File to edit: (?:\.\./)+(nbs/\S+)\.$", text.decode(), flags=re.M) for text in made.values()} - {None}
+    stale += [m[1] for m in notebooks if not (ROOT / m[1]).is_file()]
     assert not stale, f"run `make prepare`: out of sync with nbs/: {stale}"
 
 
@@ -98,16 +98,36 @@ def test_notebook_reads_well(path):
     for home in (str(ROOT), str(Path.home()) + "/"): assert home not in text, f"{home} is a path of this machine"
 
 
-def test_nobody_imports_a_stage():
-    "What others need of a stage stands in a notebook of its own: a change of the stage makes no other one stale."
-    for path in (ROOT / "llmops_ref").glob("*.py"):
-        found = set(re.findall(r"^\s*from \.(\w+) import", path.read_text(), flags=re.M)) & {stage.name for stage in STAGES}
-        assert not found, f"{path.name} imports the stage {found}"
+def test_imports_point_down():
+    "The contracts of pyproject.toml: wings import what lies below them, nobody imports a stage, there are no circles."
+    done = subprocess.run([BIN / "lint-imports"], cwd=ROOT, env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert done.returncode == 0 and "4 kept, 0 broken" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_wheel_holds_every_module(tmp_path):
+    "An editable install hides what a wheel lacks. Here each module is imported from the wheel alone."
+    source = tmp_path / "source"
+    source.mkdir()
+    copy_of_sources(source)
+    wheel = ["-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), str(source)]
+    subprocess.run([BIN / "python", *wheel], check=True, capture_output=True)
+    there, = tmp_path.glob("*.whl")
+    shutil.unpack_archive(there, tmp_path / "installed", "zip")
+    script = (
+        "import importlib, pathlib, sys; sys.path.insert(0, sys.argv[1]); import llmops_ref\n"
+        "for path in sorted(pathlib.Path(llmops_ref.__file__).parent.rglob('*.py')):\n"
+        "    module = importlib.import_module('.'.join(path.relative_to(sys.argv[1]).with_suffix('').parts))\n"
+        "    assert module.__file__.startswith(sys.argv[1]), module\n"
+        "    print(path.relative_to(sys.argv[1]).as_posix())"
+    )
+    done = subprocess.run([BIN / "python", "-P", "-c", script, str(tmp_path / "installed")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {p.relative_to(ROOT).as_posix() for p in (ROOT / "llmops_ref").rglob("*.py")}
 
 
 def test_nothing_is_pickled():
     "No load path of the package unpickles anything."
-    for path in (ROOT / "llmops_ref").glob("*.py"):
+    for path in (ROOT / "llmops_ref").rglob("*.py"):
         found = re.findall(
             r"\b(?:pickle|joblib(?! import cpu_count\n)|cloudpickle|allow_dangerous_deserialization|trust_remote_code=True|torch\.load)\b",
             path.read_text(),

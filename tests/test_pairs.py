@@ -14,7 +14,8 @@ from llmops_ref.feedback.review import review_feedback
 from llmops_ref.evaluation.reviewed import reviewed_cases
 from llmops_ref.runner.plan import find_stage, reasons, stage_code
 from llmops_ref.tuning.teacher import open_teacher
-from llmops_ref.core.workspace import DataError, open_workspace
+from llmops_ref.core.files import DataError
+from llmops_ref.core.workspace import open_workspace
 from provider import Provider
 
 VERBS = [

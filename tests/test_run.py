@@ -2,7 +2,7 @@
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
-import psutil, pytest
+import grimp, psutil, pytest
 
 from conftest import no_network
 from llmops_ref.core.config import load_config
@@ -111,6 +111,22 @@ def test_prose_does_not_run_a_stage_again_but_code_does(finished):
     path.write_text(json.dumps(notebook))
     assert json.loads(finished.inside("why", "03", "--env", "staging", "--json").stdout)["reasons"] == ["03_retrieval.ipynb changed"]
     path.write_text(original)
+
+
+def test_a_changed_library_concerns_only_the_stages_that_stand_on_it(finished):
+    "However deep it lies: grimp, which knows nothing of our cache, says who imports it, at first or at second hand."
+    graph = grimp.build_graph("llmops_ref")
+    for module in ("feedback.drift", "documents.chunking", "models.weights"):
+        above, expected = graph.find_downstream_modules(f"llmops_ref.{module}") | {f"llmops_ref.{module}"}, []
+        for stage in STAGES:
+            used = re.findall(r"from (llmops_ref[\w.]+) import", (finished.root / "nbs" / f"{stage.notebook}.ipynb").read_text())
+            if above & {f"llmops_ref.{stage.name}", *used}: expected.append(stage.notebook)
+        path = finished.root.joinpath("llmops_ref", *module.split(".")).with_suffix(".py")
+        original = path.read_text()
+        path.write_text(original + "\nMORE = 1\n")
+        found = json.loads(finished.llmops("status", "--env", "staging", "--json").stdout)["stages"]
+        path.write_text(original)
+        assert [s["stage"] for s in found if s["state"] == "stale"] == expected and 0 < len(expected) < 8, (module, expected)
 
 
 def test_a_setting_concerns_only_the_stages_that_read_it(finished):

@@ -19,14 +19,14 @@ from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.types.responses import ResponsesAgentRequest, ResponsesAgentResponse, ResponsesAgentStreamEvent
 
 from .chain import as_retriever, make_chain
-from ..models.embedding import Embedder
 from .examples import read_examples
-from ..core.files import DataError, verify_digest
-from ..models.gateway import open_route
-from ..models.llm import chat_class, chat_client, Endpoint, serve_gguf, token_cost
-from ..search.published import open_ai_search
 from .quotes import quotes
+from ..core.files import DataError, verify_digest
 from ..core.scoring import pseudonym, redact
+from ..models.embedding import Embedder
+from ..models.gateway import open_route
+from ..models.llm import Endpoint, chat_class, chat_client, serve_gguf, token_cost
+from ..search.published import open_ai_search
 from ..search.vector_index import Index, open_reranker
 
 # %% ../../nbs/lib/assistant/agent.ipynb #ccfcb3f0

@@ -13,15 +13,15 @@ __all__ = ['FENCE', 'PLAIN_PROMPT', 'DIRECT_PROSE', 'DIRECT_PROMPT', 'cut_words'
 import contextlib, functools, os, re
 from dataclasses import asdict
 
-from ..core.config import Config, SettingsError
 from .examples import open_examples, wants_examples
-from ..models.gateway import gateway_endpoint
-from ..models.llm import chat_client, Endpoint, serve_gguf
-from ..search.published import open_index
 from .quotes import quote, quotes
-from ..core.scoring import citations, is_refusal, REFUSAL
-from ..models.weights import chosen_gguf
+from ..core.config import Config, SettingsError
+from ..core.scoring import REFUSAL, citations, is_refusal
 from ..core.workspace import Workspace
+from ..models.gateway import gateway_endpoint
+from ..models.llm import Endpoint, chat_client, serve_gguf
+from ..models.weights import chosen_gguf
+from ..search.published import open_index
 
 # %% ../../nbs/lib/assistant/chain.ipynb #6cba1c41
 def cut_words(text: str, max_words: int) -> str:

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..core.files import DataError, write_atomic
+from ..core.workspace import Workspace
 from ..search.vector_index import terms
-from ..core.workspace import DataError, Workspace, write_atomic
 
 # %% ../../nbs/lib/assistant/examples.ipynb #acb2a7c8
 def make_examples(

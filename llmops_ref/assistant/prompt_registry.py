@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from .chain import check_template
+from .quotes import may_quote, quotes
 from ..core.config import SettingsError
 from ..core.files import DataError, folder_digest
-from .quotes import may_quote, quotes
-from ..core.workspace import git_commit, Workspace
+from ..core.workspace import Workspace, git_commit
 
 # %% ../../nbs/lib/assistant/prompt_registry.ipynb #7c0a5a54
 def designs(

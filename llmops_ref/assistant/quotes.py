@@ -12,9 +12,9 @@ import re
 
 import numpy as np
 
-from ..documents.asking import first_sentence, page_heading, page_sentences, plain_markdown
 from ..core.config import Config, load_config
 from ..core.scoring import is_page, words
+from ..documents.asking import first_sentence, page_heading, page_sentences, plain_markdown
 
 # %% ../../nbs/lib/assistant/quotes.ipynb #9a07e007
 def quotes(

@@ -13,17 +13,18 @@ __all__ = ['ENTRY', 'REQUIREMENTS', 'FACTS', 'OUR_FACTS', 'assistant_parts', 'as
 import contextlib, hashlib, importlib, json, os, shutil, tempfile
 from pathlib import Path
 
+import llmops_ref
 from .agent import verify_files
 from .chain import check_template, lowest_cosine
-from ..models.embedding import minilm_folder, minilm_onnx
 from .examples import wants_examples, write_examples
 from ..core.files import DataError, file_digest, known_digest, write_atomic
+from ..core.workspace import Workspace
+from ..models.embedding import minilm_folder, minilm_onnx
 from ..models.gateway import destinations, gateway_endpoint, gateway_of, route_settings
 from ..models.llm import read_prices
+from ..models.weights import BASE_SHA256, chosen_gguf
 from ..search.published import index_folder, index_precision
 from ..search.vector_index import Passage
-from ..models.weights import BASE_SHA256, chosen_gguf
-from ..core.workspace import Workspace
 
 # %% ../../nbs/lib/assistant/versions.ipynb #07e1e5a8
 ENTRY = "assistant_model.py"                        # what MLflow runs when it loads a version
@@ -74,6 +75,8 @@ def assistant_parts(
         name: known_digest(path / "manifest.json" if path.is_dir() else path) for name, path in files.items()
     }  # the manifest of an index names its files by theirs
     return settings, files
+
+def _package(): return Path(llmops_ref.__file__).parent             # a version takes the code along
 
 def _code(folder, prefix=""):                        # relative name -> digest, of every file that Python could run
     folder = Path(folder)
@@ -170,7 +173,7 @@ def log_assistant(
             for k, v in (
                 (tags or {})
                 | dict(
-                    digest=assistant_digest(settings, _code(Path(agent.__file__).parent, "llmops_ref/") | dict(entry=file_digest(entry)))
+                    digest=assistant_digest(settings, _code(_package(), "llmops_ref/") | dict(entry=file_digest(entry)))
                 )
             ).items()
         },
@@ -183,7 +186,7 @@ def log_assistant(
         name="assistant", python_model=str(entry), model_config=settings,
         artifacts={name: str(path) for name, path in files.items()},
         input_example=dict(input=[dict(role="user", content="How do I log a metric?")]),
-        code_paths=[str(Path(agent.__file__).parent)], pip_requirements=_pinned(), resources=_resources(settings),
+        code_paths=[str(_package())], pip_requirements=_pinned(), resources=_resources(settings),
         prompts=[f"prompts:/{prompt}"] if prompt else None,
     )
     if ws.config.platform == "local": _share(ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/artifacts/*"), files)
@@ -213,7 +216,7 @@ def log_chain(
         (Path(folder) / "files").mkdir(exist_ok=True)
         info = mlflow.langchain.log_model(
             str(write_atomic(Path(folder, "chain.py"), agent.CHAIN_CODE)), name="assistant_chain", model_config=settings,
-            code_paths=[str(Path(agent.__file__).parent), f"{folder}/files"],
+            code_paths=[str(_package()), f"{folder}/files"],
             input_example=dict(question="How do I log a metric?"),
             pip_requirements=_pinned() + [f"langchain=={importlib.metadata.version('langchain')}"],
             resources=_resources(settings), prompts=[f"prompts:/{prompt}"] if prompt else None,

@@ -16,19 +16,19 @@ import numpy as np
 import pandas as pd
 
 from ..assistant.chain import PLAIN_PROMPT, as_retriever, lowest_cosine, make_chain
-from ..core.config import Config, load_config
-from ..evaluation.questions import sample_questions
 from ..assistant.examples import open_examples
-from ..tuning.registry import tuned_files
-from ..models.gateway import gateway_endpoint
-from ..models.weights import chosen_gguf
-from ..models.llm import Endpoint, chat_client, read_prices, serve_command, token_cost
-from ..evaluation.answers import answer_all, summarise
 from ..assistant.prompt_registry import champion_prompt
 from ..assistant.quotes import quotes
-from ..search.published import open_index
+from ..core.config import Config, load_config
 from ..core.services import running_services, start_service, stop_service
 from ..core.workspace import Workspace, open_workspace
+from ..evaluation.answers import answer_all, summarise
+from ..evaluation.questions import sample_questions
+from ..models.gateway import gateway_endpoint
+from ..models.llm import Endpoint, chat_client, read_prices, serve_command, token_cost
+from ..models.weights import chosen_gguf
+from ..search.published import open_index
+from ..tuning.registry import tuned_files
 
 # %% ../../nbs/lib/bench/applications.ipynb #52926988
 @dataclass(frozen=True)

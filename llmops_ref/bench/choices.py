@@ -17,15 +17,15 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from ..documents.chunking import CHUNKERS, make_chunks
 from ..core.config import SettingsError, load_config
-from ..models.embedding import PRECISIONS, TEXT_TOKENS, minilm_folder, open_embedder
-from ..models.weights import base_checkpoint, weights
-from ..models.probes import fastest_dtype, run_probes
-from ..search.published import embed_chunks, index_precision, open_faiss, with_prominence
 from ..core.scoring import mrr_at_k, ndcg_at_k, recall_at_k
-from ..search.vector_index import KINDS, Index, build_index, choose_kind, fuse, make_faiss
 from ..core.workspace import Workspace, open_workspace
+from ..documents.chunking import CHUNKERS, make_chunks
+from ..models.embedding import PRECISIONS, TEXT_TOKENS, minilm_folder, open_embedder
+from ..models.probes import fastest_dtype, run_probes
+from ..models.weights import base_checkpoint, weights
+from ..search.published import embed_chunks, index_precision, open_faiss, with_prominence
+from ..search.vector_index import Index, KINDS, build_index, choose_kind, fuse, make_faiss
 
 # %% ../../nbs/lib/bench/choices.ipynb #1e88c5d0
 def score_search(

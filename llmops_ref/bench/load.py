@@ -14,9 +14,10 @@ import httpx
 import pandas as pd
 
 from ..core.config import SettingsError, load_config
+from ..core.files import DataError
 from ..core.services import Service, stop_services
+from ..core.workspace import Workspace, open_workspace
 from ..release.serving import ROUTE, start_endpoint
-from ..core.workspace import DataError, Workspace, open_workspace
 
 # %% ../../nbs/lib/bench/load.ipynb #4e404d31
 async def _ask(client, url, question):

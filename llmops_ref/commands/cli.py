@@ -15,12 +15,12 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..core.config import SettingsError, begin_process, explain, load_config
-from ..core.files import DataError
-from .project import kit_app
 from .operations import operations_app
 from .people import people_app
+from .project import kit_app
 from .terminal import Env, Json, given, manners, me, one_of, out, patience, seen, workspace_of
+from ..core.config import SettingsError, begin_process, explain, load_config
+from ..core.files import DataError
 
 # %% ../../nbs/lib/commands/cli.ipynb #56b61f8c
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,

@@ -14,9 +14,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from .terminal import By, Env, Json, manners, me, out, seen, watched, who, workspace_of
 from ..core.config import SettingsError
 from ..core.files import DataError, write_atomic
-from .terminal import By, Env, Json, manners, me, out, seen, watched, who, workspace_of
 
 # %% ../../nbs/lib/commands/operations.ipynb #04ec6c3f
 operations_app = typer.Typer()

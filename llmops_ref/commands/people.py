@@ -13,9 +13,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from .terminal import By, Env, Json, manners, me, one_of, out, seen, who, workspace_of
 from ..core.config import SettingsError
 from ..core.files import DataError
-from .terminal import By, Env, Json, manners, me, one_of, out, seen, who, workspace_of
 
 # %% ../../nbs/lib/commands/people.ipynb #8f87031e
 people_app = typer.Typer()

@@ -14,9 +14,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from .terminal import Env, Json, manners, me, one_of, out
 from ..core.config import SettingsError, find_settings, load_config
 from ..core.files import DataError
-from .terminal import Env, Json, manners, me, one_of, out
 
 # %% ../../nbs/lib/commands/project.ipynb #33a65cbd
 kit_app = typer.Typer()

@@ -16,7 +16,8 @@ from pathlib import Path
 import httpx
 
 from .config import SettingsError, load_config
-from .workspace import DataError, Workspace, open_workspace, write_atomic
+from .files import DataError, write_atomic
+from .workspace import Workspace, open_workspace
 
 # %% ../../nbs/lib/core/services.ipynb #db6e585b
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from .config import Config, SettingsError, load_config
-from .files import NOTES, DataError, file_digest, folder_digest, verify_digest, visible_files, write_atomic
+from .files import DataError, NOTES, file_digest, folder_digest, verify_digest, visible_files, write_atomic
 
 # %% ../../nbs/lib/core/workspace.ipynb #a7fb5369
 @dataclass

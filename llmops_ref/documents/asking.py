@@ -12,8 +12,8 @@ __all__ = ['SYNONYMS', 'HOW', 'WHAT', 'NAME', 'ABOUT', 'OUTSIDE', 'BEYOND', 'INV
 # %% ../../nbs/lib/documents/asking.ipynb #59e7495f
 import random, re
 
-from .chunking import PAGES
 from ..core.scoring import words
+from .chunking import PAGES
 
 # %% ../../nbs/lib/documents/asking.ipynb #38666ba9
 _SECTION = re.compile(

@@ -16,8 +16,9 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.config import SettingsError, load_config
+from ..core.files import DataError, folder_digest, visible_files
+from ..core.workspace import Workspace, open_workspace
 from ..models.embedding import clean_text
-from ..core.workspace import DataError, Workspace, folder_digest, open_workspace, visible_files
 
 # %% ../../nbs/lib/documents/folder.ipynb #1f94429c
 def read_text(path: Path) -> str:

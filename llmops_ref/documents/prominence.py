@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core.files import DataError
 from ..core.scoring import words
-from ..core.workspace import DataError
 
 # %% ../../nbs/lib/documents/prominence.ipynb #4f6bef75
 _NAME = re.compile(

@@ -17,10 +17,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.config import SettingsError, load_config
-from ..models.weights import chosen_gguf
-from ..core.scoring import REFUSAL, asks_for_name, is_refusal, names_gold, score_answer
 from ..core.files import DataError, known_digest, write_atomic
+from ..core.scoring import REFUSAL, asks_for_name, is_refusal, names_gold, score_answer
 from ..core.workspace import Workspace, open_workspace
+from ..models.weights import chosen_gguf
 
 # %% ../../nbs/lib/evaluation/answers.ipynb #b805df9f
 REPLY = ("answer", "citations", "passages", "prompt_tokens", "completion_tokens")       # what an answer dictionary must have to be scored

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core.files import DataError
 from ..core.scoring import citation_precision, is_refusal, mentions, names_gold, personal_data, words
 from ..core.significance import wilson
-from ..core.workspace import DataError
 
 # %% ../../nbs/lib/evaluation/cases.ipynb #179971ab
 RISKS = dict(

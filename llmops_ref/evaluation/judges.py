@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from ..core.config import SettingsError, load_config
-from ..models.gateway import PROVIDERS
-from ..models.llm import server_key
 from ..core.scoring import agreement, is_refusal
 from ..core.workspace import Workspace, open_workspace
+from ..models.gateway import PROVIDERS
+from ..models.llm import server_key
 
 # %% ../../nbs/lib/evaluation/judges.ipynb #39269103
 def check_judges(

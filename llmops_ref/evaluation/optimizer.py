@@ -13,11 +13,11 @@ import functools, random, re, warnings
 import pandas as pd
 
 from ..assistant.chain import open_chains
-from ..core.config import SettingsError
-from .answers import keeper, quietly
 from ..assistant.examples import open_examples
+from ..core.config import SettingsError
 from ..core.scoring import score_answer
 from ..core.workspace import Workspace
+from .answers import keeper, quietly
 
 # %% ../../nbs/lib/evaluation/optimizer.ipynb #536f3cd5
 def _fixed(line): return "{{" in line

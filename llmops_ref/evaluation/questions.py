@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..documents.chunking import PAGES
 from ..core.config import SettingsError
-from ..core.scoring import is_page, is_refusal, names_gold, REFUSAL
+from ..core.files import DataError, write_atomic
+from ..core.scoring import REFUSAL, is_page, is_refusal, names_gold
+from ..core.workspace import Workspace
+from ..documents.chunking import PAGES
 from ..search.vector_index import terms
-from ..core.workspace import DataError, Workspace, write_atomic
 
 # %% ../../nbs/lib/evaluation/questions.ipynb #f1f6fdb1
 QUESTION_TYPES = ("lookup", "howto", "paraphrase", "symptom", "unanswerable")

@@ -26,10 +26,11 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from ..core.config import SettingsError, load_config
+from ..core.files import DataError
+from ..core.workspace import Workspace
+from .review import USES, review_feedback, to_review
 from .votes import REASONS, record_feedback
 from ..release.hosting import open_host
-from .review import USES, review_feedback, to_review
-from ..core.workspace import DataError, Workspace
 
 # %% ../../nbs/lib/feedback/chat.ipynb #0e573b6a
 log = logging.getLogger(__name__)

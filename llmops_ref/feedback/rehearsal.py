@@ -15,8 +15,8 @@ import pandas as pd
 
 from ..documents.asking import first_sentence, page_sentences, question_about
 from ..documents.chunking import PAGES
-from .votes import VOTES
 from .inference_table import COLUMNS
+from .votes import VOTES
 
 # %% ../../nbs/lib/feedback/rehearsal.ipynb #4c2f5217
 HOURS = np.array([1, 1, 1, 1, 1, 2, 4, 8, 14, 18, 19, 17, 13, 15, 18, 18, 16, 12, 8, 6, 5, 4, 3, 2], float)     # of a working day, UTC

@@ -12,13 +12,14 @@ import contextlib, re
 
 import pandas as pd
 
+from ..core.files import DataError
+from ..core.scoring import REFUSAL, SAID, is_refusal, personal_data, pseudonym, reference_recall
+from ..core.workspace import Workspace
 from ..documents.chunking import PAGES
-from .votes import weigh_votes
-from .inference_table import request_row
 from ..evaluation.questions import closest_id, twins
 from ..evaluation.reviewed import REVIEWED, USES, cases_of, reviewed_cases
-from ..core.scoring import REFUSAL, SAID, is_refusal, personal_data, pseudonym, reference_recall
-from ..core.workspace import DataError, Workspace
+from .inference_table import request_row
+from .votes import weigh_votes
 
 # %% ../../nbs/lib/feedback/review.ipynb #b7763100
 PER_SOURCE, MOST = 20, 200                          # votes that wait at a time, of one source and of all

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ..core.config import Config
-from .votes import share_down
-from .inference_table import count_lost
+from ..core.files import DataError
+from ..core.workspace import Workspace
 from ..evaluation.reviewed import cases_of, reviewed_cases
-from ..core.workspace import DataError, Workspace
+from .inference_table import count_lost
+from .votes import share_down
 
 # %% ../../nbs/lib/feedback/signals.ipynb #ad4c4ece
 @dataclass(frozen=True)

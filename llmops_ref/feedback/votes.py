@@ -12,8 +12,9 @@ import hashlib, re
 
 import pandas as pd
 
+from ..core.files import DataError
 from ..core.scoring import pseudonym, redact
-from ..core.workspace import DataError, Workspace
+from ..core.workspace import Workspace
 
 # %% ../../nbs/lib/feedback/votes.ipynb #8ff1b2e8
 REASONS = dict(

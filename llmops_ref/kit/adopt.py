@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..documents.asking import page_sentences
 from ..assistant.chain import cut_words
-from ..documents.chunking import make_chunks
 from ..core.config import SettingsError, explain, load_config
-from ..evaluation.questions import load_questions
+from ..core.files import DataError, write_atomic
+from ..core.scoring import language, script
+from ..core.workspace import open_workspace
+from ..documents.asking import page_sentences
+from ..documents.chunking import make_chunks
 from ..documents.folder import read_folder
+from ..evaluation.questions import load_questions, one_writer
 from .drafts import draft_questions
 from .fork import setting_changes, write_settings
-from ..evaluation.questions import one_writer
-from ..core.scoring import language, script
 from ..tuning.teacher import open_teacher
-from ..core.workspace import DataError, open_workspace, write_atomic
 
 # %% ../../nbs/lib/kit/adopt.ipynb #058ceb9d
 FOR_PAGES = {

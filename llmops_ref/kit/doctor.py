@@ -18,9 +18,10 @@ import pandas as pd
 import psutil
 
 from ..core.config import Config, SettingsError, load_config
+from ..core.files import DataError
+from ..core.workspace import open_workspace, usable_cores
 from .fork import FIRST_PAGE, git, read_identity, read_upstream
 from ..runner.plan import STAGES, check_parameters
-from ..core.workspace import DataError, open_workspace, usable_cores
 
 # %% ../../nbs/lib/kit/doctor.ipynb #d5c79a90
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import hashlib, random
 
 import pandas as pd
 
-from ..documents.chunking import PAGES
-from ..documents.asking import ABOUT, ask_beyond, ask_page, lower_first, page_heading, page_sentences
-from ..evaluation.questions import TWINS, stems
+from ..core.files import DataError
 from ..core.scoring import REFUSAL
-from ..core.workspace import DataError
+from ..documents.asking import ABOUT, ask_beyond, ask_page, lower_first, page_heading, page_sentences
+from ..documents.chunking import PAGES
+from ..evaluation.questions import TWINS, stems
 
 # %% ../../nbs/lib/kit/drafts.ipynb #c7d93288
 def _order(text): return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.config import SettingsError
-from ..core.workspace import DataError, write_atomic
+from ..core.files import DataError, write_atomic
 
 # %% ../../nbs/lib/kit/fork.ipynb #e3d432c7
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def begin_first_page(root: Path | str, new: Identity) -> None:
     cells = [
         dict(cell_type="markdown", id=f"first-{n}", metadata={}, source=text.splitlines(keepends=True)) for n, text in enumerate(parts)
     ]
-    code = f"#| eval: false\nfrom {new.package}.report import show_numbers\nshow_numbers()"
+    code = f"#| eval: false\nfrom {new.package}.runner.report import show_numbers\nshow_numbers()"
     nothing = dict(output_type="display_data", metadata={}, data={f"text/{kind}": ["Nothing has run yet."] for kind in ("markdown", "plain")})
     numbers = dict(
         cell_type="code", execution_count=None, id="numbers", metadata={}, outputs=[nothing], source=code.splitlines(keepends=True)
@@ -469,8 +469,8 @@ def prepare_project(root: Path | str) -> None:
     if done.returncode: raise DataError(f"`make prepare` failed, so nothing was taken over: {(done.stderr or done.stdout).strip()[-600:]}")
 
 def _remove_orphans(root, package):                 # modules whose notebook is gone
-    for path in (Path(root) / package).glob("*.py"):
-        source = re.search(r"File to edit: \.\./(nbs/\S+\.ipynb)", path.read_text())
+    for path in (Path(root) / package).rglob("*.py"):
+        source = re.search(r"File to edit: (?:\.\./)+(nbs/\S+\.ipynb)", path.read_text())
         if source and not (Path(root) / source[1]).is_file(): path.unlink()
 
 def _common(root, taken, goal):                     # the newest commit of upstream that is in both

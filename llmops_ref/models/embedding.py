@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core.config import SettingsError, load_config
-from ..core.workspace import DataError, Workspace, file_digest, open_workspace, usable_cores, verify_digest, write_atomic
+from ..core.files import DataError, file_digest, verify_digest, write_atomic
+from ..core.workspace import Workspace, open_workspace, usable_cores
 
 # %% ../../nbs/lib/models/embedding.ipynb #14f69969
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -17,10 +17,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..core.config import Config, SettingsError, load_config
+from ..core.files import DataError, write_atomic
+from ..core.services import find_service, owner, running_services, start_service, stop_service, stop_services
+from ..core.workspace import MLFLOW_SWITCHES, Workspace, hush_pyspark, open_workspace
 from .llm import Endpoint, chat_client, read_prices, serve_command, server_key
 from .weights import base_gguf, q8_gguf
-from ..core.services import find_service, owner, running_services, start_service, stop_service, stop_services
-from ..core.workspace import MLFLOW_SWITCHES, DataError, Workspace, hush_pyspark, open_workspace, write_atomic
 
 # %% ../../nbs/lib/models/gateway.ipynb #c856cc12
 ROUTE, LOCAL = "assistant", "local"

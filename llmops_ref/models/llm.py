@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.config import Config, SettingsError, sleep_while_waiting
-from ..core.workspace import DataError, usable_cores, Workspace
+from ..core.files import DataError
+from ..core.workspace import Workspace, usable_cores
 
 # %% ../../nbs/lib/models/llm.ipynb #222c9e70
 @dataclass(frozen=True)

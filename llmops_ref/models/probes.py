@@ -15,9 +15,9 @@ import numpy as np
 import psutil
 
 from ..core.config import sleep_while_waiting
+from ..core.services import Patience
 from .embedding import TEXT_TOKENS
 from .llm import Endpoint, openai_client, serve_gguf
-from ..core.services import Patience
 
 # %% ../../nbs/lib/models/probes.ipynb #8a52578d
 def peak_memory() -> float:

@@ -13,10 +13,10 @@ import os, time
 
 import pandas as pd
 
-from ..assistant.versions import logged_digest
+from ..assistant.versions import logged_digest, version_facts
 from ..core.config import SettingsError, load_config
-from ..assistant.versions import version_facts
-from ..core.workspace import DataError, Workspace, open_workspace
+from ..core.files import DataError
+from ..core.workspace import Workspace, open_workspace
 
 # %% ../../nbs/lib/release/approval.ipynb #b93c1c10
 def recorded_digest(

@@ -12,9 +12,10 @@ import functools, os
 
 import pandas as pd
 
-from ..core.config import SettingsError
 from ..assistant.versions import serving_environment
-from ..core.workspace import DataError, Workspace
+from ..core.config import SettingsError
+from ..core.files import DataError
+from ..core.workspace import Workspace
 
 # %% ../../nbs/lib/release/batch.ipynb #aed41db3
 SCHEMA = (

@@ -11,14 +11,14 @@ __all__ = ['SMOKE', 'log_candidate', 'check_deployable', 'one_at_a_time', 'make_
 # %% ../../nbs/lib/release/champion.ipynb #aa84daac
 import contextlib, functools, json, time
 
-from .approval import check_approved, read_evidence, recorded_digest
-from ..core.files import DataError, write_atomic
-from .hosting import open_host
 from ..assistant.prompt_registry import champion_prompt
-from ..tuning.registry import model_facts, tuned_files
+from ..assistant.versions import OUR_FACTS, load_assistant, log_assistant, version_facts
+from ..core.files import DataError, write_atomic
 from ..core.scoring import score_answer
-from ..assistant.versions import load_assistant, log_assistant, OUR_FACTS, version_facts
-from ..core.workspace import git_commit, Workspace
+from ..core.workspace import Workspace, git_commit
+from .approval import check_approved, read_evidence, recorded_digest
+from .hosting import open_host
+from ..tuning.registry import model_facts, tuned_files
 
 # %% ../../nbs/lib/release/champion.ipynb #530d518f
 def log_candidate(

@@ -12,9 +12,9 @@ import time
 
 import pandas as pd
 
+from ..assistant.versions import FACTS, OUR_FACTS
 from ..core.page import answer_card, render_page
 from ..core.significance import compare
-from ..assistant.versions import FACTS, OUR_FACTS
 
 # %% ../../nbs/lib/release/evidence.ipynb #beac4360
 def compare_slices(

@@ -11,10 +11,11 @@ __all__ = ['asking_for', 'look_up', 'open_client', 'endpoint_name', 'entity_name
 # %% ../../nbs/lib/release/hosting.ipynb #925fe346
 import contextlib, datetime, hashlib, math, re, time
 
-from ..core.config import Config, SettingsError, load_config
-from .serving import ROUTE, LocalHost, check_shares, read_events, stream_endpoint
 from ..assistant.versions import load_assistant
-from ..core.workspace import DataError, Workspace, open_workspace
+from ..core.config import Config, SettingsError, load_config
+from ..core.files import DataError
+from ..core.workspace import Workspace, open_workspace
+from .serving import LocalHost, ROUTE, check_shares, read_events, stream_endpoint
 
 # %% ../../nbs/lib/release/hosting.ipynb #094671a5
 @contextlib.contextmanager

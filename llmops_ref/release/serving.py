@@ -13,11 +13,12 @@ import argparse, asyncio, contextlib, json, os, sys, time
 
 import httpx
 
-from ..core.config import SettingsError, sleep_while_waiting
-from ..models.gateway import forget_routes, gateway_command, gateway_environment, gateway_store
-from ..core.services import PATIENCE, Service, owned_by, owner, running_services, start_service, stop_service
 from ..assistant.versions import serving_environment
-from ..core.workspace import DataError, Workspace
+from ..core.config import SettingsError, sleep_while_waiting
+from ..core.files import DataError
+from ..core.services import PATIENCE, Service, owned_by, owner, running_services, start_service, stop_service
+from ..core.workspace import Workspace
+from ..models.gateway import forget_routes, gateway_command, gateway_environment, gateway_store
 
 # %% ../../nbs/lib/release/serving.ipynb #bfe21c7b
 def serve_main(arguments: list[str] | None = None) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from ..core.config import ENVIRONMENTS, Config, SettingsError, load_config
+from ..core.config import Config, ENVIRONMENTS, SettingsError, load_config
+from ..core.workspace import Workspace, git_commit, open_workspace
 from ..models.gateway import workspace_services
 from ..release.hosting import AppHost, ModelServingHost, asking_for, endpoint_name, open_client
-from ..core.workspace import Workspace, git_commit, open_workspace
 
 # %% ../../nbs/lib/runner/bundle.ipynb #523075a8
 def alert(config: Config, where: str, warehouse: str, notify: str = "") -> dict:

@@ -11,14 +11,14 @@ __all__ = ['TASKS', 'run_stage_task', 'hand_on_triggers', 'check_model', 'evalua
 # %% ../../nbs/lib/runner/jobs.ipynb #cc330371
 import os, sys
 
-from ..core.config import SettingsError, load_config
-from ..release.champion import check_deployable
 from ..assistant.versions import version_facts
+from ..core.config import SettingsError, load_config
+from ..core.files import DataError
+from ..core.workspace import Workspace, on_databricks, open_workspace
+from ..release.champion import check_deployable, log_candidate
 from ..release.hosting import asking_for, open_client
-from .plan import STAGES, find_stage, make_plan, preflight
 from .pipeline import Lines, StageFailed, run_pipeline
-from ..release.champion import log_candidate
-from ..core.workspace import DataError, Workspace, on_databricks, open_workspace
+from .plan import STAGES, find_stage, make_plan, preflight
 
 # %% ../../nbs/lib/runner/jobs.ipynb #f2f8344f
 def run_stage_task(

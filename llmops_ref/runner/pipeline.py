@@ -18,8 +18,8 @@ from jupyter_core.utils import run_sync
 
 from ..core.config import explain, sleep_while_waiting
 from ..core.files import write_atomic
-from .plan import _cells, _sets_env, lessons, manifest, reasons, Stage, stage_code, STAGES, Step, waits_for
-from ..core.workspace import git_commit, MLFLOW_SWITCHES, usable_cores, Workspace
+from ..core.workspace import MLFLOW_SWITCHES, Workspace, git_commit, usable_cores
+from .plan import STAGES, Stage, Step, _cells, _sets_env, lessons, manifest, reasons, stage_code, waits_for
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #9d1bcad8
 ALONE = {"hub"}                                     # it measures the machine: nothing may start up beside it until it says that it is done

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.config import find_settings
+from ..core.files import write_atomic
 from ..core.page import SIDES, UNSEEN, answer_card, change, direction, duration, picture, relative_link, render_page, show
 from ..core.significance import share_interval
-from ..core.workspace import write_atomic
 
 # %% ../../nbs/lib/runner/report.ipynb #18ee69f3
 def current_stages(

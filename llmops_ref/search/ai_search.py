@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 from ..core.config import SettingsError
-from ..models.embedding import Embedder, clean_text
+from ..core.files import DataError
 from ..core.scoring import is_page
+from ..models.embedding import Embedder, clean_text
 from .vector_index import Passage
-from ..core.workspace import DataError
 
 # %% ../../nbs/lib/search/ai_search.ipynb #24083e7c
 def check_index_name(name: str) -> str:

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..models.embedding import Embedder, embedder_digest, minilm_folder, minilm_onnx, open_embedder, PRECISIONS
 from ..core.files import DataError, file_digest, verify_digest, write_atomic
-from .vector_index import build_index, check_index, Index, open_reranker, Passage, REBUILD
 from ..core.workspace import Changes, Workspace
+from ..models.embedding import Embedder, PRECISIONS, embedder_digest, minilm_folder, minilm_onnx, open_embedder
+from .vector_index import Index, Passage, REBUILD, build_index, check_index, open_reranker
 
 # %% ../../nbs/lib/search/published.ipynb #4994f4a5
 def embed_chunks(

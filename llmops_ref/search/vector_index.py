@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..documents.chunking import PAGES
 from ..core.config import SettingsError
-from ..models.embedding import clean_text
+from ..core.files import DataError, file_digest, verify_digest, write_atomic
 from ..core.scoring import words
-from ..core.workspace import DataError, file_digest, usable_cores, verify_digest, write_atomic
+from ..core.workspace import usable_cores
+from ..documents.chunking import PAGES
+from ..models.embedding import clean_text
 
 # %% ../../nbs/lib/search/vector_index.ipynb #d5c2ae14
 KINDS = ("flat", "hnsw", "ivf_pq")

@@ -19,10 +19,12 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 
+import llmops_ref
+from ..core.files import write_atomic
+from ..core.workspace import Workspace
 from ..models.embedding import Embedder, minilm_folder, minilm_onnx, open_embedder
 from .published import index_folder, index_precision
 from .vector_index import Index, build_index
-from ..core.workspace import Workspace, write_atomic
 
 # %% ../../nbs/lib/search/vectorstore.ipynb #acf5d267
 class MiniLMEmbeddings(Embeddings):
@@ -168,7 +170,7 @@ def log_retriever(ws: Workspace) -> str:
         artifacts=dict(
             index=str(index_folder(ws)), embedder=str(minilm_onnx(ws, precision)), tokenizer=str(minilm_folder() / "tokenizer.json")
         ),
-        code_paths=[str(Path(__file__).parent)], pip_requirements=[f"{name}=={version(name)}" for name in packages],
+        code_paths=[str(Path(llmops_ref.__file__).parent)], pip_requirements=[f"{name}=={version(name)}" for name in packages],
         registered_model_name=ws.registered("retriever"),
     )
     return str(info.registered_model_version)

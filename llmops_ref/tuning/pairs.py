@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from ..documents.asking import ask_about, ask_beyond, ask_invented, ask_outside, ask_page, first_sentence, page_sentences
 from ..assistant.chain import PLAIN_PROMPT, build_messages, cut_words
+from ..core.files import DataError
+from ..core.scoring import REFUSAL, reference_recall, token_f1, words
+from ..documents.asking import ask_about, ask_beyond, ask_invented, ask_outside, ask_page, first_sentence, page_sentences
 from ..documents.chunking import PAGES
 from ..search.vector_index import Index
-from ..core.scoring import REFUSAL, reference_recall, token_f1, words
-from ..core.workspace import DataError
 
 # %% ../../nbs/lib/tuning/pairs.ipynb #466638a5
 PER_GROUP = 4

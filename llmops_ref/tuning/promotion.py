@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 
 from ..core.config import load_config
-from .registry import same_content
+from ..core.files import DataError, file_digest
+from ..core.workspace import Workspace, git_commit, open_workspace
 from ..models.weights import BASE_SHA256
-from ..core.workspace import DataError, Workspace, file_digest, git_commit, open_workspace
+from .registry import same_content
 
 # %% ../../nbs/lib/tuning/promotion.ipynb #3973da1d
 TRAVELS = ("licence", "base_model", "base_sha256", "adapter_sha256", "data_version", "kind")      # facts that stay true elsewhere

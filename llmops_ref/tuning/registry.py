@@ -14,10 +14,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import DataError, file_digest, verify_digest, write_atomic
+from ..core.workspace import Workspace, git_commit
 from ..evaluation.reviewed import LEARNED
-from .variants import check_variants, variant_files
 from ..models.weights import BASE_LICENCE, BASE_MODEL, BASE_SHA256, chosen_gguf
-from ..core.workspace import git_commit, Workspace
+from .variants import check_variants, variant_files
 
 # %% ../../nbs/lib/tuning/registry.ipynb #11894609
 def model_card(

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from ..core.config import SettingsError, load_config
+from ..core.files import DataError
+from ..core.scoring import groundedness, mentions, words
+from ..core.workspace import Workspace, open_workspace
 from ..evaluation.answers import keep_replies, model_digest
 from ..models.llm import Endpoint, chat_client, server_key
-from ..core.scoring import groundedness, mentions, words
-from ..core.workspace import DataError, Workspace, open_workspace
 
 # %% ../../nbs/lib/tuning/teacher.ipynb #68b3329c
 def teacher_endpoint(

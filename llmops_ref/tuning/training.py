@@ -18,8 +18,9 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.config import Config, SettingsError, load_config
+from ..core.files import DataError, file_digest, write_atomic
+from ..core.workspace import usable_cores
 from ..models.probes import fastest_dtype
-from ..core.workspace import DataError, file_digest, usable_cores, write_atomic
 
 # %% ../../nbs/lib/tuning/training.ipynb #1d19feb8
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 
 from ..core.config import SettingsError
-from ..models.weights import chosen_gguf
-from ..models.probes import run_probes
-from ..models.weights import ENCODINGS, base_gguf, reencode
-from ..core.significance import compare
+from ..core.files import DataError, file_digest
 from ..core.scoring import is_refusal, score_answer
-from ..core.workspace import DataError, Workspace, file_digest
+from ..core.significance import compare
+from ..core.workspace import Workspace
+from ..models.probes import run_probes
+from ..models.weights import ENCODINGS, base_gguf, chosen_gguf, reencode
 
 # %% ../../nbs/lib/tuning/variants.ipynb #9c64c140
 GGUF_NAMES = dict(
