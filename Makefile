@@ -67,9 +67,9 @@ comma := ,
 compile = { $(BIN)/python -W ignore -c "$(1)" >/dev/null 2>&1 & }
 
 # For those who work on the project
-prepare: .venv/installed   # after editing notebooks: export them, clean them, write README.md and environment.yml
+prepare: .venv/installed   # after editing notebooks: export them, clean them, draw the house, write README.md and environment.yml
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
-	$(BIN)/python -c "from llmops_ref.kit.fork import write_readme; write_readme('.')"
+	$(BIN)/python -c "from llmops_ref.kit.house import write_house; write_house('.'); from llmops_ref.kit.fork import write_readme; write_readme('.')"
 	$(MAKE) environment.yml
 
 site: .venv/installed      # notebooks and guides as pages, in _site/: what GitHub shows with Quarto, here without it

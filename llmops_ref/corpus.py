@@ -34,11 +34,13 @@ def chunk_recipe(words: int, chunker: str) -> str:
     "What decides how a document is cut, besides the document: the settings and the code."
     return f"{chunker} {words} {file_digest(chunking.__file__)[:12]}"
 
+# %% ../nbs/02_corpus.ipynb #916a819c
 def update_chunks(
-    ws: Workspace, documents: pd.DataFrame, words: int, chunker: str # All of them # Target length of a chunk
-) -> tuple[
-    pd.DataFrame, int
-]: # Chunks of all documents, as `make_chunks` gives them, and a column `recipe`; and how many documents were cut
+    ws: Workspace,
+    documents: pd.DataFrame, # All of them
+    words: int, # Target length of a chunk
+    chunker: str,
+) -> tuple[pd.DataFrame, int]: # Chunks of all documents, with a column `recipe`; and how many documents were cut
     "Chunks from the tables for documents that are the same, new ones for the others."
     recipe, old = chunk_recipe(words, chunker), None
     try:

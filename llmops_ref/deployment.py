@@ -44,6 +44,7 @@ def smoke_test(
     remark = slowness("The endpoint", table.seconds.median(), max_seconds, lambda: look().seconds.median(), informs) if len(table) else ""
     return table.assign(remark=remark) if remark else table
 
+# %% ../nbs/07_deployment.ipynb #598ec1cb
 def slowness(
     who: str,
     seconds: float, # Of an answer, the median
@@ -51,7 +52,7 @@ def slowness(
     again, # A function that measures it once more
     informs, # As for `smoke_test`
 ) -> str: # What is to be said; empty for answers in time
-    "Judge a time by the rule of `core.scoring`: where gates inform it is said, elsewhere it is measured again, and `DataError` if it is slow still."
+    "Judge a time by the rule of `core.scoring`: `DataError` if it is slow twice, unless gates only inform."
     def said(seconds): return f"{who} takes {seconds:.1f} s for an answer (median), more than gate_p95_seconds = {bound:g}"
     if seconds <= bound: return ""
     if informs(): return f"{said(seconds)}: {MAY_BE_BUSY}."
@@ -67,7 +68,7 @@ def check_traffic(
     share: float, # Of the traffic, that it has
     informs=lambda: False, # As for `smoke_test`
 ) -> pd.DataFrame: # One row a version: `version asked seconds`, the median
-    "Ask through the front door, at least until the new version has answered twice; `DataError` for an error, an empty answer, a version that is too slow twice in a row, or one that gets no traffic."
+    "Ask until the new version has answered twice; `DataError` for an empty answer, a version that is slow twice, or one without traffic."
     def look():
         replies = []
         for number, question in enumerate(itertools.cycle(questions)):
@@ -89,6 +90,7 @@ def check_traffic(
         slowness(f"Version {version}", seconds.median(), max_seconds, lambda: look().median().get(version, float("nan")), informs)
     return pd.DataFrame(rows, columns=["version", "asked", "seconds"])
 
+# %% ../nbs/07_deployment.ipynb #abbff24c
 def roll_out(
     share_out, # A function that shares the traffic, such as `host.share`; both versions are up
     old: str,
@@ -123,7 +125,7 @@ def hand_over(
     version: str,
     questions: list[str], # For `check_traffic`
 ) -> pd.DataFrame: # `share version asked seconds`; empty where there was nobody to take over from, or no steps
-    "Give a version the traffic of the champion in steps, or at once if that does not start any more on this machine, and then the alias; `DataError` after everything is as it was."
+    "Give a version the traffic of the champion, in steps if that still starts, and then the alias; `DataError` after all is as it was."
     table, champion = pd.DataFrame(columns=["share", "version", "asked", "seconds"]), ws.alias("assistant", "champion", record=False)
     def share_out(shares):                          # somebody on another machine may have gone back in the meantime
         if (now := ws.alias("assistant", "champion", record=False)) != champion:

@@ -44,6 +44,7 @@ def train_share(
     adapter_to_gguf(folder / "adapter", folder / "adapter" / "adapter.gguf", shape["num_attention_heads"], shape["num_key_value_heads"])
     return result, folder
 
+# %% ../nbs/05_finetune.ipynb #542ef925
 def plot_scaling(
     table: pd.DataFrame, # Columns `pairs loss token_f1 refusal_accuracy`, one row a share
 ): # A matplotlib figure

@@ -55,6 +55,7 @@ def _databricks():                                  # whether the SDK would find
     profile = Path(os.environ.get("DATABRICKS_CONFIG_FILE", "~/.databrickscfg")).expanduser()
     return bool(os.environ.keys() & {"DATABRICKS_HOST", "DATABRICKS_RUNTIME_VERSION"}) or profile.is_file()
 
+# %% ../nbs/01_hub.ipynb #5df0667f
 def reachability(
     remote: list[Candidate],
     seconds: float = 2.0, # Nobody waits longer, whatever the network does
@@ -107,6 +108,7 @@ def summarise(kind: str, questions: list, result: dict) -> dict:
         | extra
     )
 
+# %% ../nbs/01_hub.ipynb #3408a377
 def _row_and_job(ws, candidate, asks, status):
     row = asdict(candidate)
     if candidate.runner == "none": status = status or "reachable, not probed: no weights of it are pinned here"
@@ -122,6 +124,7 @@ def _row_and_job(ws, candidate, asks, status):
         ) | _job(ws, candidate, file)
     except Exception as error: return row | dict(status=f"failed: {error}"), None
 
+# %% ../nbs/01_hub.ipynb #0c3d855d
 def probe_candidates(
     ws: Workspace,
     candidates: list[Candidate],
@@ -158,6 +161,7 @@ def _ineligible(row, max_seconds):
     if row.runner in NEVER: return NEVER[row.runner]
     return f"{row.seconds:.1f} s an answer, over {max_seconds:g} s" if row.seconds > max_seconds else ""
 
+# %% ../nbs/01_hub.ipynb #b2561ca7
 def retired(
     names: list[str], # From the setting `hub_retired`
     shortlist: list[Candidate],
@@ -168,6 +172,7 @@ def retired(
         raise SettingsError(f"`hub_retired` names {', '.join(unknown)}, which is no candidate. There are {', '.join(known)}.")
     return {name: "retired: `hub_retired` names it" for name in names}
 
+# %% ../nbs/01_hub.ipynb #3efd8ce5
 def choose(
     card: pd.DataFrame, # Scorecard of one kind: `name status licence runner right seconds`
     max_seconds: float,

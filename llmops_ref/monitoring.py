@@ -10,6 +10,7 @@ __all__ = ['BLUE', 'GREEN', 'ORANGE', 'RED', 'GREY', 'PAGE', 'Look', 'look_at', 
 
 # %% ../nbs/08_monitoring.ipynb #271b82e3
 import base64, io
+from importlib.resources import files
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,6 +45,7 @@ class Look:
             + [f"{t.trigger}" for t in self.triggers.itertuples() if t.trigger == "stale index"]
         )
 
+# %% ../nbs/08_monitoring.ipynb #b4f974ab
 def look_at(
     config: Config,
     requests: pd.DataFrame, # The table `requests`, of one purpose
@@ -100,6 +102,7 @@ def _dress(axis, title, ticks):                     # title on the left, and wha
 def _bound(axis, at, colour): axis.axhline(at, color=colour, lw=1, ls=":")
 def _alarm(axis, x, y): axis.plot(x, y, "o", color=RED, ms=7, zorder=5, clip_on=False)
 
+# %% ../nbs/08_monitoring.ipynb #89320274
 def _shares(axis, look, title, **names):            # signals as lines, their bounds, red days
     every, highest = sorted(look.days.day[look.days.day != "all"].unique()), 0.02
     for (name, label), colour in zip(names.items(), (BLUE, ORANGE, GREEN)):
@@ -113,6 +116,7 @@ def _shares(axis, look, title, **names):            # signals as lines, their bo
     axis.set_ylim(0, min(1.03, 1.15 * highest)); _dress(axis, title, every)
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
 
+# %% ../nbs/08_monitoring.ipynb #a730f492
 def _by_day(axis, look, title, column, scale=1.0, quantiles=(0.5, 0.95)):
     every, grouped = sorted(look.days.day[look.days.day != "all"].unique()), look.requests.groupby(
         look.requests.time.dt.strftime("%Y-%m-%d")
@@ -132,6 +136,7 @@ def _requests(axis, look, title):
     if every: axis.hist([place[ok] - 0.5, place[~ok] - 0.5], bins=bins - 0.5, stacked=True, color=[BLUE, RED], label=["answered", "failed"])
     _dress(axis, title, every)
 
+# %% ../nbs/08_monitoring.ipynb #0e192f74
 def _drift(axis, look, title, bound):
     rows = look.drift
     for key, colour, label, move in (("embedding_p", BLUE, "embeddings", -0.18), ("topic_p", ORANGE, "topics", 0.18)):
@@ -142,6 +147,7 @@ def _drift(axis, look, title, bound):
     _bound(axis, -np.log10(bound), RED)
     _dress(axis, title, rows.day.tolist()); axis.set_ylim(0, -np.log10(bound) * 1.25)
 
+# %% ../nbs/08_monitoring.ipynb #89504a41
 def _topics(axis, look, title):
     shares, colours = look.topics, [BLUE, GREEN, ORANGE, "#8e6bbf", "#4ab3b3", "#c46b8a", "#a9b665", GREY]
     bottom = np.zeros(len(shares.columns))
@@ -238,25 +244,15 @@ def rehearse(
     return Rehearsal(requests, votes, seen, planted)
 
 # %% ../nbs/08_monitoring.ipynb #d95ded5c
-PAGE = """{% extends 'frame' %}{% block title %}Monitoring of {{ env }}: {{ word }}{% endblock %}
-{% block body %}<div class="line soft small"><span>llmops-ref · <b>{{ env }}</b> · monitoring</span><span>{{ when }}</span></div>
-<div class="verdict {{ tone }}"><b class="{{ tone }}">{{ word }}</b><h1>{{ title }}.</h1><ul>{% for r in reasons %}
-<li>{{ r }}</li>{% endfor %}</ul></div>
-{% if triggers %}<h2>What to do</h2>{% for t in triggers %}<div class="card">
-<h3>{{ t.trigger }} <span class="tag">{{ t.stage }}</span></h3><p>{{ t.because }}</p><pre>{{ t.command }}</pre>{% if t.job %}
-<p class="soft small">On Databricks, the job <b>{{ t.job }}</b>.</p>{% endif %}</div>{% endfor %}{% endif %}
-<h2>Signals</h2>{{ m.table(signals) }}
-{% if figure %}<h2>The last {{ window }} days</h2><img src="{{ figure }}" alt="Charts of the window">{% endif %}
-{% if worst %}<h2>Votes that wait for a person</h2>{{ m.table(worst) }}<pre>llmops review --env {{ env }}</pre>{% endif %}
-{% if planted %}<h2>The rehearsal: a simulated fortnight</h2>
-<p>These {{ simulated }} requests were never asked. What was hidden in them, and the day on which the same alarms found it:</p>{{ m.table(planted) }}
-{% if simulated_triggers %}{{ m.table(simulated_triggers) }}{% endif %}<img src="{{ simulated_figure }}" alt="Charts of a simulated fortnight">{% endif %}{% endblock %}"""
+PAGE = files("llmops_ref").joinpath("templates", "monitoring.html").read_text(encoding="utf-8")
 
+# %% ../nbs/08_monitoring.ipynb #a7f0a25e
 def _inline(figure):                                # a matplotlib figure as the source of an image
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=100, bbox_inches="tight")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
+# %% ../nbs/08_monitoring.ipynb #cab1cd86
 def render_monitoring(
     config: Config,
     look: Look,

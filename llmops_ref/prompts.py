@@ -69,6 +69,7 @@ def choose_prompt(
     best = table.design[(form + 1e-3 * level.correct.fillna(0) - 1e-9 * level.tokens).idxmax()]
     return (best if current is None or against[best].verdict == "better" else current), table
 
+# %% ../nbs/04_prompts.ipynb #d80098fa
 def paired(
     candidate: pd.DataFrame, base: pd.DataFrame, measure: str = "correct", confidence: float = 0.95
 ) -> Comparison | None: # `None` where no question has the score on both sides
@@ -117,6 +118,7 @@ def prompt_gates(
     if against is not None: gates.append(Gate("not clearly worse than the prompt in use", float(against.verdict != "worse"), 1.0))
     return gates
 
+# %% ../nbs/04_prompts.ipynb #3de66e28
 def report_table(
     winner: pd.DataFrame, # From `answer_all`
     base: pd.DataFrame, # The same questions
@@ -154,6 +156,7 @@ def promote(
         ws.set_prompt_alias(noun, "champion", version)
     return verdict
 
+# %% ../nbs/04_prompts.ipynb #ba3a6c82
 def block_prompt(ws: Workspace, version: str, gates: list[Gate], noun: str = "answer_prompt") -> None:
     "Raise `DataError` when a gate does not hold and the environment's gates raise; it names what stays in use."
     if all(g.holds for g in gates) or ws.config.gate_mode != "raise": return

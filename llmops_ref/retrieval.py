@@ -94,7 +94,7 @@ def explain_misses(
     k: int = 5, # A gold document after this rank is a miss
     depth: int = 100, # How far down each method is looked at
 ) -> pd.DataFrame: # Columns `question type gold first bm25 dense shared`
-    "For each question that the fusion misses: what came first, the rank of the gold document by each method (0: not found), and the stems that both share."
+    "For each question that the fusion misses: what came first, the rank of gold by each method (0: none), and the stems that both share."
     texts = pd.Series(index.chunks["text"].to_pylist()).groupby(index.chunks["document_id"].to_pylist()).agg(" ".join)
     rows = []
     for r in results[(results.method == "hybrid") & (results[f"recall@{k}"] == 0)].itertuples():

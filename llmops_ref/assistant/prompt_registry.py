@@ -54,6 +54,7 @@ def _registered(ws, noun):                          # every version that is text
         if not token: break
     return [v for v in (genai.load_prompt(name, version=number) for number in sorted(numbers)) if isinstance(v.template, str)]
 
+# %% ../../nbs/lib/assistant/prompt_registry.ipynb #cc232b20
 def register_prompts(
     ws: Workspace,
     prompts: dict[str, str], # Design -> template
@@ -74,6 +75,7 @@ def register_prompts(
         out[design] = known[template]
     return out
 
+# %% ../../nbs/lib/assistant/prompt_registry.ipynb #610684e3
 def champion_prompt(
     ws: Workspace,
 ) -> tuple[str, str]: # Template and version

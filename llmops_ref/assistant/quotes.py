@@ -23,6 +23,7 @@ def quotes(
     "Whether a template asks for a quote in the place of an answer in the model's own words."
     return bool(template and re.search(r"\{\{\s*quote\s*\}\}", template))
 
+# %% ../../nbs/lib/assistant/quotes.ipynb #26f8b0d1
 def may_quote(config: Config) -> bool:
     "Whether a quote competes with the prompts: there are passages, and nobody but our own base model to write."
     return config.app == "self_hosted" and config.finetune == "off" and config.retrieval != "off" and not config.chat_url

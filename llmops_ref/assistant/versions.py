@@ -34,6 +34,7 @@ REQUIREMENTS = (
     "tokenizers", "pandas", "pyarrow", "fastcore", "psutil", "filelock", "httpx",
 )
 
+# %% ../../nbs/lib/assistant/versions.ipynb #0190e6a7
 def assistant_parts(
     ws: Workspace,
     template: str,
@@ -76,6 +77,7 @@ def assistant_parts(
     }  # the manifest of an index names its files by theirs
     return settings, files
 
+# %% ../../nbs/lib/assistant/versions.ipynb #99a4d84f
 def _package(): return Path(llmops_ref.__file__).parent             # a version takes the code along
 
 def _code(folder, prefix=""):                        # relative name -> digest, of every file that Python could run
@@ -86,13 +88,15 @@ def _code(folder, prefix=""):                        # relative name -> digest, 
         if path.is_file() and "__pycache__" not in path.parts
     }
 
+# %% ../../nbs/lib/assistant/versions.ipynb #26ec7cba
 def assistant_digest(
     settings: dict, # From `assistant_parts`
     code: dict[str, str], # File -> digest
 ) -> str: # 64 hexadecimal digits
-    "What makes an assistant this one and no other: its settings, with the digests of its files and the packages that it runs on, and its code."
+    "What makes an assistant this one and no other: its settings, with the digests of its files and its packages, and its code."
     return hashlib.sha256(json.dumps([settings, code], sort_keys=True).encode()).hexdigest()
 
+# %% ../../nbs/lib/assistant/versions.ipynb #9f6d4b9f
 def logged_settings(
     ws: Workspace,
     version: str, # Of the registered model `assistant`
@@ -102,6 +106,7 @@ def logged_settings(
     ws.mlflow()
     return dict(Model.load(f"models:/{ws.registered('assistant')}/{version}").flavors["python_function"]["config"])
 
+# %% ../../nbs/lib/assistant/versions.ipynb #906a5238
 def logged_digest(
     ws: Workspace,
     version: str, # Of the registered model `assistant`
@@ -119,6 +124,7 @@ def logged_digest(
             f" `llmops run --env {ws.config.env} --from validation --force`."
         ) from None
 
+# %% ../../nbs/lib/assistant/versions.ipynb #be15a98a
 def find_version(ws: Workspace, digest: str) -> str | None:
     "The newest version of the registered assistant that has a digest, and is still what was logged."
     from mlflow.models import Model
@@ -134,6 +140,7 @@ def find_version(ws: Workspace, digest: str) -> str | None:
             return version
         except DataError: continue                  # damaged: a new one is logged
 
+# %% ../../nbs/lib/assistant/versions.ipynb #403c12d2
 def _share(copies, files: dict[str, Path]):
     "Replace fresh copies of large files on the same disk by hard links; nobody writes through one."
     for copy in copies:
@@ -143,6 +150,7 @@ def _share(copies, files: dict[str, Path]):
                     os.link(original, temporary := copy.with_name(f".{copy.name}.link"))
                     os.replace(temporary, copy)
 
+# %% ../../nbs/lib/assistant/versions.ipynb #f373338f
 def _resources(settings):                           # what the model asks for on Databricks, so that it is given the right to
     from mlflow.models.resources import DatabricksServingEndpoint, DatabricksUCModelService, DatabricksVectorSearchIndex
     served, gateway = settings.get("served") or {}, settings.get("gateway") or {}
@@ -153,6 +161,7 @@ def _resources(settings):                           # what the model asks for on
         out += [DatabricksUCModelService(name) for name in [gateway["route"]] + [f"{gateway['route']}_backup"] * gateway["fallbacks"]]
     return out or None
 
+# %% ../../nbs/lib/assistant/versions.ipynb #2e2403ec
 def log_assistant(
     ws: Workspace,
     template: str,
@@ -232,6 +241,7 @@ def _link(source, target):
 FACTS = ("signature", "digest", "git_commit", "data_version", "prompt_version")
 OUR_FACTS = ("licence", "base_model", "base_sha256", "adapter_sha256", "chat_model_version")
 
+# %% ../../nbs/lib/assistant/versions.ipynb #1337778a
 def version_facts(
     ws: Workspace,
     version: str, # Of the registered model `assistant`
@@ -257,6 +267,7 @@ def version_facts(
         size_mb=(model.model_size_bytes or 0) / 1e6,
     )
 
+# %% ../../nbs/lib/assistant/versions.ipynb #85e625c0
 def missing_facts(
     facts: dict, # From `version_facts`
     ours: bool, # Whether the version holds a model that we tuned
@@ -285,25 +296,28 @@ def load_assistant(
     version: str, # Version of the registered model `assistant`
     trace: bool = False, # Leave a trace of each question; questions of a test are no traffic
 ):
-    "Load an assistant from the registry; yields a function from `{'question': ...}` to the answer dictionary; a passage under `planted` is found first. A second argument is called with each piece of the answer as it is written."
+    """Load an assistant from the registry; yields a function from `{'question': ...}` to the answer dictionary.
+
+    A passage under `planted` is found first. A second argument is called with each piece of the answer as it is written."""
     mlflow = ws.mlflow()
-    if not trace: mlflow.tracing.disable()
-    os.environ |= serving_environment(ws, version)
-    model = mlflow.pyfunc.load_model(f"models:/{ws.registered('assistant')}/{version}")
-    agent = model._model_impl.get_raw_model()
-    def ask(state, on_piece=None):
-        request = {"input": [{"role": "user", "content": state["question"]}]}
-        if on_piece is None:
-            with planted(agent.retriever, state.get("planted", "")): reply = model.predict(request)
-        else:
-            for event in model.predict_stream(request):
-                if event["type"] == "response.output_text.delta": on_piece(event["delta"])
-            reply = dict(output=[event["item"]], custom_outputs=event["custom_outputs"])
-        return dict(question=state["question"], answer=reply["output"][0]["content"][0]["text"]) | reply["custom_outputs"]
-    try: yield ask
-    finally:
-        agent.close()
-        if not trace: mlflow.tracing.enable()
+    with contextlib.ExitStack() as afterwards:
+        if not trace:
+            mlflow.tracing.disable()
+            afterwards.callback(mlflow.tracing.enable)          # also if nothing can be loaded
+        os.environ |= serving_environment(ws, version)
+        model = mlflow.pyfunc.load_model(f"models:/{ws.registered('assistant')}/{version}")
+        agent = model._model_impl.get_raw_model()
+        afterwards.callback(agent.close)
+        def ask(state, on_piece=None):
+            request = {"input": [{"role": "user", "content": state["question"]}]}
+            if on_piece is None:
+                with planted(agent.retriever, state.get("planted", "")): reply = model.predict(request)
+            else:
+                for event in model.predict_stream(request):
+                    if event["type"] == "response.output_text.delta": on_piece(event["delta"])
+                reply = dict(output=[event["item"]], custom_outputs=event["custom_outputs"])
+            return dict(question=state["question"], answer=reply["output"][0]["content"][0]["text"]) | reply["custom_outputs"]
+        yield ask
 
 # %% ../../nbs/lib/assistant/versions.ipynb #97ad45e8
 class Planted:
@@ -315,6 +329,7 @@ class Planted:
         first = Passage("planted", name, "", name, self.text, 1.0, 1.0)
         return [first, *self.index.search(question, k, *args, **options)][:k]
 
+# %% ../../nbs/lib/assistant/versions.ipynb #21a9d5a3
 @contextlib.contextmanager
 def planted(
     retriever, # From `as_retriever`

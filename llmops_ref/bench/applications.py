@@ -59,6 +59,7 @@ def open_system(ws: Workspace, system: System):
         try: yield Endpoint(f"{service.url}/v1", "chat_model"), "chat_model"
         finally: stop_service(ws, service)
 
+# %% ../../nbs/lib/bench/applications.ipynb #0cb7afb6
 def memory_mb(ws: Workspace, name: str) -> float:
     "Resident memory of the services whose name begins so, with their children, in megabytes."
     import psutil
@@ -95,6 +96,7 @@ def price_per_1000(
     ]
     return float("nan") if None in costs else 1000 * float(np.mean(costs))
 
+# %% ../../nbs/lib/bench/applications.ipynb #cc23abd2
 def break_even(
     config: Config,
     provider_per_1000: float, # US dollars

@@ -43,6 +43,7 @@ def score_search(
     p50, p99 = np.percentile(times, [50, 99])
     return dict(zip(("recall@5", "mrr@10", "ndcg@10"), np.mean(rows, axis=0).tolist())) | dict(p50_ms=float(p50), p99_ms=float(p99))
 
+# %% ../../nbs/lib/bench/choices.ipynb #f215c1ba
 class Meter:
     "Seconds and megabytes that a block took: the growth of this process while it ran, at its end."
     def __enter__(self):
@@ -53,6 +54,7 @@ class Meter:
     def __exit__(self, *_):
         self.seconds, self.mb = time.perf_counter() - self.start, (psutil.Process().memory_info().rss - self.before) / 1e6
 
+# %% ../../nbs/lib/bench/choices.ipynb #8e96b28d
 def test_questions(ws: Workspace, split: str = "test") -> pd.DataFrame:
     "The answerable questions of a split."
     return ws.read("questions").query("split == @split and type != 'unanswerable'")
@@ -78,6 +80,7 @@ def tutorial_search(
     store = FAISS.from_documents(RecursiveCharacterTextSplitter(chunk_size=1000, chunk_overlap=100).split_documents(pages), MiniLM())
     return lambda question: list(dict.fromkeys(d.metadata["document_id"] for d in store.similarity_search(question, k=50)))[:10]
 
+# %% ../../nbs/lib/bench/choices.ipynb #e4ef7070
 def our_search(
     ws: Workspace,
     documents: pd.DataFrame,
@@ -93,6 +96,7 @@ def our_search(
         index = Index(Path(folder), embedder)
     return lambda question: [p.document_id for p in index.search(question, 10, method)]
 
+# %% ../../nbs/lib/bench/choices.ipynb #a97c8c20
 def bench_retrieval(ws: Workspace) -> pd.DataFrame: # One row a pipeline, and one with what ours does better
     "Ours against the recipe of most tutorials: the same documents, questions and weights, in one process."
     documents, questions, rows = ws.read("documents"), test_questions(ws), {}
@@ -165,6 +169,7 @@ def _torch_embedder(dtype):
         torch.as_tensor(model.encode(texts, normalize_embeddings=True, show_progress_bar=False, convert_to_tensor=True)).float()
     )
 
+# %% ../../nbs/lib/bench/choices.ipynb #caffbcab
 def _static_embedder():
     from model2vec.distill import distill
     with warnings.catch_warnings(action="ignore"): model = distill(str(minilm_folder()), device="cpu", pca_dims=256)
@@ -173,6 +178,7 @@ def _static_embedder():
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return embed
 
+# %% ../../nbs/lib/bench/choices.ipynb #1398343f
 def bench_embedders(
     ws: Workspace,
     most: int = 600, # Chunks; those of gold documents first
@@ -245,6 +251,7 @@ def shaken(
     more = more + noise * step / np.linalg.norm(step, axis=1, keepdims=True)
     return (more / np.linalg.norm(more, axis=1, keepdims=True)).astype(np.float32)
 
+# %% ../../nbs/lib/bench/choices.ipynb #8277961e
 def bench_kinds(
     vectors: np.ndarray, # float32: real embeddings
     sizes: tuple = (1_000, 10_000, 100_000),

@@ -53,6 +53,7 @@ def _in_a_loop(work):                               # a notebook has a running l
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, work).result()
 
+# %% ../../nbs/lib/bench/load.ipynb #0b5c5b31
 def load_table(
     answers: dict[int, pd.DataFrame], # Askers -> `keep_busy`
 ) -> pd.DataFrame: # One row a number of askers: `askers answers errors per_second p50 p95 p99`
@@ -94,6 +95,7 @@ def memory_mb(service: Service) -> float:
     try: process = psutil.Process(service.pid); return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)]) / 1e6
     except psutil.Error: return float("nan")
 
+# %% ../../nbs/lib/bench/load.ipynb #6860dd1d
 def soak(
     service: Service,
     questions: list[str],

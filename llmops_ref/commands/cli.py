@@ -74,20 +74,24 @@ def _show_plan(env, steps):
         last = f"last {duration(step.seconds)}" if step.seconds else ""
         typer.echo(f"  {step.state:7} {step.stage.notebook:14} {last:>16}   {step.why[:110]}")
 
+# %% ../../nbs/lib/commands/cli.ipynb #fa864efa
 def _nothing_to_do(ws, env):
     typer.echo(
         f"\nEverything is up to date. Report: {_report(ws)}\nRun a stage anyway with `{me()} run --env {env} --only retrieval --force`."
     )
 
+# %% ../../nbs/lib/commands/cli.ipynb #ddbe7f86
 def _something(ws, n=0):                            # that the corpus answers
     from llmops_ref.feedback.chat import example_questions
     found = example_questions(ws) or ["What is in these documents?"]
     return found[-1 - min(n, len(found) - 1)]
 
+# %% ../../nbs/lib/commands/cli.ipynb #789b25a6
 def _report(ws):
     path = ws.runs / "latest" / "report.html"
     return os.path.relpath(path) if path.exists() else "none yet"
 
+# %% ../../nbs/lib/commands/cli.ipynb #1cf087e1
 def _run(ws, env, steps, force, kept):
     from llmops_ref.runner.pipeline import Screen, StageFailed, duration, run_pipeline
     command = "llmops " + " ".join(sys.argv[1:])
@@ -111,6 +115,7 @@ def _run(ws, env, steps, force, kept):
         if stage["result"]: typer.echo(f"  {stage['notebook']:14} {stage['result']['headline']}")
     typer.echo(f"\nReport: {_report(ws)}\nTry:    " + "\n        ".join(f"{me()} {words}" for words in _to_try(ws, env)))
 
+# %% ../../nbs/lib/commands/cli.ipynb #7a6e0437
 def _to_try(ws, env):                               # only what this environment can do already
     if ws.alias("assistant", "champion", record=False): yield f"ask --env {env} {shlex.quote(_something(ws))}"
     if (ws.store / "index" / "current.json").is_file() or ws.config.vector_index != "faiss":
@@ -140,6 +145,7 @@ def status(env: Env = "dev", as_json: Json = False):
             typer.echo(f"  {row['stage']:14} {row['state']:11} {duration(row['seconds']):>10}   {row['headline'] or '; '.join(row['why'])}")
         typer.echo(f"\nReport: {_report(ws)}")
 
+# %% ../../nbs/lib/commands/cli.ipynb #86c1f8eb
 @app.command()
 def summary(
     env: Env = "dev",
@@ -155,6 +161,7 @@ def summary(
         typer.echo(summary_markdown(run, other))
         if against and other is None: typer.echo(f"There is no run in {against} to compare with.")
 
+# %% ../../nbs/lib/commands/cli.ipynb #a63dedae
 @app.command()
 def why(stage: Annotated[str, typer.Argument(help="Such as 03 or retrieval")], env: Env = "dev", as_json: Json = False):
     "Say why a stage would run, or that it would not."
@@ -174,6 +181,7 @@ def why(stage: Annotated[str, typer.Argument(help="Such as 03 or retrieval")], e
                 f" {', '.join(last['reads'])}."
             )
 
+# %% ../../nbs/lib/commands/cli.ipynb #6ad22139
 @app.command()
 def config(env: Env = "dev", as_json: Json = False):
     "Print each setting and where its value came from."
@@ -194,6 +202,7 @@ def _questions(question):
     if sys.stdin.isatty(): raise SettingsError(asks)
     return [line.strip() for line in sys.stdin if line.strip()], True
 
+# %% ../../nbs/lib/commands/cli.ipynb #2540f30b
 @app.command()
 def search(
     question: Annotated[Optional[str], typer.Argument()] = None,
@@ -219,6 +228,7 @@ def search(
                         f" {seen(' '.join(p.text.split(chr(10), 1)[-1].split()))[:200]}"
                     )
 
+# %% ../../nbs/lib/commands/cli.ipynb #9c705d37
 @app.command()
 def ask(
     question: Annotated[Optional[str], typer.Argument()] = None,
@@ -259,6 +269,7 @@ def _documents(ws):
     try: return ws.read("documents")
     except DataError: return None
 
+# %% ../../nbs/lib/commands/cli.ipynb #5ae56a12
 @questions_app.command("list")
 def list_questions(
     split: Annotated[Optional[str], typer.Option(help="Only train, or only test")] = None,
@@ -279,6 +290,7 @@ def list_questions(
         for q in rows.itertuples(): typer.echo(f"{q.id}  {q.split:5}  {q.type:12}  {'DRAFT  ' if q.draft else ''}{seen(q.question)}")
         typer.echo(f"{len(rows)} questions, {rows.draft.sum()} of them drafts")
 
+# %% ../../nbs/lib/commands/cli.ipynb #d5ca935b
 @questions_app.command("add")
 def add(
     question: Annotated[Optional[str], typer.Option()] = None,
@@ -325,6 +337,7 @@ def add(
         )
         for note in notes: typer.secho(f"Note: {note}", fg="yellow", err=True)
 
+# %% ../../nbs/lib/commands/cli.ipynb #63ced282
 @questions_app.command("review")
 def review(
     id: Annotated[str, typer.Argument(help="Such as q155")],
@@ -340,6 +353,7 @@ def review(
         review_question(ws.read_file(ws.config.questions), id, accept, by)
         typer.echo(f"{id} is {'used from the next run on' if accept else 'deleted'}.")
 
+# %% ../../nbs/lib/commands/cli.ipynb #45231350
 @questions_app.command("check")
 def check(env: Env = "dev", as_json: Json = False):
     "Look for duplicates, leaks between splits, and gold objects that do not exist; exit code 1 if there are any."
@@ -370,6 +384,7 @@ def _named_values(texts):
     if wrong: raise SettingsError(f"--var takes NAME=VALUE, not {wrong[0]!r}.")
     return dict(text.split("=", 1) for text in texts or [])
 
+# %% ../../nbs/lib/commands/cli.ipynb #2f23504f
 @bundle_app.command("plan")
 def plan(env: Env = "dev", var: Vars = None, as_json: Json = False):
     "List what would be on the workspace: size, price class in use and idle, and how each is removed."
@@ -397,6 +412,7 @@ def plan(env: Env = "dev", var: Vars = None, as_json: Json = False):
             f" {env} && {own}{me()} bundle connect --env {env}"
         )
 
+# %% ../../nbs/lib/commands/cli.ipynb #ca3b8f03
 @bundle_app.command("connect")
 def connect(
     env: Env = "dev", job_id: Annotated[Optional[int], typer.Option(help="Of the deployment job; found by its name by default")] = None
@@ -409,6 +425,7 @@ def connect(
         job_id = job_id or deployment_job(client, env)
         typer.echo(f"A new version of {connect_deployment_job(ws, job_id)} now starts job {job_id}.")
 
+# %% ../../nbs/lib/commands/cli.ipynb #bd9a819d
 @app.command("destroy")
 def destroy_environment(
     env: Env = "dev",

@@ -36,6 +36,7 @@ def _show_evidence(ws, version, facts):
     for reason in evidence_reasons(evidence): typer.echo(f"  {reason}")
     typer.echo(f"The evidence: {os.path.relpath(page)}")
 
+# %% ../../nbs/lib/commands/operations.ipynb #3be237e9
 @operations_app.command()
 def approve(
     env: Env = "prod",
@@ -56,6 +57,7 @@ def approve(
         tags = decide(ws, version, True, who(by), reason, facts.get("model_validation_run", ""))
         typer.echo(f"Approved by {tags['approval_by']} for the content {tags['approval_digest'][:16]}. Go on: {me()} run --env {env}")
 
+# %% ../../nbs/lib/commands/operations.ipynb #9af017ed
 @operations_app.command()
 def reject(
     env: Env = "prod", version: Version = None, by: By = None, reason: Annotated[str, typer.Option(help="What is wrong with it")] = ""
@@ -68,6 +70,7 @@ def reject(
         tags = decide(ws, version, False, who(by), reason)
         typer.echo(f"Version {version} is rejected by {tags['approval_by']}. What serves {env} now goes on serving.")
 
+# %% ../../nbs/lib/commands/operations.ipynb #c6bed956
 @operations_app.command()
 def promote(
     source: Annotated[str, typer.Option("--from", help="Where it passed validation")] = "staging",
@@ -83,12 +86,13 @@ def promote(
         )
         if there.config.promotion != "model":
             typer.secho(
-                f"Note: promotion = {there.config.promotion} in {target}, so the next run there trains a model of its own. Set promotion = model"
-                " in settings.ini.",
+                f"Note: promotion = {there.config.promotion} in {target}, so the next run there trains a model of its own."
+                " Set promotion = model in settings.ini.",
                 fg="yellow",
                 err=True,
             )
 
+# %% ../../nbs/lib/commands/operations.ipynb #3f0da54c
 @operations_app.command()
 def versions(
     env: Env = "dev",
@@ -172,6 +176,7 @@ def _serve(ws, what, port):                         # its URL, and a request to 
         f"""curl {endpoint.base_url}/chat/completions -H 'Content-Type: application/json'{key} -d '{{"model": "{endpoint.model}", "max_tokens": 20, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'""",
     )
 
+# %% ../../nbs/lib/commands/operations.ipynb #344ab611
 @operations_app.command()
 def serve(
     what: Annotated[
@@ -203,6 +208,7 @@ def _show_table(table, as_json):
     if as_json: out(json.loads(table.reset_index().to_json(orient="records")))
     else: typer.echo(table.to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
 
+# %% ../../nbs/lib/commands/operations.ipynb #eb90e0be
 @operations_app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="retrieval, chunkers, fusion, embedders, kinds or backends")],
@@ -216,6 +222,7 @@ def bench(
         if name not in BENCHES: raise SettingsError(f"There is no benchmark {name!r}. There are {', '.join(BENCHES)}.")
         _show_table(run_bench(watched(workspace_of(env)), name), as_json)
 
+# %% ../../nbs/lib/commands/operations.ipynb #4e464d48
 @operations_app.command()
 def compare(env: Env = "dev", as_json: Json = False):
     "Let the applications answer the same test questions: quality, time, size and price on one table."
@@ -253,6 +260,7 @@ def batch(
         )
         if counts["failed"]: raise typer.Exit(1)
 
+# %% ../../nbs/lib/commands/operations.ipynb #a37b6c01
 @operations_app.command()
 def load(
     askers: Annotated[str, typer.Option(help="How many ask at the same time, with commas")] = "1,2,4,8",

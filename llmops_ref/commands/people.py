@@ -20,6 +20,7 @@ from ..core.files import DataError
 # %% ../../nbs/lib/commands/people.ipynb #8f87031e
 people_app = typer.Typer()
 
+# %% ../../nbs/lib/commands/people.ipynb #9cf441a7
 @people_app.command()
 def chat(env: Env = "dev", port: Annotated[int, typer.Option(help="0 = a free one")] = 8080):
     "Open the chat page: ask, read the passages, vote, review. Ctrl-C ends it."
@@ -38,6 +39,7 @@ def chat(env: Env = "dev", port: Annotated[int, typer.Option(help="0 = a free on
         finally:
             if ws.config.platform == "local": stop_services(ws, owner=os.getpid())
 
+# %% ../../nbs/lib/commands/people.ipynb #48f38a0c
 @people_app.command()
 def vote(
     trace_id: Annotated[str, typer.Argument(help="Of the answer; `llmops ask` prints it")],
@@ -70,6 +72,7 @@ def vote(
 # %% ../../nbs/lib/commands/people.ipynb #7090915b
 def _line(text): return seen(" ".join(str(text).split()))
 
+# %% ../../nbs/lib/commands/people.ipynb #825cbdeb
 def _show_vote(row, number, n):
     typer.secho(
         f"\n{number} of {n}   {row.feedback_id}   thumb {'up' if row.good else 'down'} by {_line(row.source)}"
@@ -79,6 +82,7 @@ def _show_vote(row, number, n):
     for label, said in (("Question", row.question), ("Answer", row.answer), ("Comment", row.comment), ("Correction", row.correction)):
         if said: typer.echo(f"  {label + ':':11} {_line(said)[:600]}")
 
+# %% ../../nbs/lib/commands/people.ipynb #4d1d2250
 def _decide(ws, row, by):                           # asks a person about one vote; False to stop
     from llmops_ref.feedback.review import review_feedback
     from llmops_ref.evaluation.reviewed import USES

@@ -25,9 +25,11 @@ def project_root() -> Path:
     "The folder of the project that we stand in."
     return find_settings().parent
 
+# %% ../../nbs/lib/commands/project.ipynb #15335239
 def _ask(given, question, default):                 # asks a person, never a script
     return given or (typer.prompt(f"  {question}", default=default).strip() if sys.stdin.isatty() else default)
 
+# %% ../../nbs/lib/commands/project.ipynb #0e5ad401
 @kit_app.command()
 def init(
     name: Annotated[
@@ -205,6 +207,7 @@ def _show(findings):
         typer.secho(f"  {mark} {f.about:{width}}  {f.found}", fg=colour)
         if f.fix: typer.secho(f"    {'':{width}}  {f.fix}", dim=True)
 
+# %% ../../nbs/lib/commands/project.ipynb #0e257b07
 @kit_app.command()
 def doctor(
     env: Env = "dev",
@@ -232,6 +235,7 @@ def doctor(
             )
         if bad: raise typer.Exit(1)
 
+# %% ../../nbs/lib/commands/project.ipynb #6812348b
 @kit_app.command()
 def todo(env: Env = "dev", as_json: Json = False):
     "List what is still the sample's, and what waits for a person."
@@ -245,7 +249,7 @@ def todo(env: Env = "dev", as_json: Json = False):
             f"\n{left} left."
             if left
             else (
-                "\nNothing of the sample is left in the README, data and settings. No command can see whether the bounds of the gates, and who"
-                " may read (databricks.yml), are yours by now."
+                "\nNothing of the sample is left in the README, data and settings. No command can see whether the bounds of the gates,"
+                " and who may read (databricks.yml), are yours by now."
             )
         )

@@ -23,6 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program ins
 
 By = Annotated[Optional[str], typer.Option(help="Who decides; your name in git by default")]
 
+# %% ../../nbs/lib/commands/terminal.ipynb #cdb41af9
 @contextmanager
 def manners():
     "Turn the errors that people can mend into one paragraph and exit code 1."
@@ -38,16 +39,20 @@ def _can_be_mended(error):
     from langchain_core.exceptions import ModelError                       # here: most commands never ask a model
     return isinstance(error, ModelError)
 
+# %% ../../nbs/lib/commands/terminal.ipynb #507882fc
 def workspace_of(env: str, **settings):
     "The `Workspace` of an environment. Imported here, since it brings pandas: `--help` needs none."
     from llmops_ref.core.workspace import open_workspace
     return open_workspace(load_config(env, **settings))
 
+# %% ../../nbs/lib/commands/terminal.ipynb #05660789
 def me() -> str:                                   # how this command was called, for hints that can be pasted
     return "llmops" if shutil.which("llmops") else os.path.relpath(sys.argv[0])
 
+# %% ../../nbs/lib/commands/terminal.ipynb #b410c4e2
 def out(value): typer.echo(json.dumps(value, ensure_ascii=False, default=str))
 
+# %% ../../nbs/lib/commands/terminal.ipynb #f342e672
 def seen(text) -> str:                             # of models, users and documents: without what a terminal would obey
     from llmops_ref.core.page import UNSEEN
     return UNSEEN.sub("", str(text))
@@ -58,10 +63,12 @@ def who(by):
         subprocess.run(["git", "config", "user.name"], capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     )
 
+# %% ../../nbs/lib/commands/terminal.ipynb #848ff17e
 def one_of(value, option, known):
     if value is not None and value not in known: raise SettingsError(f"{option} takes {', '.join(known)}, not {value!r}.")
     return value
 
+# %% ../../nbs/lib/commands/terminal.ipynb #1bc42d92
 def given(value, option, text):                    # asks a person, never a script
     if value: return value
     if not sys.stdin.isatty(): raise SettingsError(f"Give {option}: {text}.")

@@ -18,6 +18,7 @@ from typing import get_args, Literal
 class SettingsError(ValueError):
     "A setting or an argument is wrong; the message names it and says how to mend it."
 
+# %% ../../nbs/lib/core/config.ipynb #f66d81d9
 @dataclass(frozen=True)
 class Config:
     "Every setting of one environment. What each key means is written beside it in `settings.ini`."
@@ -193,23 +194,16 @@ def _check_range(key, value):
         if (
             key in (
                 "gate_names_gold", "gate_says_reference", "gate_citation_precision", "gate_refusal_recall", "gate_attacks",
-                "gate_regressions", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language",
-                "corpus_max_unreadable",
-            )
-            and value > 1
-            or key.startswith("monitoring_max_")
-            and key not in ("monitoring_max_p95_seconds", "monitoring_max_cost_per_1000")
-            and value > 1
+                "gate_regressions", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language", "corpus_max_unreadable",
+            ) and value > 1
+            or key.startswith("monitoring_max_") and key not in ("monitoring_max_p95_seconds", "monitoring_max_cost_per_1000") and value > 1
         ):
             raise ValueError("a share between 0 and 1")
-        if (
-            key in (
-                "retrieval_k", "chat_slots", "prompt_slots", "chat_max_tokens", "chunk_words", "passage_words",
-                "question_words", "chat_timeout", "gateway_timeout", "finetune_examples", "finetune_rank", "finetune_tokens",
-                "finetune_rows_per_step", "finetune_checks", "smoke_questions", "rollout_questions", "monitoring_days",
-            )
-            and value < 1
-        ):
+        if key in (
+            "retrieval_k", "chat_slots", "prompt_slots", "chat_max_tokens", "chunk_words", "passage_words", "question_words",
+            "chat_timeout", "gateway_timeout", "finetune_examples", "finetune_rank", "finetune_tokens", "finetune_rows_per_step",
+            "finetune_checks", "smoke_questions", "rollout_questions", "monitoring_days",
+        ) and value < 1:
             raise ValueError("a number of 1 or more")
 
 # %% ../../nbs/lib/core/config.ipynb #470ab21d
@@ -240,6 +234,7 @@ def _named(text, names): return functools.reduce(lambda text, name: text.replace
 
 def _where(path, section, key): return f"{path.name} [{section}] {key}"
 
+# %% ../../nbs/lib/core/config.ipynb #b5fefa85
 def load_config(
     env: str = "dev", # dev, staging or prod: the section of `settings.ini`
     start: Path | str | None = None, # Where to look for the file; see `find_settings`
@@ -277,6 +272,7 @@ def load_config(
 def _chosen(parser, env, overrides, key):           # what a section is named after is known before the others
     return str(overrides.get(key) or os.environ.get(f"LLMOPS_{key.upper()}") or parser.get(env, key, fallback=""))
 
+# %% ../../nbs/lib/core/config.ipynb #f9ce074d
 def _layers(parser, path, env, overrides):
     raw = {key: (text, _where(path, "DEFAULT", key)) for key, text in parser.defaults().items()}
     profile, platform = (_chosen(parser, env, overrides, key) for key in ("finetune_profile", "platform"))
@@ -330,7 +326,7 @@ def sleep_while_waiting() -> None:
 
 # %% ../../nbs/lib/core/config.ipynb #4b94c1c2
 def begin_process() -> None:
-    "What each process of ours begins with: threads that sleep while they wait, a collector that looks seldom and not at the end, and no grammar that nobody needs."
+    "What each process of ours begins with: threads that sleep, a collector that looks seldom and not at the end, no needless grammar."
     sleep_while_waiting()
     sys.modules.setdefault("rfc3987_syntax", None)
     gc.set_threshold(100_000, 20, 20)

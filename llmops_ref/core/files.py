@@ -29,10 +29,10 @@ def write_atomic(
 class DataError(RuntimeError):
     "Data that a stage needs is missing, damaged or unusable; the message names it and says how to mend it."
 
+# %% ../../nbs/lib/core/files.ipynb #1a012055
 def file_digest(path: Path | str) -> str:
     "SHA-256 of a file, as 64 hexadecimal digits."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 # %% ../../nbs/lib/core/files.ipynb #d0fd01c8
 NOTES = "LLMOPS_DIGESTS"                            # environment variable: the file in which digests are noted; none, and each is computed
@@ -46,6 +46,7 @@ def _notes(path):
     try: return json.loads(Path(path).read_text())
     except (OSError, ValueError): return {}         # none yet, or half of one: compute
 
+# %% ../../nbs/lib/core/files.ipynb #29184d24
 def known_digest(path: Path | str) -> str:
     "SHA-256 of a file; of a large one that has not been touched since it was last read, what was noted then."
     noted, path = os.environ.get(NOTES), os.path.abspath(path)
@@ -56,7 +57,6 @@ def known_digest(path: Path | str) -> str:
     if time.time() - stamp[1] / 1e9 > SETTLED:
         with contextlib.suppress(OSError): write_atomic(noted, json.dumps(_notes(noted) | {path: [*stamp, digest]}))
     return digest
-
 
 # %% ../../nbs/lib/core/files.ipynb #d5eecd28
 def verify_digest(
@@ -84,6 +84,7 @@ def visible_files(
         found += [file for file in files if file.is_file() and (not file.is_symlink() or file.resolve().is_relative_to(inside))]
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 
+# %% ../../nbs/lib/core/files.ipynb #a8fc423b
 def folder_digest(
     folder: Path | str,
 ) -> str: # 64 hexadecimal digits

@@ -33,10 +33,12 @@ class Service:
     @property
     def url(self): return f"http://127.0.0.1:{self.port}"
 
+# %% ../../nbs/lib/core/services.ipynb #aa6bb99b
 def owner() -> int:
     "The process that what we start belongs to: the run, or this process."
     return int(os.environ.get("LLMOPS_RUN", os.getpid()))
 
+# %% ../../nbs/lib/core/services.ipynb #32496f93
 @contextlib.contextmanager
 def owned_by(pid: int):
     "What is started in the `with` block, here or by a process that is started here, belongs to another process."
@@ -47,6 +49,7 @@ def owned_by(pid: int):
         if before is None: del os.environ["LLMOPS_RUN"]
         else: os.environ["LLMOPS_RUN"] = before
 
+# %% ../../nbs/lib/core/services.ipynb #1a8d0d80
 def free_port(
     wanted: int = 0, # 0 = any
     setting: str = "serving_port", # Where it was asked for
@@ -55,6 +58,8 @@ def free_port(
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: probe.bind(("127.0.0.1", wanted))
+        except PermissionError:
+            raise SettingsError(f"Port {wanted} (`{setting}`) is for the system. Set {setting} to 1024 or more, or to 0.") from None
         except OSError:
             raise SettingsError(
                 f"Port {wanted} (`{setting}`) is in use. Stop what listens there, or set {setting} = 0 to take a free one."
@@ -68,6 +73,7 @@ def _process(service):
         process = psutil.Process(service.pid)
         if abs(process.create_time() - service.born) < 1 and process.status() != psutil.STATUS_ZOMBIE: return process
 
+# %% ../../nbs/lib/core/services.ipynb #cd2affd3
 def running_services(
     ws: Workspace,
 ) -> list[Service]:
@@ -77,6 +83,7 @@ def running_services(
         with contextlib.suppress(OSError, ValueError, TypeError): found.append(Service(**json.loads(note.read_text())))
     return [service for service in found if _process(service)]
 
+# %% ../../nbs/lib/core/services.ipynb #8edc47a2
 def find_service(
     ws: Workspace,
     name: str,
@@ -106,6 +113,7 @@ def stop_service(
     ws.here("services", f"{service.name}.json").unlink(missing_ok=True)
     shutil.rmtree(ws.here("services", service.name), ignore_errors=True)
 
+# %% ../../nbs/lib/core/services.ipynb #8e9785cc
 def stop_services(
     ws: Workspace,
     owner: int | None = None, # Process id: only what was started for this one
@@ -114,6 +122,7 @@ def stop_services(
     for service in running_services(ws):
         if owner in (None, service.owner): stop_service(ws, service)
 
+# %% ../../nbs/lib/core/services.ipynb #5abfff23
 def stop_leftovers(ws: Workspace) -> None:
     "Stop services whose owner was killed before it could do so itself; those whose owner lives are left alone."
     import psutil
@@ -162,7 +171,7 @@ def start_service(
     environment: dict[str, str] | None = None, # More variables, such as keys
     prepare=None, # Called with the URL when it answers, before anybody else may find it
 ) -> Service:
-    "Start a service, or find the one that is up; one of the same name that serves something else is stopped. `DataError` if it does not come up."
+    "Start a service, or find it if it is up; one of its name that serves something else is stopped. `DataError` if it does not come up."
     import psutil
     if found := find_service(ws, name, digest, ready): return found
     for other in running_services(ws):
@@ -191,6 +200,7 @@ def start_service(
     write_atomic(ws.here("services", f"{name}.json"), json.dumps(asdict(service := replace(service, digest=digest))))
     return service
 
+# %% ../../nbs/lib/core/services.ipynb #5c57cf56
 def _wait_until_ready(service, process, ready, timeout, log):
     patience = Patience(process.pid, timeout)
     while not patience.over():

@@ -29,6 +29,7 @@ def share_interval(
     "Wilson's interval of a share."
     return wilson(share * n, n)
 
+# %% ../../nbs/lib/core/significance.ipynb #e5e70d18
 def said_share(share: float, n: int) -> str: # 0.67 of 6 [0.30, 0.90]
     "A share with what it rests on."
     if not n or share != share: return "none"
@@ -43,22 +44,19 @@ class Comparison:
     low: float
     high: float
     n: int # Questions, or groups of them
-    detectable: float = float(
-        "nan"
-    )  # Smallest true difference that this many questions would find in four of five cases; NaN where they are too few for any
+    detectable: float = float("nan") # Smallest true difference found in four of five cases; NaN where the questions are too few for any
     p_value: float | None = None # McNemar's exact test; only of scores that are 0 or 1
     confidence: float = 0.95
 
     @property
     def verdict(self) -> str:
-        if self.n < 6 or (
-            self.p_value is not None and self.p_value >= 1 - self.confidence
-        ): # five that all go one way have a p value of 0.06 in a sign test
+        if self.n < 6 or (self.p_value is not None and self.p_value >= 1 - self.confidence):    # five of five: p is 0.06 in a sign test
             return "not enough evidence"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "not enough evidence"
 
     def __str__(self): return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], n = {self.n}: {self.verdict}"
 
+# %% ../../nbs/lib/core/significance.ipynb #d45abb21
 def mcnemar(
     candidate, # Scores of 0 or 1
     baseline, # Of the same questions in the same order
@@ -69,15 +67,14 @@ def mcnemar(
     n = wins + losses
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2 ** n)
 
+# %% ../../nbs/lib/core/significance.ipynb #0fb957ae
 def compare(
     candidate: list[float],
     baseline: list[float], # Scores of the same questions in the same order
     confidence: float = 0.95,
     resamples: int = 4000,
     seed: int = 17,
-    groups: (
-        list | None
-    ) = None, # Which questions belong together, such as those about the same passages: they are drawn together, and count as one
+    groups: list | None = None, # Which questions belong together, such as those about the same passages: drawn together, counted as one
 ) -> Comparison:
     "Paired bootstrap on the per-question differences; `ValueError` if the lists do not pair up or are empty."
     a, b = np.asarray(candidate, float), np.asarray(baseline, float)
@@ -90,12 +87,13 @@ def compare(
     drawn = np.random.default_rng(seed).integers(0, d.size, (resamples, d.size))
     means = (d[drawn] * weights[drawn]).sum(1) / weights[drawn].sum(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    binary, z = groups is None and set(np.unique([a, b])) <= {0.0, 1.0}, NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(
-        0.8
+    binary, z = (
+        groups is None and set(np.unique([a, b])) <= {0.0, 1.0},
+        NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(0.8),
     )
-    detectable = (
+    detectable = (                                  # differences that are all the same say little when they are few
         z * max(d.std(ddof=1) if d.size > 1 else 1.0, 1 / math.sqrt(d.size)) / math.sqrt(d.size)
-    )  # differences that are all the same say little when they are few
+    )
     if binary: detectable = max(detectable, z * z / (d.size + z * z))       # a difference of x spreads by x (1 - x) at least
     if d.size < 6 or binary and detectable > 1: detectable = float("nan")   # `verdict` calls none of five, and shares differ by 1 at most
     return Comparison(
@@ -124,7 +122,8 @@ class Gate:
 
     @property
     def broken(self) -> str:
-        return f"{self.metric} is {self.value:.3f}, must be {'at least' if self.at_least else 'at most'} {self.bound:g}"
+        value = f"{self.value:.3f}" if round(self.value, 3) != self.bound else f"{self.value:.6g}"      # rounding must not hide the reason
+        return f"{self.metric} is {value}, must be {'at least' if self.at_least else 'at most'} {self.bound:g}"
 
     @property
     def remark(self) -> str:

@@ -9,7 +9,8 @@ __all__ = ['MLFLOW_SWITCHES', 'ALIAS', 'Card', 'Workspace', 'usable_cores', 'hus
            'on_databricks', 'DatabricksWorkspace', 'open_workspace']
 
 # %% ../../nbs/lib/core/workspace.ipynb #62c9b988
-import atexit, contextlib, functools, hashlib, importlib.metadata, json, math, multiprocessing, os, sqlite3, subprocess, tempfile, time, urllib.parse, warnings
+import atexit, contextlib, functools, hashlib, importlib.metadata, json, math, multiprocessing, os, \
+    sqlite3, subprocess, tempfile, time, urllib.parse, warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,7 @@ def hush_pyspark() -> None:
     "Silence what PySpark says of pandas 3 at each import; MLflow imports it too."
     warnings.filterwarnings("ignore", category=FutureWarning, module="pyspark")
 
+# %% ../../nbs/lib/core/workspace.ipynb #82d147e8
 @functools.cache
 def _sail():
     "Start Sail in this process."
@@ -119,6 +121,7 @@ def cores(self: Workspace) -> int:
     "Into how many partitions work is worth splitting."
     return usable_cores()
 
+# %% ../../nbs/lib/core/workspace.ipynb #1b8c71e6
 @patch
 def map_batches(
     self: Workspace,
@@ -138,6 +141,7 @@ def _apart(function, frames):
 
 def _collect(function, frames): return list(function(iter(frames)))
 
+# %% ../../nbs/lib/core/workspace.ipynb #bf166468
 @patch
 def _delta(self: Workspace, table):
     from deltalake import DeltaTable
@@ -147,11 +151,13 @@ def _delta(self: Workspace, table):
                         f"`llmops run --env {self.config.env}`.")
     return DeltaTable(str(folder))
 
+# %% ../../nbs/lib/core/workspace.ipynb #ef69fa15
 @patch
 def table_version(self: Workspace, table: str) -> str:
     "Version of a table, as text; `DataError` if there is no such table."
     return str(self._delta(table).version())
 
+# %% ../../nbs/lib/core/workspace.ipynb #89d318d0
 @patch
 def read(self: Workspace, table: str) -> pd.DataFrame:
     "Read a table into pandas, and note that this stage depends on it."
@@ -159,12 +165,14 @@ def read(self: Workspace, table: str) -> pd.DataFrame:
     self.reads[f"table:{table}"] = str(delta.version())
     return delta.to_pandas()
 
+# %% ../../nbs/lib/core/workspace.ipynb #1e18ebe3
 @patch
 def read_spark(self: Workspace, table: str):
     "Read a table as a Spark DataFrame, and note that this stage depends on it."
     self.reads[f"table:{table}"] = self.table_version(table)
     return self.spark.read.format("delta").load(str(self.store / "tables" / table))
 
+# %% ../../nbs/lib/core/workspace.ipynb #7ebe6ff2
 @patch
 def write(self: Workspace, table: str, frame, mode: str = "overwrite") -> str:
     "Write a pandas or Spark DataFrame as a table in one commit; returns the new version."
@@ -172,7 +180,7 @@ def write(self: Workspace, table: str, frame, mode: str = "overwrite") -> str:
     if isinstance(frame, pd.DataFrame):
         from deltalake import write_deltalake
         write_deltalake(folder, frame.reset_index(drop=True), mode=mode, schema_mode="overwrite" if mode == "overwrite" else "merge")
-    else: frame.write.format("delta").mode(mode).option("overwriteSchema", "true").save(folder)
+    else: frame.write.format("delta").mode(mode).option(f"{'overwrite' if mode == 'overwrite' else 'merge'}Schema", "true").save(folder)
     self.writes[f"table:{table}"] = version = self.table_version(table)
     return version
 
@@ -191,11 +199,12 @@ class Changes:
             or "nothing changed"
         )
 
+# %% ../../nbs/lib/core/workspace.ipynb #075de5bb
 @patch
 def merge(
     self: Workspace,
     table: str,
-    frame: pd.DataFrame, # What the table shall hold; a column `digest` tells whether a row changed, and is made of all others if there is none
+    frame: pd.DataFrame, # What the table shall hold; `digest` tells whether a row changed, and is made of all others if there is none
     key: str = "id", # Column that names a row
 ) -> Changes:
     "Bring a table to the rows of a frame in one commit that touches only what differs."
@@ -218,6 +227,7 @@ def merge(
     self.writes[f"table:{table}"] = self.table_version(table)
     return changes
 
+# %% ../../nbs/lib/core/workspace.ipynb #72ba8e64
 @patch
 def _row_digests(self: Workspace, table, key, columns):     # key -> digest, or None if the table has other columns and must be written anew
     delta = self._delta(table)
@@ -237,6 +247,7 @@ def _merge(self: Workspace, table, frame, key):
         .execute()
     )
 
+# %% ../../nbs/lib/core/workspace.ipynb #1d0b60f7
 @patch
 def add(
     self: Workspace,
@@ -254,6 +265,7 @@ def add(
     self.writes[f"table:{table}"] = self.table_version(table)
     return added
 
+# %% ../../nbs/lib/core/workspace.ipynb #551cfff7
 @patch
 def _insert(self: Workspace, table, frame, key):
     import pyarrow
@@ -268,6 +280,7 @@ def _insert(self: Workspace, table, frame, key):
             if patience is None: raise
             time.sleep(patience)
 
+# %% ../../nbs/lib/core/workspace.ipynb #db0521af
 @patch
 def changes_since(self: Workspace, table: str, version: str) -> Changes | None:
     "What the commits after a version touched, from the table's own log; `None` if one of them wrote the table anew."
@@ -290,8 +303,9 @@ def _history(self: Workspace, table): return self._delta(table).history()
 MLFLOW_SWITCHES = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_LOGGING_LEVEL": "WARNING", "GIT_PYTHON_REFRESH": "quiet",
-    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false", "MLFLOW_MODEL_CATALOG_URI": "",
-}  # else the first trace waits for a price list from the network; MLflow ships one
+    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
+    "MLFLOW_MODEL_CATALOG_URI": "",                 # else the first trace waits for a price list from the network; MLflow ships one
+}
 
 @patch
 def mlflow(self: Workspace):
@@ -313,6 +327,7 @@ def experiment(self: Workspace) -> str:
     "Name of the MLflow experiment that holds the runs and traces of this environment."
     return self.config.experiment
 
+# %% ../../nbs/lib/core/workspace.ipynb #353da706
 @patch
 def registered(self: Workspace, noun: str) -> str:
     "Full registered name of a model or prompt, the same here and in Unity Catalog."
@@ -338,6 +353,7 @@ def _alias(self: Workspace, name, alias):           # of a model, or of a prompt
 
 ALIAS = "SELECT version FROM registered_model_aliases WHERE name = ? AND alias = ?"
 
+# %% ../../nbs/lib/core/workspace.ipynb #789d323c
 @patch
 def _ask_mlflow(self: Workspace, name, alias):
     from mlflow.exceptions import MlflowException
@@ -346,12 +362,12 @@ def _ask_mlflow(self: Workspace, name, alias):
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"): return None    # no such model, no such alias
         raise DataError(f"The model registry of {self.config.env} cannot be read: {error.message[:200]}") from None
 
+# %% ../../nbs/lib/core/workspace.ipynb #144615aa
 @patch
 def set_alias(self: Workspace, noun: str, alias: str, version: str) -> None:
     "Point an alias at a version of a registered model."
     self.mlflow().MlflowClient().set_registered_model_alias(self.registered(noun), alias, version)
     self.writes[f"alias:{noun}@{alias}"] = str(version)
-
 
 # %% ../../nbs/lib/core/workspace.ipynb #b8380594
 @patch
@@ -361,6 +377,7 @@ def prompt(self: Workspace, noun: str, alias: str, record: bool = True):
     if found is not None and record: self.reads[f"prompt:{noun}@{alias}"] = str(found.version)
     return found
 
+# %% ../../nbs/lib/core/workspace.ipynb #c99f868c
 @patch
 def set_prompt_alias(self: Workspace, noun: str, alias: str, version: str) -> None:
     "Point an alias at a version of a registered prompt."
@@ -380,12 +397,14 @@ def read_file(self: Workspace, name: str) -> Path:
     self.reads[f"file:{name}"] = file_digest(path)
     return path
 
+# %% ../../nbs/lib/core/workspace.ipynb #e4480c17
 @patch
 def note_package(self: Workspace, distribution: str) -> str:
     "Version of an installed package, noted as an input."
     self.reads[f"package:{distribution}"] = version = importlib.metadata.version(distribution)
     return version
 
+# %% ../../nbs/lib/core/workspace.ipynb #c40711b5
 @patch
 def current(self: Workspace, name: str) -> str | None:
     "What an input's version is now: `table:…`, `file:…`, `folder:…`, `package:…`, `alias:noun@alias` ...; `None` if it is gone."
@@ -406,6 +425,7 @@ def progress(self: Workspace, done: float, total: float, text: str = "") -> None
     "Say how far a long step is; the pipeline shows it."
     if channel := os.environ.get("LLMOPS_PROGRESS"): write_atomic(channel, json.dumps(dict(done=done, total=total, text=text)))
 
+# %% ../../nbs/lib/core/workspace.ipynb #eb7bef3d
 @patch
 def start_run(self: Workspace, stage: str):
     "Start the MLflow run of a stage; a run of this stage that a killed process left open is marked as killed."
@@ -417,7 +437,7 @@ def start_run(self: Workspace, stage: str):
 
 @functools.cache
 def git_commit(root: Path) -> str:
-    "Commit of the repository, with `-dirty` if files differ from it; outside git what LLMOPS_COMMIT says (a job on Databricks has the files and no repository), or 'unknown'."
+    "Commit of the repository, with `-dirty` if files differ from it; without one (a job on Databricks), LLMOPS_COMMIT or 'unknown'."
     result = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
     return result.stdout.strip() or os.environ.get("LLMOPS_COMMIT") or "unknown"
 
@@ -429,11 +449,13 @@ def used(self: Workspace) -> dict:
     where = {"env", "root", "store", "cache", "catalog", "schema", "experiment", "secret_scope", "platform"}
     return {key: values[key] for key in sorted(self.config.used - where)}
 
+# %% ../../nbs/lib/core/workspace.ipynb #68f3148e
 def _plain(value):                                  # JSON knows no NaN
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
+# %% ../../nbs/lib/core/workspace.ipynb #ffb6013d
 @patch
 def finish(
     self: Workspace,
@@ -465,6 +487,7 @@ def on_databricks() -> bool:
     "Whether this process runs on a machine of Databricks."
     return "DATABRICKS_RUNTIME_VERSION" in os.environ
 
+# %% ../../nbs/lib/core/workspace.ipynb #6fa255a1
 class DatabricksWorkspace(Workspace):
     "The same, on a Databricks workspace: Unity Catalog tables, Volumes, secret scopes and the workspace's MLflow."
     def __init__(self, config):

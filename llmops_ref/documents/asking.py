@@ -44,18 +44,22 @@ SYNONYMS = {
         train="fit, teach",
     ).items()
 }
+
+# %% ../../nbs/lib/documents/asking.ipynb #4daad7f7
 HOW = ["How do I {}?", "How do I {}?", "How can I {}?", "How would I {}?", "What should I call to {}?", "Which function do I use to {}?",
        "I want to {}. What do I use?", "I need to {}.", "Is there a way to {}?", "{}."]
 WHAT = ["What do I use for {}?", "Is there something for {}?", "I need {}.", "Where do I find {}?", "Which class is {}?"]
 NAME = ["What does {} do?", "What is {} for?", "When do I use {}?", "Explain {}.", "Tell me what {} does."]
 _LOOSE = set("a an the of and or to for with in by from is that on as into at using if when whose this its given".split())
 
+# %% ../../nbs/lib/documents/asking.ipynb #105f2c07
 def _verb(word):                                    # "Deletes" -> "delete"
     word = word.lower()
     if word.endswith("ies"): return word[:-3] + "y"
     if re.search(r"(ss|sh|ch|x)es$", word): return word[:-2]
     return word[:-1] if word.endswith("s") and not word.endswith(("ss", "us")) else word
 
+# %% ../../nbs/lib/documents/asking.ipynb #3987387d
 def _name(document_id):
     parts = document_id.split(".")
     return ".".join(parts[-2:]) if len(parts) > 2 and parts[-2][:1].isupper() else parts[-1]
@@ -99,12 +103,14 @@ def plain_markdown(text: str) -> str:
     text = re.sub(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])", r"\1", re.sub(r"!?\[([^\]\n]*)\]\([^)\s]*\)", r"\1", text))
     return text.replace("`", "")
 
+# %% ../../nbs/lib/documents/asking.ipynb #60b0273c
 def _whole(sentence):                               # begins and ends like a sentence, and is neither code nor a row of a table
     first = sentence[:1]
     begins = first.isdigit() or first in "\"“«„(¿¡" or first.isalpha() and not first.islower()
     return (begins and sentence[-1:] in (".", "!") and not re.search(r"[|{}]|\. \.", sentence) and 6 <= len(sentence.split()) <= 40
             and max(map(len, sentence.split())) < 30 and sum(c.isalpha() or c == " " for c in sentence) > 0.85 * len(sentence))
 
+# %% ../../nbs/lib/documents/asking.ipynb #a2f4d087
 def page_sentences(
     text: str, # A chunk of a page: the path of its headings, then its text
 ) -> list[str]: # In their order
@@ -118,6 +124,7 @@ def page_sentences(
         found += filter(_whole, said)
     return found
 
+# %% ../../nbs/lib/documents/asking.ipynb #97c5ed69
 def page_heading(text: str) -> str: # "" if only the title of the page stands above it
     "The last heading above a chunk of a page, without its number."
     *above, last = plain_markdown(text.partition("\n")[0]).split(" › ")
@@ -128,6 +135,7 @@ def lower_first(words: str) -> str:
     "Words as they stand in the middle of a sentence: an abbreviation stays."
     return words if words[1:2].isupper() else words[:1].lower() + words[1:]
 
+# %% ../../nbs/lib/documents/asking.ipynb #e12c0728
 ABOUT = [
     "What should I know about {}?", "Tell me about {}.", "What about {}?", "{}?", "What is said about {}?",
     "What does it say about {}?", "I have a question about {}.", "What do I need to know on {}?",
@@ -137,14 +145,13 @@ _DULL = _LOOSE | set(
     " also only any all one more most other some such than then very we our it he she be do does did so if no".split()
 )
 
+# %% ../../nbs/lib/documents/asking.ipynb #b1bec3bc
 def ask_page(
     text: str, # A chunk of a page, as far as it is shown
     rng: random.Random,
     sentence: str | None = None, # The one to ask for; drawn by default
     opens: bool = True, # Whether the section begins with this chunk: what follows in another one is not what its heading asks for
-) -> (
-    tuple[str, str, str] | None
-): # Kind of question (heading, keywords), the question, and the sentence that answers it; `None` if nothing can be asked
+) -> tuple[str, str, str] | None: # Kind (heading, keywords), question, and the sentence that answers it; `None` if nothing can be asked
     "Make one of many possible questions about a chunk of a page."
     found, heading = page_sentences(text), page_heading(text)
     if not found: return None
@@ -183,6 +190,8 @@ OUTSIDE = dict(
         "How many employees work on {package}?", "What discount do we get for {package} on {platform}?",
     ],
 )
+
+# %% ../../nbs/lib/documents/asking.ipynb #a4b10cb6
 _FILL = dict(
     artefact=[
         "Terraform module", "Helm chart", "Dockerfile", "Kubernetes manifest", "Ansible playbook", "systemd unit",
@@ -196,6 +205,7 @@ _SPELT = dict(
     transformers="Transformers", peft="PEFT",
 )
 
+# %% ../../nbs/lib/documents/asking.ipynb #7f5b378a
 def ask_outside(document_id: str, rng: random.Random) -> str:
     "A question about the world around an object, which no reference answers."
     package, text = document_id.split(".")[0], rng.choice(OUTSIDE[rng.choice(sorted(OUTSIDE))])
@@ -215,6 +225,7 @@ BEYOND = [
     "How satisfied were people with {} last {period}?", "Who complained about {} last {period}?",
 ]
 
+# %% ../../nbs/lib/documents/asking.ipynb #12ec3aba
 def ask_beyond(
     text: str, # A chunk of a page
     rng: random.Random,

@@ -92,21 +92,25 @@ def _object_chunks(d, words):
         above = "" if not number else f"{summary}\n" if name == "Summary" or HEADING.match(piece) else f"{summary}\n{name}:\n"
         yield name, f"{d.id}{signature}\n{above}{piece}"
 
+# %% ../../nbs/lib/documents/chunking.ipynb #d05b6cbe
 def _page_chunks(d, words):
     title = re.sub(r"[_-]+", " ", Path(d.id).stem)
     for path, section in markdown_sections(d.text, title):
         for piece in split_text(section, words): yield path, f"{path}\n{piece}"
 
+# %% ../../nbs/lib/documents/chunking.ipynb #80c51b73
 def structure(d, words: int):
     "Cut a document where it is about something else: heading and text of each chunk."
     return (_page_chunks if d.kind in PAGES else _object_chunks)(d, words)
 
+# %% ../../nbs/lib/documents/chunking.ipynb #e83472d6
 def recursive(d, words: int):
     "Cut a document by LangChain's splitter, every 1,000 characters."
     from langchain_text_splitters import RecursiveCharacterTextSplitter
     for piece in RecursiveCharacterTextSplitter(chunk_size=1000, chunk_overlap=100).split_text(f"{d.id}{d.signature}\n{d.text}"):
         yield "", piece
 
+# %% ../../nbs/lib/documents/chunking.ipynb #c645aa73
 def whole(d, words: int):
     "Do not cut a document."
     yield "", f"{d.id}{d.signature}\n{d.text}"

@@ -31,6 +31,7 @@ def installed(
         raise SettingsError(f"settings.ini names the package {distribution!r} in `corpus_packages`, but it is not installed. "
                             f"Install it (`uv pip install {distribution}`) or take it out of the list.") from None
 
+# %% ../../nbs/lib/documents/packages.ipynb #7832a3aa
 def package_files(
     distribution: str, # Name on the package index, such as "databricks-sdk"
 ) -> pd.DataFrame: # One row a file: `package`, `version`, `module` (dotted), `path`; no test or vendored code
@@ -52,6 +53,7 @@ def _signature(node) -> str:
         return star + p.name + (f"={p.default}" if p.default is not None and not star else "")
     return f"({', '.join(one(p) for p in params)})"
 
+# %% ../../nbs/lib/documents/packages.ipynb #f936386d
 def _records(node, exported):
     for name, member in node.members.items():
         if member.is_alias:
@@ -68,6 +70,7 @@ def _records(node, exported):
                                 signature=_signature(call) if call.is_function else "", line=member.lineno)
             if member.is_class: yield from _records(member, exported)
 
+# %% ../../nbs/lib/documents/packages.ipynb #c7d93e11
 def parse_file(
     package: str, # Distribution
     version: str, # Its version
@@ -90,12 +93,17 @@ def _is_public(path: str) -> bool: return not any(part.startswith("_") for part 
 
 def _shortest(name): return name.count("."), len(name), name
 
+# %% ../../nbs/lib/documents/packages.ipynb #c56bc7e9
 def _through(package, stars):                       # the modules that `from ... import *` brings in, also through one another
-    found = []
-    for module in stars.get(package, []):
-        if module not in found: found += [module, *(m for m in _through(module, stars) if m not in found)]
+    found, todo = [], list(stars.get(package, []))
+    while todo:
+        module = todo.pop(0)
+        if module in found or module == package: continue       # two modules may import each other
+        found.append(module)
+        todo[:0] = stars.get(module, [])
     return found
 
+# %% ../../nbs/lib/documents/packages.ipynb #a2ab78fd
 def public_names(
     records: pd.DataFrame, # Output of `parse_file` for all files of one package
 ) -> dict[str, str]: # Where an object is defined -> the shortest public name for it
@@ -119,6 +127,7 @@ def public_names(
             best[end] = min(best.get(end, name), name, key=_shortest)
     return best
 
+# %% ../../nbs/lib/documents/packages.ipynb #6366da6c
 def public_path(
     path: str, # Where an object is defined
     names: dict[str, str], # From `public_names`
@@ -132,7 +141,8 @@ def public_path(
 # %% ../../nbs/lib/documents/packages.ipynb #f7a31ff9
 _DIRECTIVE = re.compile(
     r"^[ \t]*(\.\."
-    r" (code-block|code|sourcecode|testcode|literalinclude|image|figure|toctree|autosummary)::|:(test|caption|name|linenos|skipif|emphasize-lines):).*\n?",
+    r" (code-block|code|sourcecode|testcode|literalinclude|image|figure|toctree|autosummary)::"
+    r"|:(test|caption|name|linenos|skipif|emphasize-lines):).*\n?",
     re.M,
 )
 _ROLE = re.compile(r":[a-z][a-z:+-]*:`~?\.?([^`<]+?)(\s*<[^`]*>)?`")
@@ -141,6 +151,7 @@ def plain_docstring(text: str) -> str:
     "A docstring without the marks that only a documentation builder (Sphinx) understands."
     return _ROLE.sub(r"`\1`", _DIRECTIVE.sub("", text)).strip()
 
+# %% ../../nbs/lib/documents/packages.ipynb #3344cba6
 def clean_documents(
     records: pd.DataFrame, # Output of `parse_file` for all files of one package
     exclude: list[str], # Patterns of ids that are left out, such as "*.as_dict"
@@ -177,6 +188,7 @@ def parse_batches(frames):
         for frame in frames: yield pd.DataFrame([r for row in frame.itertuples(index=False) for r in parse_file(*row)], columns=columns)
     finally: gc.enable()
 
+# %% ../../nbs/lib/documents/packages.ipynb #a3d3c35e
 def read_api(
     ws: Workspace,
     packages: list[str], # Distributions

@@ -95,6 +95,7 @@ def prominence(
     counts = documents.kind.isin(API) & ~documents.text.str[:300].str.contains("deprecated", case=False)
     return table.assign(prominence=(score / MOST).clip(upper=1).where(counts, 0.0).round(2))
 
+# %% ../../nbs/lib/documents/prominence.ipynb #7b1a691f
 def _top(owners): return min(map(str.count, owners, ["."] * len(owners))) - 1    # dots above the names at the top
 
 # %% ../../nbs/lib/documents/prominence.ipynb #edba4de6
@@ -119,6 +120,7 @@ def sample_documents(
     why |= dict.fromkeys(rest.id[~rest.id.isin(why)].head(max(0, n - len(why))), "other")
     return documents[documents.id.isin(why)].assign(why=lambda d: d.id.map(why)).sort_values("id", ignore_index=True)
 
+# %% ../../nbs/lib/documents/prominence.ipynb #1de82325
 def neighbours(
     ids: list[str], # Whose
     others: list[str], # Among which, the better ones first
@@ -157,6 +159,7 @@ def first_questions(
     table, there = pd.DataFrame(rows, columns=["id", "question", "gold"]), None if ids is None else set(ids)
     return table if there is None else table[[bool(there & set(gold)) for gold in table.gold]].reset_index(drop=True)
 
+# %% ../../nbs/lib/documents/prominence.ipynb #06afbe3c
 def ask_first(
     index, # With `search(question, k)`
     questions: pd.DataFrame, # From `first_questions`

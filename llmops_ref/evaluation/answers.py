@@ -69,7 +69,7 @@ MEASURES = [
 ]
 LESS_IS_BETTER = {"refused_wrongly", "personal_data", "invented"}
 COSTS = ["p50_seconds", "p95_seconds", "tokens", "words", "failed"]
-FROM_PASSAGES = {"citation_precision", "citation_recall", "cited", "grounded", "invented"}            # nobody takes them where there are none
+FROM_PASSAGES = {"citation_precision", "citation_recall", "cited", "grounded", "invented"}          # nobody takes them where there are none
 BY_KIND = {"names_gold", "says_reference", "invented"}                # of an API alone, or of pages alone
 ASSISTANT = [m for m in MEASURES + COSTS if m != "similarity"]        # what validation takes of each answer
 
@@ -156,6 +156,7 @@ def model_digest(
     "Digest of what answers."
     return hashlib.sha256(json.dumps([[known_digest(f) for f in files if f], settings], sort_keys=True).encode()).hexdigest()
 
+# %% ../../nbs/lib/evaluation/answers.ipynb #c560e674
 def keep_replies(
     client, # Chat client: a runnable from messages to a message
     folder: Path, # One file a reply
@@ -183,6 +184,7 @@ def keep_replies(
         return AIMessage(kept["text"], usage_metadata=kept["usage"], response_metadata=kept["facts"] | dict(kept_seconds=kept["seconds"]))
     return RunnableLambda(ask, name="keep_replies")
 
+# %% ../../nbs/lib/evaluation/answers.ipynb #ec12503a
 def keeper(
     ws: Workspace,
     adapter: Path | None = None, # GGUF
@@ -204,12 +206,13 @@ def quietly(workers: int):
         with contextlib.redirect_stdout(io.StringIO()): yield
     finally: setting.unset() if before is None else setting.set(before)
 
+# %% ../../nbs/lib/evaluation/answers.ipynb #388e63b7
 def evaluate_in_mlflow(
     ws: Workspace,
     answers: pd.DataFrame, # From `answer_all`
     name: str, # Name of the run
     prompt: str = "", # Registered version of the prompt, as name/version: the run is linked to it
-    dataset: str = "", # Name of the evaluation dataset that the questions are from, from `evaluation_datasets`: the run names it as its input
+    dataset: str = "", # Name of the dataset of the questions, from `evaluation_datasets`: the run names it as its input
 ) -> str: # Id of the evaluation run
     "Record answers as an MLflow evaluation, unless it is on record: each answer becomes a trace that carries its scores."
     mlflow, kept = ws.mlflow(), answers[["id", "answer", *(m for m in MEASURES if m in answers)]]

@@ -72,6 +72,7 @@ INSTRUCTIONS = dict(
 )
 COUNTERPARTS = dict(judge_correct=("correct", 0.5), judge_grounded=("grounded", 0.8))    # Scorer, and the value from which it says yes
 
+# %% ../../nbs/lib/evaluation/judges.ipynb #758bdaa5
 @dataclass
 class Judges:
     "Judges by name, and what they need to be asked; false when there is none."
@@ -82,6 +83,7 @@ class Judges:
     timeout: float = 60.0 # Seconds without a byte
     def __bool__(self): return bool(self.by_name)
 
+# %% ../../nbs/lib/evaluation/judges.ipynb #1d45a0c4
 def make_judges(ws: Workspace) -> Judges:
     "The judges that the settings name, if any; `SettingsError` as from `check_judges`."
     from typing import Literal
@@ -130,6 +132,7 @@ def _reach(judges):                                 # the key where MLflow reads
 # %% ../../nbs/lib/evaluation/judges.ipynb #8d0f3a61
 def _words(error, key): return " ".join(str(error).replace(key or "\0", "***").split())[:200] or type(error).__name__
 
+# %% ../../nbs/lib/evaluation/judges.ipynb #4144b034
 def _verdict(judge, a):
     asked = dict(question=a.question) | (dict(passages=[p.get("text", "") for p in a.passages]) if judge.name == "judge_grounded" else {})
     more = dict(expectations=dict(reference=a.reference, right=list(a.gold))) if judge.name == "judge_correct" else {}
@@ -140,6 +143,7 @@ def _verdict(judge, a):
     if value not in ("yes", "no"): raise ValueError(f"it said {said.value!r:.60}, not yes or no")
     return float(value == "yes"), said.rationale or ""
 
+# %% ../../nbs/lib/evaluation/judges.ipynb #7ba9ef89
 def judge_answers(
     judges: Judges, # From `make_judges`
     answers: pd.DataFrame, # From `answer_all`

@@ -40,6 +40,7 @@ def neighbour(
         rows[a], rows[b] = rows[b], rows[a]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(rows)).strip()
 
+# %% ../../nbs/lib/evaluation/optimizer.ipynb #cf061f6b
 def building_blocks(templates) -> list[str]: # Without those that hold a variable
     "The lines of some templates, each once."
     return list(dict.fromkeys(line for t in templates for line in t.splitlines() if line.strip() and not _fixed(line)))
@@ -86,7 +87,7 @@ def propose(
 ) -> tuple[
     str, pd.DataFrame
 ]: # The best prompt (perhaps the one that it began with), and `step score failed template` of all that were tried
-    "Search for a better prompt with `mlflow.genai.optimize_prompts`; `SettingsError` if there is a budget and no question of the train split."
+    "Search for a better prompt with `mlflow.genai.optimize_prompts`; `SettingsError` if the questions are not of the train split."
     if set(questions.split) - {"train"} or questions.empty:
         raise SettingsError("A prompt is searched on questions of the train split alone; hand over some of those.")
     mlflow, config, name = ws.mlflow(), ws.config, ws.registered("prompt_search")

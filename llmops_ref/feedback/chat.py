@@ -49,6 +49,7 @@ def event(
     "One event of a stream."
     return f"event: {kind}\ndata: {json.dumps(as_json(data))}\n\n"
 
+# %% ../../nbs/lib/feedback/chat.ipynb #0efee9c6
 def answer_events(
     pieces, # A generator, as `stream` of a host gives: strings, then the answer dictionary
     note=lambda facts: None, # Told the facts before the browser is
@@ -131,6 +132,7 @@ def check_origin(request: Request) -> None:
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise Refused(415, "Send JSON, with the content type application/json.")
 
+# %% ../../nbs/lib/feedback/chat.ipynb #6be179f4
 async def read_body(
     request: Request,
     limit: int = 64 * 1024, # Bytes
@@ -145,6 +147,7 @@ async def read_body(
     if not isinstance(data, dict): raise Refused(400, "The request is no JSON object.")
     return data
 
+# %% ../../nbs/lib/feedback/chat.ipynb #f95b2ee5
 def text_of(data: dict, key: str, limit: int = 2000) -> str:
     "A text in a request, without half characters; `Refused` if it is no text, or too long."
     if not isinstance(value := data.get(key) or "", str): raise Refused(400, f"{key} must be text.")
@@ -185,6 +188,7 @@ def steps_of(
         for s in sorted(leaves, key=lambda s: s.end_time_ns)
     ]
 
+# %% ../../nbs/lib/feedback/chat.ipynb #83ec3f3b
 def find_trace(
     ws: Workspace,
     trace_id: str,
@@ -312,6 +316,7 @@ def reviewer(self: Chat, request, name=""):           # on Databricks Apps it is
         raise Refused(403, "You may ask and vote here; reviewing is for others. Whoever runs this page can add you.")
     return name
 
+# %% ../../nbs/lib/feedback/chat.ipynb #a56162bd
 @patch
 async def review(self: Chat, request):
     data = await read_body(request)
@@ -384,6 +389,7 @@ def open_champion(
     host.reach(version)
     return host
 
+# %% ../../nbs/lib/feedback/chat.ipynb #469a22f7
 def serve_chat(
     ws: Workspace,
     host, # From `open_champion`

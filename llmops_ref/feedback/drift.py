@@ -18,7 +18,7 @@ from ..models.embedding import Embedder
 
 # %% ../../nbs/lib/feedback/drift.ipynb #7cc29bd6
 def permutation_p(
-    statistic, # From a matrix of 0 and 1, one row a labelling, to a number for each row: the larger, the more the ones differ from the rest
+    statistic, # From labellings (one a row, of 0 and 1) to a number for each: the larger, the more the ones differ from the rest
     labels: np.ndarray, # 0 and 1, both of them there, shape (n,)
     rng: np.random.Generator,
     smallest: float = 1e-4, # How small a p-value must be possible
@@ -49,6 +49,7 @@ def discrepancy(
         return own / (n * (n - 1)) + rest / (m * (m - 1)) - 2 * cross / (n * m)
     return statistic
 
+# %% ../../nbs/lib/feedback/drift.ipynb #176de69a
 def topic_shift(
     topics: np.ndarray, # Of each question, shape (n,)
 ): # The statistic for `permutation_p`
@@ -91,9 +92,7 @@ def find_drift(
     false_alarms: float = 0.01, # In how many ordinary windows an alarm may be raised
     topics: int = 8,
     seed: int = 17,
-) -> tuple[
-    pd.DataFrame, pd.DataFrame
-]: # One row a day: `day n embedding_p topic_p drifted grew`; and shares, one row a topic, one column a day, and `before`
+) -> tuple[pd.DataFrame, pd.DataFrame]: # A day a row: `day n embedding_p topic_p drifted grew`; a topic a row: its shares
     "Compare the questions of each day with those of the time before."
     from sklearn.cluster import KMeans
     rng = np.random.default_rng(seed)

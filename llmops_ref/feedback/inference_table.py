@@ -56,6 +56,7 @@ def request_row(
         error=_error(trace), server=str(info.tags.get("server", "")), sequence=int(number) if number.isdigit() else 0,
     )
 
+# %% ../../nbs/lib/feedback/inference_table.ipynb #8134c2c1
 def _error(trace):
     said = [
         str(event.attributes.get("exception.message", ""))
@@ -75,6 +76,7 @@ def _whole(trace): # its parts are written one by one, the first span of all at 
 def _abandoned(trace): # whoever wrote it was killed
     return trace.info.state != "IN_PROGRESS" and trace.data.spans and time.time() - trace.info.request_time / 1000 > 600
 
+# %% ../../nbs/lib/feedback/inference_table.ipynb #08b185d5
 def _find_traces(ws, since, limit):
     mlflow = ws.mlflow()
     place, after = [mlflow.get_experiment_by_name(ws.experiment).experiment_id], (
@@ -89,6 +91,7 @@ def _find_traces(ws, since, limit):
         if _whole(trace) or _abandoned(trace)
     ]
 
+# %% ../../nbs/lib/feedback/inference_table.ipynb #20fc5721
 def collect_requests(
     ws: Workspace,
     expected: list[str] = (), # Ids of traces to wait for: a server writes them after it has answered

@@ -31,6 +31,7 @@ def _moments(start, days, per_day, rng):
         out += [(day, date + pd.Timedelta(hours=int(h), seconds=float(s))) for h, s in zip(hours, rng.uniform(0, 3600, n))]
     return sorted(out, key=lambda pair: pair[1])
 
+# %% ../../nbs/lib/feedback/rehearsal.ipynb #73a0052d
 def simulate(
     answers: pd.DataFrame, # Rows of `requests` that really were answered
     topics: dict[str, list[str]], # Questions by topic, the common ones first

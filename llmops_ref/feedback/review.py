@@ -30,6 +30,7 @@ def _request(ws, requests, trace_id):               # question and answer, from 
     trace = ws.mlflow().get_trace(trace_id, silent=True)
     return request_row(trace) if trace is not None else dict(question="", answer="", passages=[])
 
+# %% ../../nbs/lib/feedback/review.ipynb #aee21e75
 def to_review(
     ws: Workspace,
 ) -> pd.DataFrame: # Rows of `feedback` with `question answer`, what to read first on top
@@ -57,6 +58,7 @@ def _answer_of(vote, request, answer):
     said = " ".join((answer or vote.correction or (request["answer"] if vote.good else "")).split())
     return re.sub(r"\s*\[[\d,\s]+\]", "", re.sub(r"^According to \[[\d,\s]+\]:\s*", "", said))  # passages stand in another order next time
 
+# %% ../../nbs/lib/feedback/review.ipynb #827664e0
 def _says_it(ws, answer, shown):                    # of the pages that were shown, the one that says it
     chunks = ws.read("chunks")
     some = [
@@ -65,6 +67,7 @@ def _says_it(ws, answer, shown):                    # of the pages that were sho
     ]
     return [document for share, document in sorted(some, reverse=True)[:1] if share >= SAID]
 
+# %% ../../nbs/lib/feedback/review.ipynb #f44c8ed6
 def _gold_of(answer, documents, from_pages=list):
     named = [name.partition("(")[0].strip() for name in re.findall(r"`([^`\n]+)`", answer)]      # a path may hold spaces
     gold = [name for name in dict.fromkeys(named) if name in documents]
@@ -118,6 +121,7 @@ def _check_split(question, gold, uses, questions, cases):
             " else, or reject this feedback."
         )
 
+# %% ../../nbs/lib/feedback/review.ipynb #5790924e
 def _case(ws, vote, answer, uses, cases):           # question, gold documents and answer of feedback that can be learned from
     read, questions = ws.read("documents"), ws.read("questions")
     documents, pages = read.id.tolist(), "kind" in read and read.kind.isin(PAGES).any()
@@ -151,7 +155,7 @@ def review_feedback(
     answer: str = "", # The right answer; by default the correction, or the answer itself after a thumb up
     uses: tuple[str, ...] = ("pair",), # What it becomes: of `USES`
 ) -> dict: # The row in `reviewed`, columns `REVIEWED`
-    "A person's verdict on what somebody said; to reject what was accepted is to withdraw it. `DataError` says why it cannot be accepted; nothing is written then."
+    "A person's verdict; to reject what was accepted is to withdraw it. `DataError` says why it cannot be, and nothing is written then."
     if not by.strip(): raise DataError("A review needs a name: say who reviews.")
     if ws.config.reviewers and by.strip() not in ws.config.reviewers:
         raise DataError(
@@ -165,7 +169,7 @@ def review_feedback(
     if ws.config.reviewers and pseudonym(by.strip()) == vote.source:
         raise DataError(
             f"The feedback {feedback_id} is {by.strip()}'s own, and somebody else reviews it:"
-            f" {', '.join(r for r in ws.config.reviewers if r != vote.source)}."
+            f" {', '.join(r for r in ws.config.reviewers if pseudonym(r) != vote.source)}."
         )
     cases = reviewed_cases(ws)
     known = feedback_id in (done := cases.set_index("id")).index
@@ -210,6 +214,7 @@ def _queue():
         if error.error_code != "RESOURCE_DOES_NOT_EXIST": raise
         return review_queues.create_review_queue(QUEUE, queue_type="custom")
 
+# %% ../../nbs/lib/feedback/review.ipynb #eeef92b2
 def _tell_mlflow(ws, trace_id, row):
     from mlflow.entities import AssessmentSource
     from mlflow.exceptions import MlflowException
@@ -234,7 +239,7 @@ def trace_case(
     ws: Workspace,
     feedback_id: str,
 ) -> pd.DataFrame: # One row a step: `step what where`
-    "The way of a vote: who said it, who accepted it as what, and which versions learned it or were tested with it. `DataError` if there is no such vote."
+    "The way of a vote: who said it, who accepted it as what, which versions learned it or were tested with it."
     feedback = ws.read("feedback") if ws.current("table:feedback") else pd.DataFrame(columns=["feedback_id"])
     vote = next((v for v in feedback.fillna("").itertuples() if v.feedback_id == feedback_id), None)
     if vote is None:

@@ -30,6 +30,7 @@ class Signal:
     bad: object # From those rows to true or false for each
     bound: object # From the settings to the highest share
 
+# %% ../../nbs/lib/feedback/signals.ipynb #9ab379e8
 def _all(r): return r
 def _answers(r): return r[(r.status == "OK") & ~r.refused.astype(bool) & (r.answer != "")]
 def _searched(r): return r[r.status == "OK"]
@@ -50,6 +51,8 @@ SIGNALS = (
     Signal("echoes of the question", "quality", _answers, lambda r, c: _noted(r, "echoed"), lambda c: c.monitoring_max_echoed),
     Signal("unreadable answers", "quality", _answers, lambda r, c: r.readable.fillna(1.0) < 0.5, lambda c: c.monitoring_max_unreadable),
 )
+
+# %% ../../nbs/lib/feedback/signals.ipynb #95e6ca61
 PASSAGES = ("weak retrieval", "answers without citation", "ungrounded answers", "invented names")        # nothing without them
 
 def watched(config: Config) -> list[Signal]:
@@ -72,6 +75,7 @@ def binomial_tail(
     from scipy.stats import binom
     return float(binom.sf(bad - 1, n, bound)) if n and bad else 1.0
 
+# %% ../../nbs/lib/feedback/signals.ipynb #eac0c118
 def judge(bad: int, n: int, bound: float, level: float) -> str: # breach, watch, ok, or "no data"
     "The verdict on one share."
     if not n: return "no data"
@@ -84,9 +88,7 @@ def signal_days(
     requests: pd.DataFrame, # Rows of `requests`, of one window
     votes: pd.DataFrame | None = None, # Rows of `feedback`, on those requests
     everything: pd.DataFrame | None = None, # The whole table, to count what is missing from it; the window by default
-    version: (
-        str | None
-    ) = None, # The one that serves: how good answers are is asked of it alone, not of one that was replaced; None = of all
+    version: str | None = None, # The one that serves: how good answers are is asked of it alone; None = of all that served
     probes: tuple[int, int] = (0, 0), # How many questions of ours got no answer, of how many
     false_alarms: float | None = None, # `monitoring_false_alarms` by default
 ) -> pd.DataFrame: # `signal group day n bad share bound state`; the whole window has the day "all"

@@ -27,6 +27,7 @@ LONGEST = 2000                                      # characters of a comment or
 
 def _clean(text): return redact(re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", str(text or "")).strip())
 
+# %% ../../nbs/lib/feedback/votes.ipynb #fa5f6157
 def record_feedback(
     ws: Workspace,
     trace_id: str, # Of the answer
@@ -37,7 +38,7 @@ def record_feedback(
     reason: str = "", # One of `REASONS`
     event_id: str = "", # Of the vote, made by the sender: sent again, it is the same vote
 ) -> dict: # The row in `feedback`
-    "Record what somebody thinks of an answer, on its trace and in the table `feedback`; `DataError` for an unknown trace, a reason that there is not, a correction that is too long."
+    "Record what somebody thinks of an answer, on its trace and in the table `feedback`; `DataError` says why it cannot be."
     if not isinstance(good, bool): raise DataError(f"A vote is true or false, not {good!r}.")
     if reason and reason not in REASONS: raise DataError(f"There is no reason {str(reason)[:40]!r}. There are {', '.join(REASONS)}.")
     if len(correction := _clean(correction)) > LONGEST:
@@ -80,6 +81,7 @@ def _on_trace(ws, row, event):                      # as an assessment; gives th
         ) from None
     return event or found.assessment_id
 
+# %% ../../nbs/lib/feedback/votes.ipynb #3abc6b02
 def _votes_on(trace):
     return [
         _vote(trace, a)
@@ -122,11 +124,10 @@ def weigh_votes(
         weight=1 / (votes.groupby("source").trace_id.transform("size") * votes.groupby("trace_id").source.transform("size"))
     )
 
+# %% ../../nbs/lib/feedback/votes.ipynb #72a9783d
 def share_down(
     votes: pd.DataFrame, # Rows of `feedback`
-) -> tuple[
-    float, float
-]: # The share, and how many independent votes it is worth: Kish's effective sample size, and never more than there are people, or answers; (nan, 0) without votes
+) -> tuple[float, float]: # The share, and how many independent votes it is worth; (nan, 0) without votes
     "The share of votes that are thumbs down."
     counted = weigh_votes(votes)
     if counted.empty: return float("nan"), 0.0

@@ -37,6 +37,7 @@ FOR_PAGES = {
 }
 FEWEST = 24  # chunks of which a prompt shows a whole sentence, outside the pages of the test; with fewer, the base model serves as it is
 
+# %% ../../nbs/lib/kit/adopt.ipynb #ca50dddd
 @dataclass(frozen=True)
 class Adoption:
     "What adopting a folder would change."
@@ -50,6 +51,7 @@ class Adoption:
     tuned: bool # Whether there is enough to train on
     notes: list[str] # What a person should know
 
+# %% ../../nbs/lib/kit/adopt.ipynb #f7917934
 def _place(folder, root):                           # as settings.ini names it: within the project by a relative path
     folder = Path(os.path.normpath(Path(folder).expanduser().absolute()))
     if folder == root: raise SettingsError("That is the project itself. Put the documents into a folder of their own, such as documents/.")
@@ -67,7 +69,7 @@ def plan_adoption(
     n: int = 30, # Questions in all, those that are there already among them
     teacher: bool = True, # Let the teacher of the settings write them, if there is one
 ) -> Adoption:
-    "Read the folder and draft questions about it; nothing is written into the project. `SettingsError` or `DataError` names what is wrong with the folder."
+    "Read the folder and draft questions; nothing is written into the project. `SettingsError` or `DataError` says what is wrong with it."
     root = Path(root).absolute()
     if not Path(folder).expanduser().is_dir():
         raise SettingsError(
@@ -104,8 +106,10 @@ def plan_adoption(
         _notes(root, corpus, documents, before, tuned),
     )
 
+# %% ../../nbs/lib/kit/adopt.ipynb #1311a556
 def _file_name(place): return re.sub(r"\W+", "_", place.lower()).strip("_") or "own"
 
+# %% ../../nbs/lib/kit/adopt.ipynb #c120d2a9
 def _notes(root, corpus, documents, config, tuned):
     notes, spoken = [], Counter(language(text[:3000]) or script(text[:3000]) for text in documents.text)
     if (most := spoken.most_common(1)[0][0]) not in ("en", "LATIN", None):
@@ -118,8 +122,8 @@ def _notes(root, corpus, documents, config, tuned):
             notes.append(f"{env} takes {most} of the {len(documents)} documents: `corpus_documents` under [{env}].")
     if config.corpus == "packages" and not tuned:
         notes.append(
-            "Too few sentences to train on. Where nobody is trained, the best sentence is quoted as it stands if that answers better than the"
-            " model does; `--app third_party` asks a provider's, which writes."
+            "Too few sentences to train on. Where nobody is trained, the best sentence is quoted as it stands if that answers better than"
+            " the model does; `--app third_party` asks a provider's, which writes."
         )
     if Path(corpus).is_absolute():
         notes.append(
@@ -128,6 +132,7 @@ def _notes(root, corpus, documents, config, tuned):
         )
     return notes
 
+# %% ../../nbs/lib/kit/adopt.ipynb #67d28cbb
 def _new_drafts(chunks, there, n, teacher):
     if not len(there): return draft_questions(chunks, n, teacher)
     nothing = pd.DataFrame(columns=["id", "question", "type", "gold", "answer", "split", "status"])

@@ -36,6 +36,7 @@ def findings_table(findings: list[Finding]) -> pd.DataFrame: # Columns `about st
     "Findings as a table."
     return pd.DataFrame([vars(f) for f in findings], columns=["about", "state", "found", "fix"])
 
+# %% ../../nbs/lib/kit/doctor.ipynb #52604f3f
 def guarded(about: str, look) -> list[Finding]: # What `look` finds; it may give one finding or several
     "A check that itself breaks is a finding, and the others still run."
     try: found = look()
@@ -48,6 +49,7 @@ def guarded(about: str, look) -> list[Finding]: # What `look` finds; it may give
         ]
     return found if isinstance(found, list) else [found]
 
+# %% ../../nbs/lib/kit/doctor.ipynb #fad6ddfe
 def _at_least(about, amount, enough, little, unit, fix, found=""):
     state = "ok" if amount >= enough else "note" if amount >= little else "fail"
     return Finding(about, state, found or f"{amount:.0f} {unit}", "" if state == "ok" else fix)
@@ -58,10 +60,12 @@ def cpu_flags() -> set[str]:
     try: return set(re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
     except (OSError, TypeError): return set()
 
+# %% ../../nbs/lib/kit/doctor.ipynb #b3e3c4c0
 def locked_versions(root: Path | str) -> dict[str, str]:
     "Package -> version, from `requirements.lock`."
     return dict(re.findall(r"^([\w.\[\]-]+)==([^\s;+]+)", (Path(root) / "requirements.lock").read_text(), re.M))
 
+# %% ../../nbs/lib/kit/doctor.ipynb #eeb22f2a
 def check_machine(
     root: Path | str, # The project's folder
 ) -> list[Finding]:
@@ -103,6 +107,7 @@ def check_machine(
         )
     return found + guarded("GPU", lambda: check_gpu("faiss-gpu" in installed))
 
+# %% ../../nbs/lib/kit/doctor.ipynb #4585cfbb
 def check_packages(root: Path | str, installed: dict[str, str]) -> Finding:
     "Whether what is installed is what was tested."
     locked = {re.sub(r"[-_.]+", "-", name.partition("[")[0]).lower(): number for name, number in locked_versions(root).items()}
@@ -119,6 +124,7 @@ def check_packages(root: Path | str, installed: dict[str, str]) -> Finding:
         "rm .venv/installed; make setup (with conda: pip install --no-deps -r requirements.lock)" if text else "",
     )
 
+# %% ../../nbs/lib/kit/doctor.ipynb #c5dc061b
 def check_gpu(has_faiss_gpu: bool) -> Finding:
     "An NVIDIA GPU that PyTorch can use, or not."
     asked = (
@@ -155,6 +161,7 @@ def check_project(
         + guarded("git", lambda: check_git(root, env))
     )
 
+# %% ../../nbs/lib/kit/doctor.ipynb #2d8283b7
 def check_tags(root: Path) -> Finding:
     "Whether each stage has its parameters, and nbdev-clean leaves them."
     lost = [
@@ -180,6 +187,7 @@ def check_tags(root: Path) -> Finding:
         ),
     )
 
+# %% ../../nbs/lib/kit/doctor.ipynb #c9065144
 def check_weights() -> list[Finding]:
     "Whether the models that came as packages are those that we pinned."
     from llmops_ref.models.embedding import minilm_folder
@@ -195,6 +203,7 @@ def check_weights() -> list[Finding]:
         )
     return found
 
+# %% ../../nbs/lib/kit/doctor.ipynb #ca84694e
 def check_keys(config: Config) -> list[Finding]:
     "Whether the keys of the providers that may be asked are set."
     if config.app != "third_party" or config.platform != "local": return []
@@ -211,6 +220,7 @@ def _error(call, kind):
     try: call()
     except kind as error: return error
 
+# %% ../../nbs/lib/kit/doctor.ipynb #089ac0cd
 def check_git(root: Path | str, env: str = "dev") -> list[Finding]:
     "Repository, name, merge driver of notebooks, upstream."
     without = "note" if env == "dev" else "fail"    # a version without a commit does not pass validation there
@@ -291,6 +301,7 @@ def check_workspace(
         found += guarded("quotas", lambda: _quotas(client, config))
     return found + guarded("secrets", lambda: _secrets(client, config)) + guarded("databricks command", _command_line)
 
+# %% ../../nbs/lib/kit/doctor.ipynb #696c82cb
 def _rights_in(client, kind, name, owner, needed):
     user = client.current_user.me()
     if owner == user.user_name: return []
@@ -299,12 +310,14 @@ def _rights_in(client, kind, name, owner, needed):
     may = {p.privilege.value for a in listed if a.principal in names for p in a.privileges or [] if p.privilege}
     return [_rights(f"rights in {name.rpartition('.')[2]}", may, needed, f"GRANT {{}} ON {kind} {name} TO `{user.user_name}`")]
 
+# %% ../../nbs/lib/kit/doctor.ipynb #f6215ea3
 def _rights_in_schema(client, name):
     from databricks.sdk.errors import NotFound
     try: schema = client.schemas.get(name)
     except NotFound: return []                      # the bundle makes it
     return _rights_in(client, "SCHEMA", name, schema.owner, IN_SCHEMA)
 
+# %% ../../nbs/lib/kit/doctor.ipynb #9a99c796
 def _rights(about, may, needed, grant):
     missing = [] if {"ALL_PRIVILEGES", "MANAGE"} & may else [right for right in needed if right not in may]
     return Finding(
@@ -313,6 +326,7 @@ def _rights(about, may, needed, grant):
         grant.format(", ".join(m.replace("_", " ") for m in missing)) if missing else "",
     )
 
+# %% ../../nbs/lib/kit/doctor.ipynb #fd0d54e8
 def _quotas(client, config):
     try:
         used = [
@@ -334,6 +348,7 @@ def _quotas(client, config):
         )
     ]
 
+# %% ../../nbs/lib/kit/doctor.ipynb #1697c85e
 def _secrets(client, config):
     wanted = [name for name in (config.serving_token,) if name] + (
         ["APP_CLIENT_ID", "APP_CLIENT_SECRET"] if config.serving_target == "databricks_app" else []
@@ -356,6 +371,7 @@ def _secrets(client, config):
         )
     ]
 
+# %% ../../nbs/lib/kit/doctor.ipynb #d6938542
 def _command_line():
     if not shutil.which("databricks"):
         return [
@@ -381,8 +397,9 @@ SAMPLES = {
 }
 
 def _as_taken(root, name, commit):                  # is it as upstream has it?
-    return not commit or not git(root, "diff", "--name-only", commit, "--", name)
+    return not commit or not git(root, "diff", "--name-only", commit, "--", name) and bool(git(root, "ls-files", "--", name))
 
+# %% ../../nbs/lib/kit/doctor.ipynb #785e75fd
 def find_samples(
     root: Path | str,
     env: str = "dev",
@@ -413,6 +430,7 @@ def find_samples(
         found.append(Finding("reviewers", "note", "everybody may review feedback", "Name them: `reviewers` in settings.ini."))
     return found + guarded("data", lambda: _sample_data(root, config, taken))
 
+# %% ../../nbs/lib/kit/doctor.ipynb #c226c505
 def _first_page(root):
     text, page = ((root / name).read_text(encoding="utf-8") if (root / name).is_file() else "" for name in ("README.md", FIRST_PAGE))
     if missing := text.count("TODO:"):
@@ -423,6 +441,7 @@ def _first_page(root):
         return [Finding("README.md", "note", "no numbers yet", f".venv/bin/jupyter execute --inplace {FIRST_PAGE} && make prepare")]
     return [Finding("README.md", "ok", "written")]
 
+# %% ../../nbs/lib/kit/doctor.ipynb #b422a875
 def _sample_data(root, config, taken):
     from llmops_ref.evaluation.questions import load_questions
     rows, found, commit, told = load_questions(root / config.questions, drafts=True), [], taken and taken.commit, True

@@ -39,6 +39,7 @@ def _sections(chunks):                              # of each page, chunks about
             found.setdefault(c.document_id, []).append((not heading.endswith("?"), not heading, _order(c.id), c, heading))
     return {document: [(c, heading) for *_, c, heading in sorted(some, key=lambda s: s[:3])] for document, some in found.items()}
 
+# %% ../../nbs/lib/kit/drafts.ipynb #0dbf16f4
 def _draft(c, heading, rng, teacher):
     if teacher and (written := teacher({c.id: c.text}).get(c.id)): return "howto", *written[0]
     first = page_sentences(c.text)[0]

@@ -30,6 +30,7 @@ class Identity:
     catalog: str # What the catalogs' names begin with: weather_desk, for weather_desk_dev, _staging and _prod
     about: str # One line that says what it is for
 
+# %% ../../nbs/lib/kit/fork.ipynb #9a872b34
 def read_identity(
     root: Path | str, # The project's folder
 ) -> Identity:
@@ -96,6 +97,7 @@ def _renamer(old, new):
     pattern, values = re.compile("|".join(f"({token})" for token in tokens)), list(tokens.values())
     return lambda text: pattern.subn(lambda m: values[m.lastindex - 1], text)
 
+# %% ../../nbs/lib/kit/fork.ipynb #2007e757
 def rename_text(text: str, old: Identity, new: Identity) -> str:
     "A text in which a project is called otherwise."
     return _renamer(old, new)(text)[0]
@@ -107,6 +109,7 @@ def tracked_files(root: Path | str) -> list[str]:
     "Paths that git knows, of files that are there; what a link points to may be anywhere, so it is left alone."
     return [f for f in git(root, "ls-files", "-z").split("\0") if f and (Path(root) / f).is_file() and not (Path(root) / f).is_symlink()]
 
+# %% ../../nbs/lib/kit/fork.ipynb #c0e9decc
 def git(root: Path | str, *words: str) -> str:
     "What a git command says; `DataError` with its own words if it fails."
     outside = {key: value for key, value in os.environ.items() if key not in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_PREFIX")}
@@ -114,12 +117,14 @@ def git(root: Path | str, *words: str) -> str:
     if done.returncode: raise DataError(f"git {words[0]} failed: {(done.stderr or done.stdout).strip()[-600:]}")
     return done.stdout.removesuffix("\n")
 
+# %% ../../nbs/lib/kit/fork.ipynb #cbf46ce2
 def _texts(root, skip=KEPT):
     for name in tracked_files(root):
         if name.startswith(skip): continue
         try: yield name, (Path(root) / name).read_bytes().decode("utf-8")      # as bytes, so that line ends stay
         except UnicodeDecodeError: pass             # a picture
 
+# %% ../../nbs/lib/kit/fork.ipynb #a57300ec
 def plan_rename(
     root: Path | str,
     new: Identity,
@@ -226,6 +231,7 @@ Each stage is a notebook in [`nbs`](.), and [`settings.ini`](../settings.ini) sa
 
 What it was made from stands in [`pyproject.toml`](../pyproject.toml), `[tool.upstream]`; the licence is in [LICENSE](../LICENSE)."""
 
+# %% ../../nbs/lib/kit/fork.ipynb #973bc14d
 def keep_tutorial(root: Path | str) -> None:
     "Make a guide of the first page, as it stands; nothing is done without one, or where that guide is already."
     path = Path(root) / FIRST_PAGE
@@ -235,6 +241,7 @@ def keep_tutorial(root: Path | str) -> None:
     head = "# The tutorial\n\n> The first page of the project that this one was made from: how all of it works\n"
     write_atomic(Path(root) / TUTORIAL, relink(re.sub(r"\A# .+\n\n> .+\n", lambda _: head, text), "nbs", "nbs/guides") + "\n")
 
+# %% ../../nbs/lib/kit/fork.ipynb #d07c1c1e
 def begin_first_page(root: Path | str, new: Identity) -> None:
     "Give a project a first page of its own, and README.md with it; the old one becomes a guide."
     path = Path(root) / FIRST_PAGE
@@ -245,7 +252,9 @@ def begin_first_page(root: Path | str, new: Identity) -> None:
         dict(cell_type="markdown", id=f"first-{n}", metadata={}, source=text.splitlines(keepends=True)) for n, text in enumerate(parts)
     ]
     code = f"#| eval: false\nfrom {new.package}.runner.report import show_numbers\nshow_numbers()"
-    nothing = dict(output_type="display_data", metadata={}, data={f"text/{kind}": ["Nothing has run yet."] for kind in ("markdown", "plain")})
+    nothing = dict(
+        output_type="display_data", metadata={}, data={f"text/{kind}": ["Nothing has run yet."] for kind in ("markdown", "plain")}
+    )
     numbers = dict(
         cell_type="code", execution_count=None, id="numbers", metadata={}, outputs=[nothing], source=code.splitlines(keepends=True)
     )
@@ -261,11 +270,13 @@ class Upstream:
     version: str
     commit: str
 
+# %% ../../nbs/lib/kit/fork.ipynb #1035a83a
 def read_upstream(root: Path | str) -> Upstream | None:
     "What `pyproject.toml` has on record; None in a project that is nobody's fork."
     found = tomllib.loads((Path(root) / "pyproject.toml").read_text()).get("tool", {}).get("upstream")
     return Upstream(*(found.get(key, "unknown") for key in ("name", "version", "commit"))) if found else None
 
+# %% ../../nbs/lib/kit/fork.ipynb #62cce5cc
 def record_upstream(root: Path | str, upstream: Upstream) -> None:
     "Write it there."
     path = Path(root) / "pyproject.toml"
@@ -276,6 +287,7 @@ def record_upstream(root: Path | str, upstream: Upstream) -> None:
     text, found = re.subn(r"^\[tool\.upstream\].*\n(?:\w+ = .*(?:\n|$))*", lambda _: record, path.read_text(), flags=re.M)
     write_atomic(path, text if found else text.rstrip("\n") + f"\n\n{record}")
 
+# %% ../../nbs/lib/kit/fork.ipynb #0d137fc3
 def version_of(root: Path | str, package: str) -> str:
     "The version that a package's `__init__.py` says; unknown if it says none."
     path = Path(root) / package / "__init__.py"
@@ -302,13 +314,14 @@ def check_clean(root: Path | str) -> None:
     if Path(git(root, "rev-parse", "--show-toplevel")).resolve() != Path(root).resolve():
         raise SettingsError(f"The repository begins above {root}. A project is a repository of its own.")
 
+# %% ../../nbs/lib/kit/fork.ipynb #225ebe81
 def fork_project(
     root: Path | str,
     new: Identity,
     settings: dict[str, str] | None = None, # To write into [DEFAULT] of settings.ini
     host: str | None = None, # Address of the workspace, to write into databricks.yml
 ) -> pd.DataFrame: # As from `plan_rename`; empty if nothing was to do
-    "Rename a project, record what it was made from, and commit that, or leave everything as it was; `SettingsError` if something is not committed or in the way."
+    "Rename a project, record what it was made from, and commit that, or leave all as it was; `SettingsError` if something is in the way."
     check_clean(root)
     old, taken = read_identity(root), read_upstream(root)
     if new.package != old.package:
@@ -329,6 +342,7 @@ def fork_project(
             git(root, "commit", "-q", "-m", f"Name it {new.name}" if len(plan) else "Choose application and workspace")
     return plan
 
+# %% ../../nbs/lib/kit/fork.ipynb #72ce7b1d
 def _export(root):                                  # the index of the package is laid out by the lengths of its names
     command = Path(sys.executable).parent / "nbdev-export"
     if not (Path(root) / "nbs").is_dir() or not command.is_file(): return
@@ -336,6 +350,7 @@ def _export(root):                                  # the index of the package i
     if done.returncode:
         raise DataError(f"nbdev-export failed after the rename, so nothing was renamed: {(done.stderr or done.stdout).strip()[-600:]}")
 
+# %% ../../nbs/lib/kit/fork.ipynb #1e70b9eb
 @contextmanager
 def _all_or_nothing(root):                          # everything was committed before
     try: yield
@@ -344,6 +359,7 @@ def _all_or_nothing(root):                          # everything was committed b
         git(root, "clean", "-qfd")
         raise
 
+# %% ../../nbs/lib/kit/fork.ipynb #65f76ede
 def write_host(root: Path | str, host: str) -> None:
     "Say in `databricks.yml` which workspace the bundle goes to, unless a target says so itself."
     path, line = Path(root) / "databricks.yml", f"workspace:\n  host: {host.rstrip('/')}\n"
@@ -357,8 +373,14 @@ def write_host(root: Path | str, host: str) -> None:
         ),
     )
 
-def write_setting(root: Path | str, key: str, value: str, section: str = "DEFAULT") -> None:
-    "Change one value in `settings.ini`, and leave its comment and everything else as they are; `SettingsError` if there is no such key or section."
+# %% ../../nbs/lib/kit/fork.ipynb #8422181b
+def write_setting(
+    root: Path | str, # Of the project
+    key: str,
+    value: str,
+    section: str = "DEFAULT", # One that is there
+) -> None:
+    "Change one value in `settings.ini` and leave all else as it is; `SettingsError` if there is no such key or section."
     write_settings(root, setting_changes(root, {(section, key): value}))
 
 def setting_changes(
@@ -382,11 +404,13 @@ def write_settings(
     for (section, key), value in changes.items(): text = _set_value(text, section, key, value)
     write_atomic(path, text)
 
+# %% ../../nbs/lib/kit/fork.ipynb #673ec553
 def _values(text):                                  # sections, and (section, key) -> value
     parser = configparser.ConfigParser(interpolation=None, default_section="", inline_comment_prefixes=(";",))
     parser.read_string(text)
     return parser.sections(), {(section, key): parser[section][key] for section in parser.sections() for key in parser[section]}
 
+# %% ../../nbs/lib/kit/fork.ipynb #366765ac
 def _set_value(text, section, key, value):          # None: without the key
     lines, here, place, last = text.splitlines(keepends=True), None, None, None
     for n, line in enumerate(lines):
@@ -407,7 +431,7 @@ def merge_settings(
     ours: str,
     theirs: str, # Upstream's of today
 ) -> str:
-    "Three texts of `settings.ini` as one; where two changed the same lines, ours decides, key by key, in upstream's text and with its comments."
+    "Three texts of `settings.ini` as one; where two changed the same lines, ours decides, key by key, in upstream's text."
     with tempfile.TemporaryDirectory() as folder:
         paths = [write_atomic(Path(folder) / name, text) for name, text in dict(ours=ours, base=base, theirs=theirs).items()]
         done = subprocess.run(["git", "merge-file", "-p", "-q", *map(str, paths)], capture_output=True, text=True)
@@ -438,6 +462,7 @@ def _left_out(root, package):
         f for f in tracked_files(root) if f in ("README.md", "environment.yml", "settings.ini", FIRST_PAGE) or f.startswith("data/")
     ]
 
+# %% ../../nbs/lib/kit/fork.ipynb #dc52d265
 @contextmanager
 def _scratch_worktree(root, commit):
     with tempfile.TemporaryDirectory() as folder:
@@ -445,6 +470,7 @@ def _scratch_worktree(root, commit):
         try: yield Path(folder) / "tree"
         finally: git(root, "worktree", "remove", "--force", f"{folder}/tree")
 
+# %% ../../nbs/lib/kit/fork.ipynb #0dc82d32
 def _as_fork(
     root, commit, new, record, parents=()
 ): # upstream's commit as if it were called otherwise, its first page as our tutorial; what it is called; its version; its settings
@@ -468,11 +494,13 @@ def prepare_project(root: Path | str) -> None:
     done = subprocess.run(["make", "-s", "prepare"], cwd=root, capture_output=True, text=True)
     if done.returncode: raise DataError(f"`make prepare` failed, so nothing was taken over: {(done.stderr or done.stdout).strip()[-600:]}")
 
+# %% ../../nbs/lib/kit/fork.ipynb #47b31bdc
 def _remove_orphans(root, package):                 # modules whose notebook is gone
     for path in (Path(root) / package).rglob("*.py"):
         source = re.search(r"File to edit: (?:\.\./)+(nbs/\S+\.ipynb)", path.read_text())
         if source and not (Path(root) / source[1]).is_file(): path.unlink()
 
+# %% ../../nbs/lib/kit/fork.ipynb #7c50d092
 def _common(root, taken, goal):                     # the newest commit of upstream that is in both
     try: return git(root, "merge-base", taken, goal)
     except DataError: pass                          # a template has no history in common, but its first tree is one of upstream's

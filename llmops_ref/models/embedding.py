@@ -114,14 +114,17 @@ class Embedder:
             if on_done: on_done(min(start + batch, len(order)), len(order))
         return out
 
+# %% ../../nbs/lib/models/embedding.ipynb #939d81c7
 def embedder_digest(precision: str, max_tokens: int = TEXT_TOKENS) -> str:
-    "What decides a vector: the weights, their precision and how much of a text is read. Vectors of two digests are never compared."
+    "What decides a vector: weights, precision and how much of a text is read. Vectors of two digests are never compared."
     return hashlib.sha256(f"{MINILM_SHA256} {precision} {max_tokens}".encode()).hexdigest()
 
+# %% ../../nbs/lib/models/embedding.ipynb #7183b5d7
 def clean_text(text: str) -> str:
     "Drop what a tokenizer cannot take: NUL bytes and unpaired surrogates."
     return text.encode("utf-8", "replace").decode("utf-8").replace("\x00", " ")
 
+# %% ../../nbs/lib/models/embedding.ipynb #c3a0b91d
 def minilm_onnx(ws: Workspace, precision: str = "fp32") -> Path:
     "The converted weights: made on first use, verified at each; `DataError` if the file was changed since."
     if precision not in PRECISIONS:
@@ -136,6 +139,7 @@ def minilm_onnx(ws: Workspace, precision: str = "fp32") -> Path:
         )
     return verify_digest(onnx, digest.read_text(), f"Delete the folder {onnx.parent}; the next run makes it again.")
 
+# %% ../../nbs/lib/models/embedding.ipynb #98629c17
 def open_embedder(ws: Workspace, precision: str = "fp32") -> Embedder:
-    "The embedder, converted on first use and kept in the cache of all environments; `SettingsError` for a precision that there is not."
+    "The embedder, converted on first use and kept in the cache of all environments; `SettingsError` for an unknown precision."
     return Embedder(minilm_onnx(ws, precision), minilm_folder() / "tokenizer.json", precision)

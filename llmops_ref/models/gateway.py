@@ -31,6 +31,7 @@ PROVIDERS = (
 )  # of MLflow's gateway: those that need a key and no more
 ON_DATABRICKS = ("openai", "anthropic", "databricks")   # of Unity Gateway, likewise; databricks = a Foundation Model API
 
+# %% ../../nbs/lib/models/gateway.ipynb #c23b6e45
 @dataclass(frozen=True)
 class Destination:
     "A model that the gateway may ask."
@@ -58,6 +59,7 @@ def _own_providers(config):
         own[name.strip()] = url.strip().rstrip("/")
     return own
 
+# %% ../../nbs/lib/models/gateway.ipynb #5bae4480
 def _destination(config, key, text, share=None):
     own = _own_providers(config)
     provider, slash, model = text.partition("/")
@@ -70,6 +72,7 @@ def _destination(config, key, text, share=None):
         raise SettingsError(f"`{key}` names the model {model!r}, which is not on this machine. There are {', '.join(LOCAL_MODELS)}.")
     return Destination(provider, model, share, own.get(provider, ""))
 
+# %% ../../nbs/lib/models/gateway.ipynb #6b181271
 def read_route(
     config: Config,
 ) -> list[Destination]: # Those that share the traffic, then the fallbacks in their order
@@ -81,6 +84,7 @@ def read_route(
             raise SettingsError(
                 f"`gateway_models` holds {text!r}. Write a share of the traffic as a whole number with a percent sign: {name} 90%"
             )
+        if name in dict(shares): raise SettingsError(f"`gateway_models` names {name} twice. Add its shares up: one entry a model.")
         shares.append((name, int(share.strip()[:-1]) if share else None))
     if not shares:
         raise SettingsError("`gateway_models` names no model. Name at least one, such as openai/gpt-5-mini, or local/smollm2-q8_0.")
@@ -102,6 +106,7 @@ def read_keys(
 def _all(config):
     return read_route(config) + ([_destination(config, "gateway_judge", config.gateway_judge)] if config.gateway_guardrail else [])
 
+# %% ../../nbs/lib/models/gateway.ipynb #d67ed2e8
 def price_list(
     ws: Workspace,
 ) -> str: # For MLFLOW_MODEL_CATALOG_URI
@@ -120,6 +125,7 @@ def gateway_store(url: str): # Client of the tables in which a gateway keeps its
     from mlflow import MlflowClient
     return MlflowClient(tracking_uri=url)._tracking_client.store
 
+# %% ../../nbs/lib/models/gateway.ipynb #4f2bbbb1
 def forget_routes(store) -> None:
     "Delete what an earlier start declared: its keys cannot be read any more."
     for endpoint in store.list_gateway_endpoints(): store.delete_gateway_endpoint(endpoint.endpoint_id)
@@ -127,6 +133,7 @@ def forget_routes(store) -> None:
     for secret in store.list_secret_infos(): store.delete_gateway_secret(secret.secret_id)
     for policy in store.list_budget_policies(): store.delete_budget_policy(policy.budget_policy_id)
 
+# %% ../../nbs/lib/models/gateway.ipynb #89ba2683
 def _declare(url, config, targets):
     "Declare the route; `targets` has provider, address and key of each destination."
     from mlflow.entities import (
@@ -227,6 +234,7 @@ def start_gateway(ws: Workspace) -> Endpoint:
         key_name=", ".join(keys) or "nothing: our stand-ins have keys of their own",
     )
 
+# %% ../../nbs/lib/models/gateway.ipynb #7fcde9d1
 def gateway_command(ws: Workspace, database: str) -> list[str]: # For `start_service`
     "Command that starts a gateway on a database of the store."
     return [
@@ -235,6 +243,7 @@ def gateway_command(ws: Workspace, database: str) -> list[str]: # For `start_ser
         "--workers", "1",
     ]
 
+# %% ../../nbs/lib/models/gateway.ipynb #6e4fc05d
 def gateway_environment(
     ws: Workspace,
     private: bool, # Whether it may ask servers of this machine, without TLS
@@ -252,6 +261,7 @@ def gateway_environment(
         )
     )
 
+# %% ../../nbs/lib/models/gateway.ipynb #2e519af5
 def route_endpoint(
     base_url: str, # Of the gateway, ends with /v1
     route: str,
@@ -263,12 +273,14 @@ def route_endpoint(
     backup = f"{route}-backup" if "." not in route else f"{route}_backup"       # Unity Catalog knows no hyphens
     return Endpoint(base_url, route, key, key_name, backup=Endpoint(base_url, backup, key, key_name) if fallbacks else None)
 
+# %% ../../nbs/lib/models/gateway.ipynb #6a7e1c55
 def gateway_endpoint(ws: Workspace) -> Endpoint:
-    "Where `app = third_party` asks: the gateway that `gateway_url` names, that of the Databricks workspace, or our own, started if it is not up."
+    "Where `app = third_party` asks: the gateway of `gateway_url`, of the Databricks workspace, or our own, started if it is not up."
     config = ws.config
     if not config.gateway_url and config.platform == "local": return start_gateway(ws)
     return open_route(**route_settings(config))
 
+# %% ../../nbs/lib/models/gateway.ipynb #13ba79cf
 def route_settings(config: Config) -> dict:
     "What a logged assistant keeps of the gateway: no key, and no address that is gone tomorrow."
     read_route(config)
@@ -278,7 +290,10 @@ def route_settings(config: Config) -> dict:
         fallbacks=bool(config.gateway_fallbacks), workspace=there,
     )
 
-def destinations(config: Config) -> dict[str, list[str]]: # Settings by name; none behind a gateway of somebody else, which alone knows
+# %% ../../nbs/lib/models/gateway.ipynb #1b86e0a3
+def destinations(
+    config: Config,
+) -> dict[str, list[str]]: # Settings by name; none behind a gateway of somebody else, which alone knows
     "Who is behind the route. A logged assistant keeps it: with another model it is another assistant, to be validated anew."
     return (
         {}
@@ -286,18 +301,25 @@ def destinations(config: Config) -> dict[str, list[str]]: # Settings by name; no
         else {name: list(getattr(config, name)) for name in ("gateway_models", "gateway_fallbacks", "gateway_providers")}
     )
 
+# %% ../../nbs/lib/models/gateway.ipynb #953e1892
 def gateway_of(
     ws: Workspace,
     logged: dict, # Settings of a logged assistant
 ) -> Endpoint:
-    "The gateway that an assistant asks on this machine: its models are those that it was validated with, whatever the settings say by now."
+    "The gateway that an assistant asks on this machine; its models are those it was validated with, whatever the settings say by now."
     if logged["gateway"]["url"]: return open_route(**logged["gateway"])
     theirs = logged.get("destinations") or destinations(ws.config)
     return start_gateway(
         ws if theirs == destinations(ws.config) else open_workspace(replace(ws.config, gateway_url="", gateway_port=0, **theirs))
     )
 
-def open_route(url: str, route: str, fallbacks: bool, workspace: bool) -> Endpoint:
+# %% ../../nbs/lib/models/gateway.ipynb #bf96e922
+def open_route(
+    url: str, # Of the gateway; empty for our own, and for that of a workspace
+    route: str,
+    fallbacks: bool, # Whether there is a second route with the fallbacks only
+    workspace: bool, # Whether it is that of the Databricks workspace
+) -> Endpoint:
     "The endpoint of `route_settings`; one of our own is where ASSISTANT_GATEWAY_URL says. `DataError` if nothing says where."
     if workspace:
         from databricks.sdk import WorkspaceClient
@@ -343,6 +365,7 @@ def _provider_service(config, provider, destinations):
 
 def _api(provider): return "anthropic/v1/messages" if provider == "anthropic" else "openai/v1/chat/completions"
 
+# %% ../../nbs/lib/models/gateway.ipynb #36675758
 def _destination_config(config, d):
     from databricks.sdk.service import catalog as uc
     kind, name = uc.ModelServiceConfigDestinationConfigDestinationType, re.sub(r"[^A-Za-z0-9_-]", "-", d.name)
@@ -360,6 +383,7 @@ def _destination_config(config, d):
         name, kind.DESTINATION_TYPE_EXTERNAL_FOUNDATION_MODEL, external_model_config=external, traffic_percentage=d.share
     )
 
+# %% ../../nbs/lib/models/gateway.ipynb #1a641a8e
 def workspace_services(
     config: Config,
 ) -> dict: # Resource name -> a `ModelProviderService` or `ModelService` of the SDK; providers first
@@ -425,6 +449,7 @@ def publish_gateway(
         if done[name] == "updated": getattr(api, f"update_{kind}")(name, service, FieldMask(["config"]))
     return done
 
+# %% ../../nbs/lib/models/gateway.ipynb #a6535fbe
 def _covers(there, wanted):                         # what the service adds by itself is no difference
     if isinstance(wanted, dict): return isinstance(there, dict) and all(_covers(there.get(key), value) for key, value in wanted.items())
     if isinstance(wanted, list): return isinstance(there, list) and len(there) == len(wanted) and all(map(_covers, there, wanted))

@@ -52,11 +52,13 @@ def _say_hello(endpoint):                           # the first request, without
     bearer = dict(Authorization=f"Bearer {endpoint.api_key}")
     httpx.post(f"{endpoint.base_url}/chat/completions", json=hello, headers=bearer, timeout=60 * endpoint.patience).raise_for_status()
 
+# %% ../../nbs/lib/models/llm.ipynb #44ba77d8
 def openai_client(endpoint: Endpoint):
     "The bare `openai.OpenAI` client of an endpoint, for what only the protocol knows, such as timings."
     from openai import OpenAI
     return OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none", timeout=60.0 * endpoint.patience)
 
+# %% ../../nbs/lib/models/llm.ipynb #b1fdb93c
 @contextlib.contextmanager
 def serve_gguf(
     model: Path, # GGUF file
@@ -90,7 +92,7 @@ def serve_gguf(
 
 # %% ../../nbs/lib/models/llm.ipynb #8abdb5d0
 def serve_main() -> None:
-    "Serve a GGUF file until the process is ended: `model name slots adapter port` as JSON in the last argument, the key in LLMOPS_SERVE_KEY."
+    "Serve a GGUF file until the process ends: `model name slots adapter port` as JSON in the last argument, the key in LLMOPS_SERVE_KEY."
     job = json.loads(sys.argv[-1])
     adapter = Path(job["adapter"]) if job["adapter"] else None
     with serve_gguf(
@@ -98,6 +100,7 @@ def serve_main() -> None:
     ):
         while True: time.sleep(3600)
 
+# %% ../../nbs/lib/models/llm.ipynb #b47cc723
 def serve_command(
     model: Path, # GGUF file
     name: str, # Model name to report
@@ -113,10 +116,12 @@ from langchain_core.exceptions import ModelAPIError, ModelAuthenticationError, M
 from langchain_core.exceptions import ModelInvalidRequestError, ModelNotFoundError, ModelPermissionDeniedError
 from langchain_core.exceptions import ModelRateLimitError, ModelTimeoutError
 
+# %% ../../nbs/lib/models/llm.ipynb #6bb24672
 class BadReply(ModelError):
     "A reply that cannot be used: it is no chat completion, holds no text, or broke off."
     is_retryable = True
 
+# %% ../../nbs/lib/models/llm.ipynb #b20db2a2
 _ADVICE = {
     ModelAuthenticationError: "The key was refused. Set the right one in {key}.",
     ModelPermissionDeniedError: "The key in {key} may not use this model. Get it the right to, or name another model in settings.ini.",
@@ -131,6 +136,7 @@ _ADVICE = {
     BadReply: "What answers there is no working chat model. Look at the address, or ask another model.",
 }
 
+# %% ../../nbs/lib/models/llm.ipynb #570c0f95
 @contextlib.contextmanager
 def _in_words(client, timeout):
     import httpx, openai
@@ -179,15 +185,16 @@ def chat_class():
                 if not written: raise BadReply("The reply holds no text")
     return Chat
 
+# %% ../../nbs/lib/models/llm.ipynb #4bea1a2d
 def chat_client(
     endpoint: Endpoint,
     max_tokens: int = 80,
     timeout: float = 60.0, # Seconds without a byte after which a request is given up
-    retries: int = 2, # Of what may pass; in all it takes at most (1 + retries) times the time-out, and what a server asks to wait, a minute at most each time
+    retries: int = 2, # Of what may pass: each takes the time-out at most, and the wait that a server asks for, a minute at most
     requests_per_minute: int = 0, # Of this process; further ones wait. 0 = no bound
     **kwargs, # More arguments of `ChatOpenAI`
 ): # A LangChain chat model
-    "The one chat client. Greedy (temperature 0), so that the same question gets the same answer. Raises LangChain's `ModelError`s, and `BadReply`."
+    "The one chat client. Greedy: the same question gets the same answer. Raises LangChain's `ModelError`s, and `BadReply`."
     import httpx
     from langchain_core.rate_limiters import InMemoryRateLimiter
     if requests_per_minute: kwargs["rate_limiter"] = InMemoryRateLimiter(requests_per_second=requests_per_minute / 60, max_bucket_size=1)
@@ -209,6 +216,7 @@ class Completion:
     completion_tokens: int
     seconds: float # From request to the last token
 
+# %% ../../nbs/lib/models/llm.ipynb #44790284
 def complete(
     client, # From `chat_client`
     messages: str | list, # A user message, or a list of messages
@@ -219,6 +227,7 @@ def complete(
     usage = reply.usage_metadata or {}
     return Completion(str(reply.content).strip(), usage.get("input_tokens", 0), usage.get("output_tokens", 0), time.perf_counter() - start)
 
+# %% ../../nbs/lib/models/llm.ipynb #e3d4c800
 def complete_many(
     client,
     prompts: list, # One entry a request, as for `complete`
@@ -245,13 +254,14 @@ def read_prices(
         try:
             model, both = text.split()
             out[model] = tuple(float(price) for price in both.split("/", 1))
-            if len(out[model]) != 2 or min(out[model]) < 0: raise ValueError
+            if len(out[model]) != 2 or not all(0 <= price < float("inf") for price in out[model]): raise ValueError
         except ValueError:
             raise SettingsError(
                 f"`prices` holds {text!r}. Write the model, then US dollars a million tokens read and written: gpt-5-mini 0.25/2.00"
             ) from None
     return out
 
+# %% ../../nbs/lib/models/llm.ipynb #8997792e
 def token_cost(
     model: str, # As the reply names it; the date of a snapshot does not count: gpt-5-mini-2025-08-07
     read: int, # Tokens of the prompt

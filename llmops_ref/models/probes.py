@@ -43,8 +43,12 @@ def _asker(endpoint, most=MAX_TOKENS, **extra):
             write_s=timings.get("predicted_ms", np.nan) / 1000,
         )
     return ask
+
+# %% ../../nbs/lib/models/probes.ipynb #68b0ccb5
 @contextlib.contextmanager
 def _endpoint(job): yield _asker(Endpoint(job["url"], job["model"], job["key"]))
+
+# %% ../../nbs/lib/models/probes.ipynb #fdf4ea4f
 @contextlib.contextmanager
 def _llama(job):
     adapter = Path(job["adapter"]) if job.get("adapter") else None
@@ -99,12 +103,16 @@ def _transformers(job):
 def _onnx(job):
     from llmops_ref.models.embedding import Embedder, minilm_folder
     yield Embedder(Path(job["file"]), minilm_folder() / "tokenizer.json").embed
+
+# %% ../../nbs/lib/models/probes.ipynb #35463f5a
 @contextlib.contextmanager
 def _sentence_transformers(job):
     from sentence_transformers import SentenceTransformer
     model = SentenceTransformer(job["folder"], device="cpu")
     model.max_seq_length = TEXT_TOKENS              # as the other runner
     yield lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+# %% ../../nbs/lib/models/probes.ipynb #90f96934
 RUNNERS = {
     "llama.cpp": _llama, "endpoint": _endpoint, "transformers": _transformers, "onnxruntime": _onnx,
     "sentence-transformers": _sentence_transformers,
@@ -113,6 +121,8 @@ SLOW_IMPORTS = {
     "transformers": ["torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"],
     "sentence-transformers": ["sentence_transformers"],
 }
+
+# %% ../../nbs/lib/models/probes.ipynb #7e9206fe
 def _search(embed, pairs):
     passages = [passage for _, *both in pairs for passage in both]
     texts, start = [" ".join(passages[i:i + 8]) for i in range(16)] * 2, time.perf_counter()
@@ -131,10 +141,10 @@ def _last_line(text): return next((line.strip()[:160] for line in reversed(text.
 def measure(
     job: dict, # `kind`, `runner`, `asks` (prompts, or pairs as above), and what the runner needs
     turn=lambda: None, # Returns when it is our turn to be measured
-) -> (
-    dict
-): # `load_s` from a bare Python to a warm model, `peak_mb` that the process grew by, `core_s` of all `answers`, `format` if it was chosen here
-    "Load one candidate in this process and ask it everything."
+) -> dict: # `load_s peak_mb core_s answers`, and `format` if it was chosen here
+    """Load one candidate in this process and ask it everything.
+
+    `load_s` is from a bare Python to a warm model, `peak_mb` what the process grew by, `core_s` the processor time of all `answers`."""
     if job["runner"] in ("llama.cpp", "endpoint"): import openai            # the client is not part of the model
     before, start, chat = psutil.Process().memory_info().rss / 1e6, time.perf_counter(), job["kind"] == "chat"
     for module in SLOW_IMPORTS.get(job["runner"], []): importlib.import_module(module)
@@ -146,13 +156,16 @@ def measure(
         return dict(load_s=load_s, peak_mb=peak_memory() - before, core_s=time.process_time() - cpu, answers=answers) | (
             dict(format=ask.format) if hasattr(ask, "format") else {}
         )
+
+# %% ../../nbs/lib/models/probes.ipynb #697c5f85
 def probe_main() -> None:
-    "Body of a probe's process: a job on standard input, a file when all is imported, one line of JSON on standard output when its turn has come."
+    "Body of a probe's process: reads a job, makes a file when all is imported, and writes one line of JSON when its turn has come."
     job = json.loads(sys.stdin.readline())
     def turn(): Path(job["ready"]).touch(); sys.stdin.readline()
     print("\n" + json.dumps(measure(job, turn)), flush=True)
     os._exit(0)                                     # a runtime that hangs while it is torn down has already answered
 
+# %% ../../nbs/lib/models/probes.ipynb #c6a0a753
 def run_probes(
     jobs: list[dict], # These import at the same time; two, on two cores
     seconds: float = 60.0, # Of its own work: a probe that takes longer, for one of both parts, is killed; see `Patience`
@@ -176,6 +189,7 @@ def run_probes(
         while any([imports(process, ready) for process, ready in started]): time.sleep(0.02)
         return [_measured(process, ready.exists() or process.poll() is not None, seconds) for process, ready in started]
 
+# %% ../../nbs/lib/models/probes.ipynb #7621fd90
 def _communicate(process, patience):
     go = "go\n"
     while True:

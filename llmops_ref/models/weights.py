@@ -40,11 +40,13 @@ def _copy_fields(reader, writer, **changed):
         sub = item.types[-1] if item.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(key, changed.get(key, item.contents()), item.types[0], sub)
 
+# %% ../../nbs/lib/models/weights.ipynb #5a82c11c
 def gguf_in_memory():
     "While this lasts, GGUF files are read as a whole: in a memory map each of a million small reads costs a call of Python."
     import numpy as np
     return unittest.mock.patch("numpy.memmap", lambda path, dtype=np.uint8, mode="r": np.fromfile(path, dtype=dtype))
 
+# %% ../../nbs/lib/models/weights.ipynb #02978cf2
 def reencode(
     source: Path, # Any GGUF
     target: Path, # Written under a temporary name, then renamed
@@ -66,6 +68,7 @@ def reencode(
     os.replace(temporary, target)
     return target
 
+# %% ../../nbs/lib/models/weights.ipynb #292070ce
 def q8_gguf(
     ws: Workspace,
 ) -> Path: # The GGUF file, 144 MB
@@ -88,6 +91,7 @@ def base_checkpoint(ws: Workspace) -> Path:
     )
     return folder
 
+# %% ../../nbs/lib/models/weights.ipynb #1a1b7765
 def _save_dequantised(file, folder):
     import gguf, torch, transformers.modeling_gguf_pytorch_utils
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -114,23 +118,29 @@ def weights(ws: Workspace, variant: str) -> Path | None:
     from llmops_ref.models.embedding import minilm_folder, minilm_onnx
     return minilm_folder() / "model.safetensors" if variant == "minilm-st" else minilm_onnx(ws)
 
+# %% ../../nbs/lib/models/weights.ipynb #a7e11e30
 def _converter():
     sys.stderr = open(os.devnull, "w")              # conversions draw progress bars
     gc.disable()                                    # and make a million objects, but no garbage
 
 def prepare_weights(ws: Workspace, variants: list[str]) -> None:
-    "Make the conversions that the cache lacks, two at a time, in processes of their own; one that fails is reported when its candidate is probed."
+    "Make what the cache lacks, two at a time, each in a process; one that fails is reported when its candidate is probed."
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _converter) as pool:
         jobs = [pool.submit(weights, ws, variant) for variant in variants]
         ws.mlflow()                                 # the first time, MLflow makes its database, which takes as long
         wait(jobs)
 
 # %% ../../nbs/lib/models/weights.ipynb #a7b07811
-def champion(ws: Workspace, noun: str, record: bool = True) -> dict | None:
+def champion(
+    ws: Workspace,
+    noun: str, # Of the registered model, such as `base_chat_model`
+    record: bool = True,
+) -> dict | None:
     "Tags of the version that `champion` points at, or `None`; noted as an input of the stage unless `record` is false."
     version = ws.alias(noun, "champion", record)
     return version and dict(ws.mlflow().MlflowClient().get_model_version(ws.registered(noun), version).tags)
 
+# %% ../../nbs/lib/models/weights.ipynb #cda1e743
 def chosen_gguf(ws: Workspace) -> Path:
     "GGUF file of the chat model that `01_hub` chose; `DataError` if none is chosen or the file is not what was measured."
     tags = champion(ws, "base_chat_model")

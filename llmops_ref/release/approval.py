@@ -42,7 +42,7 @@ def approval_state(
     tags: dict[str, str], # Of a version
     digest: str, # From `recorded_digest`
     days: float = 0, # After which an approval has expired; 0 = never
-    signed: bool = True, # Whether the tags must name digest and verdict; Databricks' button sets only its own, and there a version cannot change
+    signed: bool = True, # Whether the tags must name digest and verdict; Databricks' button sets only its own, where versions cannot change
     now: float | None = None, # Seconds since 1970
 ) -> tuple[str, str]: # approved, rejected, missing or void; and why
     "What a person decided about a version."
@@ -79,6 +79,7 @@ def check_approved(ws: Workspace, version: str) -> str: # Why it may be deployed
         f" approve --env {ws.config.env}` or `llmops reject --env {ws.config.env} --reason ...`."
     )
 
+# %% ../../nbs/lib/release/approval.ipynb #801b4fb5
 def to_decide(
     ws: Workspace,
     version: str | None = None, # That with the alias challenger by default
@@ -101,6 +102,7 @@ def to_decide(
         )
     return version, facts
 
+# %% ../../nbs/lib/release/approval.ipynb #d9397124
 def read_evidence(
     ws: Workspace,
     facts: dict, # From `version_facts`
@@ -114,6 +116,7 @@ def read_evidence(
             f" {ws.config.env} --only validation --force`."
         ) from None
 
+# %% ../../nbs/lib/release/approval.ipynb #3ce9ffee
 def decide(
     ws: Workspace,
     version: str, # From `to_decide`

@@ -24,6 +24,7 @@ SCHEMA = (
 )
 EMPTY = dict(answer="", citations=[], refused=False, passages=[], served_by="", seconds=0.0, cost_usd=0.0, error="")
 
+# %% ../../nbs/lib/release/batch.ipynb #db4bcf65
 def answer_rows(
     frames, # Iterator of frames with `id question`
     model, # With `predict`, as MLflow loads it

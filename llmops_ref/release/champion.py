@@ -43,7 +43,7 @@ def check_deployable(
     ws: Workspace,
     version: str | None, # Version with the alias challenger
 ) -> str: # Why it may
-    "Refuse a version that is missing, not validated, not approved or not what was logged, with `DataError`. Where gates only inform (dev), a failed validation is let through."
+    "Raise `DataError` unless it is validated, approved and what was logged. Where gates only inform (dev), a failed validation may pass."
     if version is None:
         raise DataError(
             f"No version of the assistant has the alias challenger in {ws.config.env}. Run `llmops run --env {ws.config.env} --to"
@@ -64,6 +64,7 @@ def one_at_a_time(ws: Workspace):
     "Let one deployment or rollback at a time change who serves; `DataError` for the second."
     return ws.hold("deployment", "Another deployment or rollback")
 
+# %% ../../nbs/lib/release/champion.ipynb #bf1007d5
 def make_champion(
     ws: Workspace,
     version: str,
@@ -94,6 +95,7 @@ def known_answers(ws: Workspace, version: str) -> list[dict]: # `question gold r
     right = [example for example in examples if example["candidate"]["correct"]]
     return [example for example in right if example["gold"]] or right            # whoever refuses everything is right about the others
 
+# %% ../../nbs/lib/release/champion.ipynb #f61b6f32
 def _still_right(ask, version, known, env):         # a question and its answer
     said = []
     for case in known[:3]:
@@ -105,16 +107,18 @@ def _still_right(ask, version, known, env):         # a question and its answer
         said.append(f"{case['question']} {reply['answer']}")
     raise DataError(
         f"Version {version} was right about this when it was validated, and is wrong today:\n  " + "\n  ".join(said)
-        + f"\nNothing was changed. Look at its files, or let it answer a question of your own: `llmops rollback --env {env} --question \"...\"`."
+        + f"\nNothing was changed. Look at its files, or let it answer a question of your own: `llmops rollback --env {env}"
+        " --question \"...\"`."
     )
 
+# %% ../../nbs/lib/release/champion.ipynb #90f29bdc
 def rollback(
     ws: Workspace,
     question: str = "", # What the previous version must answer first; by default one that it was right about, and must be again
     host=None, # That of the settings by default
     any_verdict: bool = False, # Also to a version that did not pass its gates
 ) -> tuple[str, str, str]: # The version that serves now, what it was asked, and its answer
-    "Make the previous champion serve again, at the front door too if there is one; `DataError` if there is none, if it has not passed its gates, or does not answer."
+    "Make the previous champion serve again, also at the front door; `DataError` if there is none, it failed its gates or does not answer."
     with one_at_a_time(ws):
         current, previous, name = ws.alias("assistant", "champion", record=False), _previous(ws), ws.registered("assistant")
         if previous is None:
@@ -125,8 +129,9 @@ def rollback(
         verdict = version_facts(ws, previous).get("model_validation_status", "PENDING")
         if verdict != "PASSED" and not any_verdict:
             raise DataError(
-                f"Version {previous}, which served before, is {verdict}: when it was validated last it did not pass its gates. To go back to it"
-                f" all the same: `llmops rollback --env {ws.config.env} --yes`. `llmops versions --env {ws.config.env}` lists the others."
+                f"Version {previous}, which served before, is {verdict}: when it was validated last it did not pass its gates. To go back"
+                f" to it all the same: `llmops rollback --env {ws.config.env} --yes`."
+                f" `llmops versions --env {ws.config.env}` lists the others."
             )
         host = host or open_host(ws)
         host.start(previous)
@@ -163,7 +168,7 @@ def remove_version(ws: Workspace, version: str) -> None:
 # %% ../../nbs/lib/release/champion.ipynb #3b311b30
 @contextlib.contextmanager
 def open_champion(ws: Workspace):
-    "The deployed champion, loaded in this process; yields a function from a question to the answer dictionary. A second argument is called with each piece of the answer as it is written."
+    "Load the champion in this process; yields a function from a question to the answer dictionary, and pieces to a second argument."
     version = ws.alias("assistant", "champion", record=False)
     if version is None: raise DataError(f"Nothing is deployed in {ws.config.env} yet. Run `llmops run --env {ws.config.env}`.")
     with load_assistant(ws, version, trace=True) as ask:

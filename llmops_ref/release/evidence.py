@@ -9,6 +9,7 @@ __all__ = ['PAGE', 'compare_slices', 'evidence_reasons', 'render_evidence']
 
 # %% ../../nbs/lib/release/evidence.ipynb #2f272143
 import time
+from importlib.resources import files
 
 import pandas as pd
 
@@ -31,25 +32,9 @@ def compare_slices(
     return pd.DataFrame(rows, columns=["type", "n", "champion", "candidate", "low", "high", "verdict"])
 
 # %% ../../nbs/lib/release/evidence.ipynb #2cac2688
-PAGE = """{% extends 'frame' %}{% block title %}Version {{ e.version }} for {{ e.env }}: {{ e.verdict }}{% endblock %}
-{% block body %}<div class="line soft small"><span>llmops-ref · <b>{{ e.env }}</b></span><span>validated {{ e.when }}</span></div>
-<div class="verdict {{ tone }}"><b class="{{ tone }}">{{ e.verdict }}</b>
-<h1>Assistant version {{ e.version }}: may it serve {{ e.env }}?</h1><ul>{% for r in reasons %}<li>{{ r }}</li>{% endfor %}</ul></div>
-<h2>Gates</h2>{{ m.table(e.gates) }}
-<h2>What it is made of</h2>{% if e.problems %}<ul class="bad">{% for p in e.problems %}<li>{{ p }}</li>{% endfor %}</ul>{% endif %}
-<dl>{% for k, v in facts.items() %}<dt>{{ k }}</dt><dd>{{ v | cell }}</dd>{% endfor %}</dl>
-{% if e.slices %}<h2>Against version {{ e.champion }}, which serves now</h2>
-<p>{{ e.against }} (right answers, the same questions).</p>{{ m.table(e.slices) }}{% endif %}
-{% if e.comparison %}<h2>{{ e.sides.candidate }} against {{ e.sides.base | lower }}</h2>{{ m.table(e.comparison) }}{% endif %}
-{% if e.attacks %}<h2>Attacks</h2>{{ m.table(e.attacks) }}{% if e.through %}
-<details><summary>{{ e.through | length }} that got through</summary>{{ m.table(e.through) }}</details>{% endif %}{% endif %}
-{% if e.regressions %}<h2>What was mended once</h2>{{ m.table(e.regressions) }}{% endif %}
-{% if cards %}<h2>How it answers</h2>
-<p class="soft">{{ 'Questions on which the two differ come first.' if e.against else 'Beside it stands what it was made from, since no version that serves could be asked.' }}</p>{% for c in cards %}{{ m.card(c, loop.index) }}{% endfor %}{% endif %}
-<h2>To decide</h2><pre>llmops approve --env {{ e.env }} --version {{ e.version }}
-llmops reject  --env {{ e.env }} --version {{ e.version }} --reason "..."</pre>
-<p class="soft small">What is signed for is the content with the digest {{ (e.facts.digest or '')[:16] }}…; another digest needs another approval.</p>{% endblock %}"""
+PAGE = files("llmops_ref.release").joinpath("templates", "evidence.html").read_text(encoding="utf-8")
 
+# %% ../../nbs/lib/release/evidence.ipynb #2bed3814
 def evidence_reasons(evidence: dict) -> list[str]:
     "What matters most, in sentences."
     gates = evidence.get("gates") or []
@@ -70,8 +55,9 @@ def evidence_reasons(evidence: dict) -> list[str]:
         out.append(f"Attacks that got through ({len(through)}): {', '.join(sorted({t['risk'] for t in through}))}.")
     return out
 
+# %% ../../nbs/lib/release/evidence.ipynb #0f5f8e3a
 def render_evidence(
-    evidence: dict, # `env version verdict time facts problems gates champion against unasked slices comparison attacks through regressions sides examples`, what validation found, as plain JSON
+    evidence: dict, # What validation found, as plain JSON: `env version verdict time facts problems gates ...`, see `PAGE`
 ) -> str: # A whole HTML page
     "Render the evidence for a person."
     facts = {

@@ -35,6 +35,7 @@ def asking_for(what: str):
         ) from None
     except (DatabricksError, OperationFailed, TimeoutError) as error: raise DataError(f"The workspace failed on {what}: {error}") from None
 
+# %% ../../nbs/lib/release/hosting.ipynb #9bfe55a4
 def look_up(what: str, get, name: str):
     "What the API has under a name, or `None`."
     from databricks.sdk.errors import NotFound
@@ -42,6 +43,7 @@ def look_up(what: str, get, name: str):
         try: return get(name)
         except NotFound: return None
 
+# %% ../../nbs/lib/release/hosting.ipynb #7ab39f7f
 def open_client():  # A `databricks.sdk.WorkspaceClient`
     "A client of the workspace that the environment names; `SettingsError` if it names none."
     from databricks.sdk import WorkspaceClient
@@ -63,6 +65,7 @@ def endpoint_name(
 
 def entity_name(version: str) -> str: return f"{ROUTE}-{version}"
 
+# %% ../../nbs/lib/release/hosting.ipynb #585aeaa9
 def served_entity(
     config: Config,
     model: str, # catalog.schema.name
@@ -83,6 +86,7 @@ def served_entity(
         scale_to_zero_enabled=config.serving_scale_to_zero, environment_vars=variables,
     )
 
+# %% ../../nbs/lib/release/hosting.ipynb #df424475
 def whole_percents(
     shares: dict[str, float], # Version -> share
 ) -> dict[str, int]: # Version -> percent; all of them together are 100
@@ -194,7 +198,7 @@ class ModelServingHost:
         self._wait(table)
 
     def start(self, version: str) -> None:
-        "Bring a version up with no traffic, or with all of it if nothing serves yet; up already, nothing is done. `DataError` if it does not come up."
+        "Bring a version up with no traffic, or all if nothing serves; up already, nothing is done. `DataError` if it does not come up."
         table = self.traffic()
         if version not in table: self._change(table | {version: 0 if table else 100})
 
@@ -207,7 +211,7 @@ class ModelServingHost:
             )
 
     def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
-        "Ask a version that was started, or whoever the table gives the question to; gives `question answer passages citations seconds version ...`. `DataError` or `SettingsError` if there is no answer."
+        "Ask a version that is up, or whoever the table chooses; gives the answer dictionary, or raises `DataError` or `SettingsError`."
         path = f"/serving-endpoints/{self.name}/" + (f"served-models/{entity_name(version)}/" if version else "") + "invocations"
         with asking_for(f"the endpoint {self.name}"):
             reply = self.client.api_client.do(
@@ -228,8 +232,8 @@ class ModelServingHost:
         with reply["contents"] as body: yield from read_events(question, _lines(body))
 
     def share(self, shares: dict[str, float]) -> None:
-        "Share the traffic between versions that are up; when this returns, it is. A change that is on its way is waited for first. `DataError` if a version is not up, somebody else changes the endpoint, or it takes too long; `SettingsError` if the shares do not add up to 1."
-        percents, there = whole_percents(shares), self._settled()
+        "Share the traffic between versions that are up; when this returns, it is. `DataError` or `SettingsError` if it cannot be."
+        percents, there = whole_percents(shares), self._settled()       # a change that is on its way is waited for first
         table = self._table(there.config) if there else {}
         if missing := sorted(percents.keys() - table.keys()):
             raise DataError(f"Version {', '.join(missing)} is not up at the endpoint {self.name}. It has {self._said(table)}.")
@@ -253,6 +257,7 @@ class ModelServingHost:
         with asking_for(f"the endpoint {self.name}"), contextlib.suppress(NotFound): self.client.serving_endpoints.delete(self.name)
         return [f"Model Serving endpoint {self.name}"]
 
+# %% ../../nbs/lib/release/hosting.ipynb #4cf2df67
 def _lines(body):                                   # of a stream of bytes
     kept = b""
     while piece := body.read(16):                   # the SDK waits until it has as many, and a person waits with it
@@ -260,6 +265,7 @@ def _lines(body):                                   # of a stream of bytes
         for line in whole: yield line.decode().rstrip("\r")
     if kept: yield kept.decode()
 
+# %% ../../nbs/lib/release/hosting.ipynb #1cfa8473
 def read_reply(question: str, reply: dict) -> dict:
     "The answer dictionary in a reply of the Responses protocol; `DataError` if there is none."
     try: return dict(question=question, answer=reply["output"][0]["content"][0]["text"]) | reply["custom_outputs"]
@@ -320,7 +326,7 @@ class AppHost:
             )
 
     def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
-        "Ask the version that was loaded, or the App; gives `question answer passages citations seconds version ...`. `DataError` or `SettingsError` if there is no answer."
+        "Ask the version that was loaded, or the App; gives the answer dictionary. `DataError` or `SettingsError` if there is none."
         if version in self.loaded: return self.loaded[version](dict(question=question)) | dict(version=version)
         import httpx
         with asking_for(f"the App {self.name}"): headers = self._key()

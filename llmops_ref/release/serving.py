@@ -77,6 +77,7 @@ def start_endpoint(
         ws.config.serving_timeout, environment,
     )
 
+# %% ../../nbs/lib/release/serving.ipynb #eb8fd86f
 def ask_endpoint(
     url: str, # Of a service, or of the front door
     question: str,
@@ -115,6 +116,7 @@ def read_events(
             yield dict(question=question, answer=event["item"]["content"][0]["text"]) | (event.get("custom_outputs") or {})
     if not whole: raise DataError("The answer broke off: the endpoint ended it in the middle. Ask again; the log of the endpoint says why.")
 
+# %% ../../nbs/lib/release/serving.ipynb #a2f1e574
 def stream_endpoint(
     url: str, # Of a service, or of the front door
     question: str,
@@ -161,12 +163,14 @@ def front_url(front: Service) -> str: # For `ask_endpoint`, or as the base URL o
     "The address behind which the assistant is, whatever version answers."
     return f"{front.url}/gateway/openai/v1"
 
+# %% ../../nbs/lib/release/serving.ipynb #17089a10
 def check_shares(shares: dict[str, float]) -> dict[str, float]:
     "Shares above 0, by version; `SettingsError` if they do not add up to 1."
     if not all(0 <= share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
         raise SettingsError(f"Shares of traffic must lie between 0 and 1 and add up to 1, these are {shares}.")
     return {version: share for version, share in shares.items() if share}
 
+# %% ../../nbs/lib/release/serving.ipynb #6a0ec35b
 def share_traffic(
     front: Service,
     endpoints: dict[str, Service], # Version -> its endpoint

@@ -44,6 +44,7 @@ def alert(config: Config, where: str, warehouse: str, notify: str = "") -> dict:
         | (dict(notification=dict(subscriptions=[dict(user_email=notify)], notify_on_ok=True)) if notify not in ("", "none") else {}),
     )
 
+# %% ../../nbs/lib/runner/bundle.ipynb #59e77ce4
 def declared(
     config: Config, # With the catalog and the schema that are deployed to
     service_principal: str = "",
@@ -75,6 +76,7 @@ def declared(
             )
     return out
 
+# %% ../../nbs/lib/runner/bundle.ipynb #c83a6ac0
 def told(settings: str) -> dict[str, str]:
     "The words that a task is told, as settings; `SettingsError` for words that are none."
     try: return dict(word.split("=", 1) for word in shlex.split(settings))
@@ -84,6 +86,7 @@ def told(settings: str) -> dict[str, str]:
             f" {settings[:200]!r}."
         ) from None
 
+# %% ../../nbs/lib/runner/bundle.ipynb #55d930bb
 def load_resources(bundle): # Called by `databricks bundle`, as databricks.yml says
     "The resources of `declared`, for the target that is deployed; a `Resources` of databricks-bundles."
     from databricks.bundles.core import Resources
@@ -99,6 +102,7 @@ def load_resources(bundle): # Called by `databricks bundle`, as databricks.yml s
         for key, what in found.items(): resources.add_resource(key, resource_class(kind).from_dict(what))
     return resources
 
+# %% ../../nbs/lib/runner/bundle.ipynb #4aed7757
 def resource_class(kind: str): # Such as "jobs"
     "The class of databricks-bundles for a kind of resource; `SettingsError` if there is none."
     from databricks.bundles.core._resource_type import _ResourceType
@@ -137,16 +141,19 @@ class Bundle:
                     ) from None
         return out
 
+# %% ../../nbs/lib/runner/bundle.ipynb #09855e8c
 def _yaml(path):
     try: return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError: raise SettingsError(f"{path} is missing. Restore it with git.") from None
     except yaml.YAMLError as error: raise SettingsError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
+# %% ../../nbs/lib/runner/bundle.ipynb #54800827
 def _over(below, above):                            # the target's section over the rest; lists are put end to end, as the command does
     if isinstance(below, dict) and isinstance(above, dict):
         return below | {key: _over(below[key], value) if key in below else value for key, value in above.items()}
     return below + above if isinstance(below, list) and isinstance(above, list) else above
 
+# %% ../../nbs/lib/runner/bundle.ipynb #74e2f833
 def _put_together(root):
     whole, where = _yaml(root / "databricks.yml"), {}
     for pattern in whole.get("include", []):
@@ -163,6 +170,7 @@ def _put_together(root):
             whole = _over(whole, part)
     return whole
 
+# %% ../../nbs/lib/runner/bundle.ipynb #809fb095
 def _file(root, path, name):                        # a path in a YAML file starts at its folder, and goes to the workspace with the rest
     found = (path.parent / name).resolve()
     if not found.is_file(): raise SettingsError(f"{path.name} names the file {name}, which is not there.")
@@ -186,6 +194,7 @@ def _values(declared_variables, target, given):
         )
     return out
 
+# %% ../../nbs/lib/runner/bundle.ipynb #1f33de57
 def _put_name_before(resources, user):              # as the command does
     for what in resources.get("jobs", {}).values(): what["name"] = f"[dev {user}] {what['name']}"
     for what in resources.get("schemas", {}).values(): what["name"] = f"dev_{user}_{what['name']}"
@@ -193,6 +202,7 @@ def _put_name_before(resources, user):              # as the command does
         folder, _, name = what["name"].rpartition("/")
         what["name"] = f"{folder}/[dev {user}] {name}"
 
+# %% ../../nbs/lib/runner/bundle.ipynb #86e6f61a
 _REFERENCE = re.compile(r"\$\{([A-Za-z0-9_.\[\]-]+)\}")
 
 def _fill(value, look_up):
@@ -202,6 +212,7 @@ def _fill(value, look_up):
     if whole := _REFERENCE.fullmatch(value): return _fill(copy.deepcopy(look_up(whole[1])), look_up)
     return _fill(_REFERENCE.sub(lambda m: str(_fill(look_up(m[1]), look_up)), value), look_up) if _REFERENCE.search(value) else value
 
+# %% ../../nbs/lib/runner/bundle.ipynb #14c9c1b9
 def load_bundle(
     root: Path, # Folder of `databricks.yml`
     target: str, # dev, staging or prod
@@ -300,6 +311,7 @@ def plan_bundle(
         )
     return pd.DataFrame(rows)
 
+# %% ../../nbs/lib/runner/bundle.ipynb #b03bf58e
 def _job_class(job):
     gpus = [task.compute.hardware_accelerator.value for task in job.tasks if task.compute]
     return ("serverless, " + gpus[0], GPU_CLASS[gpus[0]]) if gpus else ("serverless", "under 1")
@@ -312,6 +324,7 @@ def destroy(
     "Remove what runs and jobs of an environment made; `DataError` or `SettingsError` if something would not go."
     return _destroy_here(ws) if ws.config.platform == "local" else _destroy_there(ws, client)
 
+# %% ../../nbs/lib/runner/bundle.ipynb #6b348512
 def _destroy_here(ws):
     from llmops_ref.core.services import running_services, stop_service
     folders, removed = [folder for folder in (ws.store, ws.runs) if folder.is_dir()], []
@@ -326,6 +339,7 @@ def _destroy_here(ws):
             removed.append(f"folder {folder}")
     return removed, _kept(ws)
 
+# %% ../../nbs/lib/runner/bundle.ipynb #345ea078
 def _check_ours(config, folder):                    # `store` may be any path, and everything below it is about to go
     others = [load_config(env, config.root).store for env in ENVIRONMENTS if env != config.env]
     for kept in (config.root, config.root / "nbs", config.root / config.cache, Path.home(), *(config.root / other for other in others)):
@@ -335,10 +349,12 @@ def _check_ours(config, folder):                    # `store` may be any path, a
                 " by hand what is to go."
             )
 
+# %% ../../nbs/lib/runner/bundle.ipynb #be4efcaa
 def _kept(ws):
     cache = ws.config.root / ws.config.cache
     return [f"folder {cache}: converted weights, the same for all environments; delete it by hand"] if cache.is_dir() else []
 
+# %% ../../nbs/lib/runner/bundle.ipynb #f0238e1a
 def _destroy_there(ws, client):
     from databricks.sdk.errors import NotFound
     client, config, index = client or open_client(), ws.config, ws.registered("chunks_index")

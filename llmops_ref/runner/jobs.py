@@ -41,7 +41,7 @@ def run_stage_task(
 def hand_on_triggers(
     record: dict, # From `run_pipeline`
 ) -> dict[str, bool]: # Stage -> whether monitoring asks for it
-    "Say for each stage whether monitoring asks for it; on Databricks as values of the task, `true` or `false`, for the conditions of the job."
+    "Say for each stage whether monitoring asks for it; on Databricks as values of the task too, for the conditions of the job."
     seen = next((s["result"] or {} for s in record["stages"] if s["name"] == "monitoring"), {})
     asked = {
         stage.name: any(t["stage"] == stage.name and t.get("job") for t in seen.get("details", {}).get("triggers", [])) for stage in STAGES
@@ -65,8 +65,9 @@ def check_model(
         )
     if model_version: version_facts(ws, model_version)
 
+# %% ../../nbs/lib/runner/jobs.ipynb #6a2215bd
 def evaluate_task(ws: Workspace, model_version: str) -> None:
-    "Validate the version that the job was started for; `DataError` if today's candidate is another one, and `StageFailed` if it does not pass."
+    "Validate the version that the job was started for; `DataError` if today's candidate is another, `StageFailed` if it does not pass."
     if model_version:
         with ws.start_run("candidate"): version, _ = log_candidate(ws)
         if version != model_version:
@@ -76,13 +77,15 @@ def evaluate_task(ws: Workspace, model_version: str) -> None:
             )
     run_stage_task(ws, "validation")
 
+# %% ../../nbs/lib/runner/jobs.ipynb #bc799dd0
 def check_approval_task(ws: Workspace, model_version: str) -> None:
-    "Let the run go on if the version may be deployed; where `approval = person`, `ApprovalNeeded` ends it until somebody has approved, and the run is repaired. `DataError` as from `check_deployable`."
+    "Let the run go on if the version may be deployed; `ApprovalNeeded` until somebody approves, `DataError` as from `check_deployable`."
     version = model_version or ws.alias("assistant", "challenger", record=False)
     print(f"Version {version} may be deployed: {check_deployable(ws, version)}")
 
+# %% ../../nbs/lib/runner/jobs.ipynb #193aed16
 def deploy_task(ws: Workspace, model_version: str) -> None:
-    "Deploy the version that the job was started for; `DataError` if another one has passed since, and `StageFailed` if it does not come up."
+    "Deploy the version that the job was started for; `DataError` if another has passed since, `StageFailed` if it does not come up."
     challenger = ws.alias("assistant", "challenger", record=False)
     if model_version and challenger != model_version:
         raise DataError(
@@ -99,6 +102,7 @@ def hand_on_credentials() -> None:
     me = open_client().config
     os.environ |= dict(DATABRICKS_HOST=me.host, DATABRICKS_TOKEN=me.authenticate()["Authorization"].removeprefix("Bearer "))
 
+# %% ../../nbs/lib/runner/jobs.ipynb #80a4159e
 def run_task(
     task: str, # A stage, or candidate, evaluate, approve, deploy
     root: str, # Folder of `settings.ini`
@@ -138,6 +142,7 @@ def deployment_job(
         )
     return found[0].job_id
 
+# %% ../../nbs/lib/runner/jobs.ipynb #da20a413
 def connect_deployment_job(
     ws: Workspace,
     job_id: int | str, # "" to disconnect

@@ -30,6 +30,7 @@ MORE_IMPORTS = dict(
     validation=["langchain_openai"],
 )
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #cc634636
 class StageKernel:
     "A fresh kernel for one stage, in the folder of the notebooks; it has imported what takes long."
     def __init__(self, ws: Workspace, stage: Stage):
@@ -68,6 +69,7 @@ MOST_LINES = 6                                      # of a message that was not 
 
 def _lines(text): return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()]
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #584d746f
 def explain_error(
     error: BaseException, # From papermill
     executed: Path, # The notebook that it left
@@ -79,10 +81,12 @@ def explain_error(
     if error.ename in OURS: return "\n".join(_lines(said))
     return f"{_shortened(said)}\n{_place(error, executed)}"
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #6100217c
 def _shortened(text):
     lines = _lines(text)
     return "\n".join(lines if len(lines) <= MOST_LINES else [*lines[:MOST_LINES - 2], "…", lines[-1]])
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #161d8398
 def _place(error, executed):
     import nbformat
     heading = "its beginning"
@@ -102,16 +106,18 @@ class StageFailed(RuntimeError):
         self.stage, self.error, self.notebook, self.result = stage, error, notebook, result
         super().__init__(f"{stage.notebook} failed: {error}")
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #f3d1476a
 SKIPPED = "skip-execution"                          # a tag that Jupyter's own runner knows
 
 def stage_notebook(ws: Workspace, stage: Stage):  # A notebook
-    "What papermill executes: the file, its lessons marked as to be skipped. A workspace may have taken the tag `parameters` off; here it is again."
+    "What papermill executes: the file, its lessons to be skipped. A workspace may have taken the tag `parameters` off; here it is again."
     import nbformat
     notebook = nbformat.read(ws.config.root / "nbs" / f"{stage.notebook}.ipynb", 4)
     for cell in notebook.cells: cell.metadata["tags"] = ["parameters"] if _sets_env(cell) else []
     for cell in lessons(notebook.cells): cell.metadata["tags"] = [SKIPPED]
     return notebook
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #f1279b3e
 def put_back(
     executed: Path, # A notebook that papermill wrote
     original, # From `stage_notebook`
@@ -123,6 +129,7 @@ def put_back(
         if cell.get("id") in outputs: cell.outputs = outputs[cell.id]
     write_atomic(executed, nbformat.writes(notebook))
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #fc5badcd
 def run_stage(
     ws: Workspace,
     stage: Stage,
@@ -160,6 +167,7 @@ def run_stage(
     result_file.unlink()
     return done
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #3290136d
 def _read_json(path):
     try: return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError): return {}
@@ -171,11 +179,13 @@ class Quiet:
     def stage_progress(self, stage, progress, seconds): pass
     def stage_ended(self, stage, state, done): pass
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #5dada976
 def duration(seconds: float | None) -> str:
     "Seconds as people say them."
     if seconds is None: return "–"
     return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #02ce0d72
 class Lines(Quiet):
     "Prints a line when a stage starts and ends, and every half minute between; for a log."
     beat = 0.0
@@ -192,12 +202,14 @@ class Lines(Quiet):
     def stage_ended(self, stage, state, done):
         print(f"  {state:7} {stage.notebook:14} {duration((done or {}).get('seconds')):>10}   {last_words(done)}", flush=True)
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #ae94d066
 def progress_text(progress: dict) -> str:
     return f"{progress.get('text', '')} {100 * progress['done'] / max(progress['total'], 1e-9):.0f}%"[:80] if progress else ""
 
 def last_words(done: dict | None) -> str:
     return (done or {}).get("headline") or next(iter(((done or {}).get("error") or "").splitlines()), "")
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #800cf71d
 class _Kernels(contextlib.AbstractContextManager):
     "The kernel of the stage that runs, and at most one that waits."
     def __init__(self, ws): self.ws, self.waiting = ws, []
@@ -215,6 +227,7 @@ class _Kernels(contextlib.AbstractContextManager):
 
     def __exit__(self, *error): self.stop()
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #23d4ad8e
 def run_pipeline(
     ws: Workspace,
     steps: list[Step], # From `make_plan`
@@ -319,10 +332,12 @@ def _record(ws, run_id, started, states, status, command, folder):
         stages=stages,
     )
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #7ca5937d
 def notebook_title(path: Path) -> str:
     "The line after `>` in a notebook's first cell."
     return next((line[2:].strip() for line in "".join(_cells(path)[0]["source"]).splitlines() if line.startswith("> ")), "")
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #0aa0579b
 def machine() -> str:
     "This machine in a few words."
     import psutil
@@ -342,6 +357,7 @@ def _write_run(ws, record, folder):
         link.symlink_to(folder.name)
         os.replace(link, folder.parent / "latest")
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #e24ebba1
 def notebook_html(notebook: Path) -> Path | None:
     "Render an executed notebook as one HTML file that loads nothing from the network; nothing if its kernel never came up."
     if not notebook.exists(): return

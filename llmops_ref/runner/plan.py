@@ -29,6 +29,7 @@ class Stage:
     @property
     def notebook(self): return f"{self.number}_{self.name}"
 
+# %% ../../nbs/lib/runner/plan.ipynb #0cb5f085
 STAGES = tuple(Stage(f"0{n}", name) for n, name in enumerate(
     "hub corpus retrieval prompts finetune validation deployment monitoring".split(), 1))
 
@@ -56,6 +57,7 @@ def _tree(source):                                  # without docstrings, and wi
             node.body = body[1:] or [ast.Pass()]
     return tree
 
+# %% ../../nbs/lib/runner/plan.ipynb #fef60606
 @functools.cache
 def code_digest(
     source: str, # Python
@@ -68,6 +70,7 @@ def _cells(path):
     try: return json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     except FileNotFoundError: raise DataError(f"The notebook {path} is missing. Restore it with git.") from None
 
+# %% ../../nbs/lib/runner/plan.ipynb #86437c19
 def _sets_env(cell): return cell["cell_type"] == "code" and bool(re.match(r"env\s*=", "".join(cell["source"])))
 
 def lessons(
@@ -92,7 +95,8 @@ def imports_of(
         found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return frozenset(found)
 
-def _file_of(module):                               # in this package, or `None`: an attribute, a package that holds no code, somebody else's
+# %% ../../nbs/lib/runner/plan.ipynb #a3ee4304
+def _file_of(module):                               # in this package; `None` for an attribute, an empty package, or somebody else's
     top, *parts = module.split(".")
     if top != "llmops_ref" or not parts: return None
     path = Path(llmops_ref.__file__).parent.joinpath(*parts)
@@ -108,6 +112,7 @@ def _packages(root):                                    # digest of the versions
         except importlib.metadata.PackageNotFoundError: return None
     return hashlib.sha256(json.dumps([(n, version(n)) for n in sorted(names)]).encode()).hexdigest()[:16]
 
+# %% ../../nbs/lib/runner/plan.ipynb #04f0ebe7
 def stage_code(
     stage: Stage,
     root: Path, # Folder of `settings.ini`
@@ -141,6 +146,7 @@ def manifest(ws: Workspace, stage: Stage) -> dict | None:
     except FileNotFoundError: return None
     except json.JSONDecodeError: return None        # an unreadable manifest is no manifest: the stage runs again
 
+# %% ../../nbs/lib/runner/plan.ipynb #d23cf1a8
 def reasons(
     ws: Workspace,
     stage: Stage,
@@ -160,6 +166,7 @@ def reasons(
     out += [f"output {name} is gone" for name in last["writes"] if ws.current(name) is None]
     return out or (_undeployed(ws) if stage.name == "deployment" else [])
 
+# %% ../../nbs/lib/runner/plan.ipynb #2cfd734d
 def _undeployed(ws):                                # a version that was taken back, and then approved again
     champion, challenger = (ws.alias("assistant", alias, record=False) for alias in ("champion", "challenger"))
     if challenger in (None, champion): return []
@@ -168,12 +175,14 @@ def _undeployed(ws):                                # a version that was taken b
     except DataError: return []
     return [f"version {challenger} may be deployed, and version {champion} serves"]
 
+# %% ../../nbs/lib/runner/plan.ipynb #0a2096f4
 def _touched(ws, name, old):                        # how many rows of a table, where its log says so
     kind, _, table = name.partition(":")
     try: changes = ws.changes_since(table, old) if kind == "table" and old is not None else None
     except (DataError, ValueError): changes = None
     return f" ({changes})" if changes else ""
 
+# %% ../../nbs/lib/runner/plan.ipynb #7bc53adb
 def _short(value): return "none" if value is None else text if len(text := str(value)) < 40 else text[:12] + "…"
 
 # %% ../../nbs/lib/runner/plan.ipynb #346c2eaa
@@ -186,6 +195,7 @@ class Step:
     seconds: float | None # Duration of the last good run
     headline: str = ""
 
+# %% ../../nbs/lib/runner/plan.ipynb #c999be0d
 def not_needed(
     config: Config,
     stage: Stage,
@@ -196,6 +206,7 @@ def not_needed(
     if stage.name == "finetune" and config.promotion == "model": return "the model comes from another environment, by `llmops promote`"
     return ""
 
+# %% ../../nbs/lib/runner/plan.ipynb #6b2f5757
 def make_plan(
     ws: Workspace,
     start: Stage | None = None, # First stage; all by default
@@ -242,6 +253,7 @@ def check_parameters(
             " dev."
         )
 
+# %% ../../nbs/lib/runner/plan.ipynb #f23c6623
 def preflight(
     ws: Workspace,
     stages: list[Stage],
@@ -289,6 +301,7 @@ def preflight(
         free_port(config.serving_port)
     if config.app == "third_party": free_port(config.gateway_port, "gateway_port")
 
+# %% ../../nbs/lib/runner/plan.ipynb #0dd0d9ed
 def check_platform(config: Config) -> None:
     "`SettingsError` if the stages cannot run where we are, or as they are asked to."
     if not on_databricks():
@@ -302,6 +315,7 @@ def check_platform(config: Config) -> None:
             " or set serving_target = model_serving."
         )
 
+# %% ../../nbs/lib/runner/plan.ipynb #f4c81598
 def check_databricks(config: Config) -> None:
     "`SettingsError` if AI Search is asked for and no workspace can be."
     if config.vector_index == "delta_sync" and config.platform != "databricks":

@@ -40,6 +40,7 @@ def current_stages(
 # %% ../../nbs/lib/runner/report.ipynb #5ba2cc84
 def _names(details): return SIDES | (details.get("sides") or {})       # what validation compared, in its own words
 
+# %% ../../nbs/lib/runner/report.ipynb #c0605933
 @dataclass
 class Verdict:
     "What a run came to, in words."
@@ -48,6 +49,7 @@ class Verdict:
     title: str # One sentence
     reasons: list[str] = field(default_factory=list)
 
+# %% ../../nbs/lib/runner/report.ipynb #1a36d814
 def _sentence(passed, version, live, before, stopped, env, waiting=""):
     who = f"Assistant version {version}" if version else "The candidate"
     if waiting: return f"{who} passed validation and waits for a person"
@@ -142,6 +144,7 @@ KEY_NUMBERS = [ # Stage, metric (a regular expression; {best} is the stage's win
     ("monitoring", r"cited(_share)?", "Answers in use that cite a passage"),
     ("monitoring", r"p95_seconds", "Answer time in use, slowest in twenty")]
 
+# %% ../../nbs/lib/runner/report.ipynb #528979c4
 def _row(stage, name, label=None):
     value, before = stage["metrics"][name], stage["previous"].get(name)
     return dict(
@@ -149,12 +152,14 @@ def _row(stage, name, label=None):
         change=change(name, value, before),
     )
 
+# %% ../../nbs/lib/runner/report.ipynb #665e5dd9
 def _around(stage, name):                           # what a share rests on
     share, n = stage["metrics"][name], (stage["details"].get("asked") or {}).get(name)
     if not n or not isinstance(share, (int, float)) or not 0 <= share <= 1: return ""
     low, high = share_interval(share, n)
     return f"of {n}; {low:.0%} to {high:.0%}"
 
+# %% ../../nbs/lib/runner/report.ipynb #3422d402
 def key_numbers(
     run: dict,
 ) -> list[dict]: # `stage`, `label`, `value`, `around` (of how many, and its interval), `previous` and `change`
@@ -203,7 +208,8 @@ CAPTIONS = dict(
     wrong="Where the tuned model still fails", scaling="What more pairs buy", scorecard="The candidates",
     packages="Where the documents come from", by_method="Ways to search, on the test questions",
     misses="Questions that the search misses", first_questions="What a newcomer asks first",
-    first_misses="First questions without it", sample="Why they are in", smoke="Smoke test of the endpoint", alerts="Signals and their bounds",
+    first_misses="First questions without it", sample="Why they are in", smoke="Smoke test of the endpoint",
+    alerts="Signals and their bounds",
     triggers="What to do, by cause", drift="Drift of questions, day by day",
     planted="The rehearsal: hidden in made-up traffic, and found", basis="What the numbers are of",
     cases_left_out="Reviewed cases that were left out", url="Endpoint", rollback="To go back",
@@ -212,6 +218,7 @@ SCORECARD = (
     "name", "format", "licence", "size_mb", "quality", "seconds", "decode_tps", "mrr", "verdict",
 )  # Of its many columns, those to show
 
+# %% ../../nbs/lib/runner/report.ipynb #15875304
 def split_details(
     details: dict,
     skip: tuple = ("examples",), # Keys that are shown elsewhere
@@ -246,6 +253,7 @@ def versions(
         found.setdefault(KINDS.get(kind, "Other inputs"), []).append(f"{name or key} {str(version)[:12]}")
     return {kind: ", ".join(names) for kind, names in found.items()}
 
+# %% ../../nbs/lib/runner/report.ipynb #a5100cc7
 def _tally(cards, total):
     pairs = [tuple(s["correct"] for s in c["sides"]) for c in cards]
     if not any(len(p) == 2 and None not in p for p in pairs): return ""
@@ -280,6 +288,7 @@ def _dress(stage, run, folder):
         pairs=[] if shown else [answer_card(e, f"{stage['name']}{n}") for n, e in enumerate(examples[:4])],
     )
 
+# %% ../../nbs/lib/runner/report.ipynb #9b32eaf2
 def render_report(
     run: dict, # What the pipeline knows of a run; every key is optional
     folder: Path | str, # The run's folder, which the links are relative to
@@ -308,6 +317,7 @@ def render_report(
         tally=_tally(cards, len(examples)), comparison=checked.get("comparison"), facts=facts, versions=versions(run),
     )
 
+# %% ../../nbs/lib/runner/report.ipynb #e427dd34
 def write_report(run: dict, folder: Path | str) -> Path:
     "Render the report of a run and put it in its folder as `report.html`, in one step."
     return write_atomic(Path(folder) / "report.html", render_report(run, folder))
@@ -317,6 +327,7 @@ def _md(text): return html.escape(UNSEEN.sub("", " ".join(str(text or "").split(
 
 def _with_around(number): return number["value"] + (f" ({number['around']})" if number["around"] else "")
 
+# %% ../../nbs/lib/runner/report.ipynb #af61e953
 def read_run(
     folder: Path | str, # runs/dev/latest, or what another machine left there
 ) -> dict | None: # The record of a run, or None if there is none that can be read
@@ -325,6 +336,7 @@ def read_run(
     except (OSError, ValueError): return None
     return run if isinstance(run, dict) and isinstance(run.get("stages"), list) else None
 
+# %% ../../nbs/lib/runner/report.ipynb #47bdc9ad
 def numbers_against(
     run: dict,
     other: dict, # Of the same environment, from another commit
@@ -337,6 +349,7 @@ def numbers_against(
         )
     return key_numbers(run | dict(stages=[beside(stage) for stage in run.get("stages") or []]))
 
+# %% ../../nbs/lib/runner/report.ipynb #3bff00a1
 def summary_markdown(
     run: dict,
     other: dict | None = None, # A run of main to compare with, instead of the one before

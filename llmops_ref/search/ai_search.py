@@ -31,8 +31,9 @@ def check_index_name(name: str) -> str:
         )
     return name
 
+# %% ../../nbs/lib/search/ai_search.ipynb #4971ea16
 def change_feed_sql(table: str) -> str:
-    "The SQL statement that turns on a table's change data feed, which a delta_sync index follows; `SettingsError` if the name has not three parts."
+    "The SQL statement that turns on a table's change data feed, which a delta_sync index follows; `SettingsError` for a bad name."
     if not re.fullmatch(r"[^.`\s]+(\.[^.`\s]+){2}", table):
         raise SettingsError(f"{table!r} cannot name the chunk table. It needs three parts, catalog.schema.table.")
     return f"ALTER TABLE `{table.replace('.', '`.`')}` SET TBLPROPERTIES (delta.enableChangeDataFeed = true)"
@@ -94,6 +95,7 @@ def index_shape(body: dict) -> dict:
         "columns": sorted(set(columns) - {vector.get("name")}) if columns else None,
     }
 
+# %% ../../nbs/lib/search/ai_search.ipynb #93337b40
 def check_same_index(wanted: dict, found: dict) -> None:
     "Refuse, with `DataError`, an existing index that is not the one we want; both as `index_shape` takes them."
     ours, theirs = index_shape(wanted), index_shape(found)
@@ -124,10 +126,12 @@ def _asking(what):
         ) from None
     except (DatabricksError, TimeoutError) as error: raise DataError(f"AI Search failed on {what}: {error}") from None
 
+# %% ../../nbs/lib/search/ai_search.ipynb #4eeb03b6
 def _call(client, method, path, body=None):     # for what the SDK's own methods leave out
     headers = {"X-Databricks-Workspace-Id": client.config.workspace_id} if client.config.workspace_id else {}
     return client.api_client.do(method, f"/api/2.0/vector-search/{path}", body=body, headers={"Accept": "application/json"} | headers)
 
+# %% ../../nbs/lib/search/ai_search.ipynb #9767e59f
 def _wait(what, look, timeout, poll, on_wait):
     start = time.monotonic()
     while True:
@@ -142,6 +146,7 @@ def _wait(what, look, timeout, poll, on_wait):
         if on_wait: on_wait(time.monotonic() - start, f"{what}: {state}")
         time.sleep(min(poll, left))
 
+# %% ../../nbs/lib/search/ai_search.ipynb #e4c52174
 IDLE = ("ONLINE", "ONLINE_NO_PENDING_UPDATE", "ONLINE_DIRECT_ACCESS")
 
 def index_state(answer: dict) -> tuple[str, int]:
@@ -178,6 +183,7 @@ def _ready_endpoint(client, name, endpoint_type, timeout, poll, on_wait):
             return state == "ONLINE", state
         _wait(f"The endpoint {name}", look, timeout, poll, on_wait)
 
+# %% ../../nbs/lib/search/ai_search.ipynb #ec893530
 def create_search_index(
     client, # A `databricks.sdk.WorkspaceClient`
     name: str, # catalog.schema.index
@@ -270,6 +276,7 @@ def _in_batches(name, keys, batch, send, verb):
         )
     return len(keys)
 
+# %% ../../nbs/lib/search/ai_search.ipynb #dfde29a5
 def upsert_chunks(
     client, # A `databricks.sdk.WorkspaceClient`
     name: str, # Of a direct_access index
@@ -296,6 +303,7 @@ def upsert_chunks(
         return client.vector_search_indexes.upsert_data_vector_index(name, json.dumps(rows))
     return _in_batches(name, chunks.id.astype(str).tolist(), batch, send, "written to")
 
+# %% ../../nbs/lib/search/ai_search.ipynb #c15bca4e
 def delete_chunks(
     client, # A `databricks.sdk.WorkspaceClient`
     name: str, # Of a direct_access index
@@ -339,6 +347,7 @@ def answer_rows(answer: dict) -> list[dict]:
     names = [column["name"] for column in (answer.get("manifest") or {}).get("columns") or []]
     return [dict(zip(names, row)) for row in (answer.get("result") or {}).get("data_array") or []]
 
+# %% ../../nbs/lib/search/ai_search.ipynb #aec5a71f
 def cosine_of(score: float) -> float:
     "The cosine behind a dense score, for vectors of length 1."
     return max(-1.0, (3 - 1 / score) / 2) if score > 0 else -1.0
@@ -349,6 +358,7 @@ MOST_ROWS = dict(hybrid=200, dense=10_000, bm25=200)
 
 def _stands_for(row): return row["id"] if is_page(row["document_id"]) else row["document_id"]     # a section of a page, or an object
 
+# %% ../../nbs/lib/search/ai_search.ipynb #2f93a932
 class AISearchIndex:
     "An index on AI Search, searched like our FAISS index; `DataError` if there is none of that name."
     def __init__(
@@ -394,7 +404,7 @@ class AISearchIndex:
         vector: np.ndarray | None = None, # The question's embedding, if known; an index that Databricks embeds for ignores it
         filters: dict | None = None, # Column -> value or list of values
     ) -> list[Passage]: # Best first, at most one of each object; of a page as many as fit
-        "Find passages; an empty question finds nothing. `SettingsError` for an unknown method or column, `DataError` if the index does not answer."
+        "Find passages; an empty question finds nothing. `SettingsError` for an unknown method or column, `DataError` if nobody answers."
         if method not in QUERY_TYPES: raise SettingsError(f"There is no search method {method!r}. There is {', '.join(QUERY_TYPES)}.")
         question = clean_text(question)[:20_000]
         if not question.strip() or k < 1: return []

@@ -46,11 +46,17 @@ def embed_chunks(
 SPARK_ABOVE = 20_000
 VECTOR_SCHEMA = "row long, vector array<float>"
 
-def embed_batches(frames, onnx: str, tokenizer: str, precision: str):
-    "The function for `mapInPandas`: batches of `row text` in, batches of `row vector` out."
+def embed_batches(
+    frames, # Of Spark: batches with the columns `row text`
+    onnx: str, # Path of the model, which each worker can read
+    tokenizer: str, # Path of its tokenizer
+    precision: str, # One of `PRECISIONS`
+): # Batches with the columns `row vector`
+    "The function for `mapInPandas`."
     embedder = Embedder(Path(onnx), Path(tokenizer), precision, threads=1)     # Spark gives each core a task
     for frame in frames: yield pd.DataFrame(dict(row=frame.row, vector=list(embedder.embed(frame.text.tolist()))))
 
+# %% ../../nbs/lib/search/published.ipynb #b3806dba
 def embed_texts(
     ws: Workspace,
     texts: list[str],
@@ -108,6 +114,7 @@ def publish_index(
     ws.writes["store:index/current.json"] = file_digest(pointer)
     return folder
 
+# %% ../../nbs/lib/search/published.ipynb #133d059d
 def _published(ws):                                 # what current.json says, or None
     pointer = ws.store / "index" / "current.json"
     if not pointer.is_file(): return None
@@ -117,6 +124,7 @@ def _published(ws):                                 # what current.json says, or
             f"The file {pointer} is damaged. Delete it and run `llmops run --env {ws.config.env} --only retrieval --force`."
         ) from None
 
+# %% ../../nbs/lib/search/published.ipynb #36582d18
 def index_folder(ws: Workspace) -> Path:
     "Folder of the published index, noted as an input of the stage; `DataError` if nothing is published."
     published = _published(ws)
@@ -128,11 +136,13 @@ def index_folder(ws: Workspace) -> Path:
 # %% ../../nbs/lib/search/published.ipynb #a924ac49
 def index_precision(ws: Workspace) -> str | None:
     "The precision of the embedder that made the published index; `None` if there is no index, or none that can be read."
+    before = dict(ws.reads)
     try: made_by = check_index(index_folder(ws))["embedder"]
     except DataError: return None
-    finally: ws.reads.pop("store:index/current.json", None)
+    finally: ws.reads = before                      # to ask is not to read
     return next((p for p in PRECISIONS if embedder_digest(p) == made_by), None)
 
+# %% ../../nbs/lib/search/published.ipynb #3ee3863d
 def open_faiss(
     ws: Workspace,
     embedder: Embedder | None = None, # If one is open already; another is opened where the index wants it
@@ -194,6 +204,7 @@ def open_index(
         open_embedder(ws, index_precision(ws) or "fp32") if ws.config.vector_index == "direct_access" else None,
     )
 
+# %% ../../nbs/lib/search/published.ipynb #6b413e93
 def open_ai_search(name: str, embedder: Embedder | None):
     "An AI Search index; it fails after 20 seconds, since somebody waits for the answer."
     from databricks.sdk import WorkspaceClient
@@ -201,6 +212,7 @@ def open_ai_search(name: str, embedder: Embedder | None):
     from llmops_ref.search.ai_search import AISearchIndex
     return AISearchIndex(WorkspaceClient(config=Config(retry_timeout_seconds=20)), name, embedder)
 
+# %% ../../nbs/lib/search/published.ipynb #30799a83
 def publish_to_ai_search(
     ws: Workspace,
     client, # A `databricks.sdk.WorkspaceClient`

@@ -38,6 +38,7 @@ def choose_kind(
         raise SettingsError(f"There is no kind of index {kind!r}. Set `index_kind` in settings.ini to auto, {', '.join(KINDS)}.")
     return kind if kind != "auto" else "flat" if count <= FLAT_UP_TO else "hnsw" if count <= HNSW_UP_TO else "ivf_pq"
 
+# %% ../../nbs/lib/search/vector_index.ipynb #19a7b03b
 def make_faiss(
     vectors: np.ndarray, # float32, shape (count, dimension), rows of length 1
     kind: str,
@@ -202,6 +203,7 @@ def _with_prior(self: Index, question, scores):     # document -> score, best fi
     scores = {d: score * prior(d) for d, score in scores.items()}
     return dict(sorted(scores.items(), key=lambda pair: (-pair[1], pair[0])))
 
+# %% ../../nbs/lib/search/vector_index.ipynb #3eb76d6e
 @patch
 def _name(self: Index, d):                          # of a document by its number: its id, and the stems of its own name
     if d not in (names := self.__dict__.setdefault("names", {})):
@@ -221,16 +223,18 @@ def _allowed(self: Index, filters):                 # a mask over the rows, or N
         masks.append(np.isin(self._column(column), [wanted] if isinstance(wanted, str) else list(wanted)))
     return np.logical_and.reduce(masks)
 
+# %% ../../nbs/lib/search/vector_index.ipynb #d5dc3006
 @patch
 def _column(self: Index, name):
     if name not in (columns := self.__dict__.setdefault("columns", {})):
         columns[name] = np.asarray(self.chunks[name].to_pylist(), dtype=object)
     return columns[name]
 
+# %% ../../nbs/lib/search/vector_index.ipynb #323204be
 @patch
 def _dense(self: Index, vector, n, mask):           # row -> cosine, best first
     import faiss
-    faiss.omp_set_num_threads(1)                    # see below
+    faiss.omp_set_num_threads(1)                    # see above
     index, parameters = self.gpu or self.vectors, None
     if mask is not None:
         index, selector = self.vectors, faiss.IDSelectorBatch(np.flatnonzero(mask))
@@ -240,6 +244,7 @@ def _dense(self: Index, vector, n, mask):           # row -> cosine, best first
     scores, rows = index.search(vector[None], n, params=parameters) if parameters else index.search(vector[None], n)
     return {row: score for row, score in zip(rows[0].tolist(), scores[0].tolist()) if row >= 0}
 
+# %% ../../nbs/lib/search/vector_index.ipynb #ee53d314
 @patch
 def _lexical(self: Index, question, n, mask):       # row -> BM25 score, best first
     tokens = [t for t in terms(question) if t in self.bm25.vocab_dict]
@@ -295,12 +300,14 @@ def search(
     if self.reranker: found = [found[i] for i in np.argsort(-np.asarray(self.reranker(question, found)), kind="stable")]
     return found[:k]
 
+# %% ../../nbs/lib/search/vector_index.ipynb #ad955f90
 @patch
 def _first_chunks(self: Index, rows):
     first = {}
     for row in rows: first.setdefault(int(self.documents[row]), row)
     return first
 
+# %% ../../nbs/lib/search/vector_index.ipynb #fe8f7603
 @patch
 def _passage(self: Index, row, score, similarity):
     chunk = self.chunks.slice(row, 1).to_pylist()[0]

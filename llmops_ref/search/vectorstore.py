@@ -42,6 +42,7 @@ def _unit(vectors):
     vectors = np.asarray(vectors, dtype=np.float32)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
+# %% ../../nbs/lib/search/vectorstore.ipynb #3c937a8e
 class IndexStore(VectorStore):
     "A LangChain `VectorStore` with hybrid search: FAISS and BM25, fused."
     def __init__(
@@ -107,9 +108,15 @@ def index(self: IndexStore) -> Index | None:
             self._index = Index(Path(folder), _Vectors(self.embedding, self.digest))
     return self._index
 
+# %% ../../nbs/lib/search/vectorstore.ipynb #39657da2
 @patch
 def similarity_search_with_score(
-    self: IndexStore, query: str, k: int = 4, method: str = "hybrid", filters: dict | None = None, **_
+    self: IndexStore,
+    query: str,
+    k: int = 4, # How many documents, at most
+    method: str = "hybrid", # hybrid, dense or bm25
+    filters: dict | None = None, # Column -> value or values, such as `{"package": "mlflow"}`
+    **_,
 ) -> list[tuple[Document, float]]:
     "Documents and their scores (cosines for `method='dense'`), best first, at most one for each `document_id`."
     return [(self.rows[p.chunk_id][0], p.score) for p in (self.index.search(query, k, method, filters=filters) if self.rows else [])]
@@ -119,8 +126,15 @@ def similarity_search(self: IndexStore, query: str, k: int = 4, **settings) -> l
     "Documents, best first; see `similarity_search_with_score`."
     return [document for document, _ in self.similarity_search_with_score(query, k, **settings)]
 
+# %% ../../nbs/lib/search/vectorstore.ipynb #ce7a5f0a
 @patch
-def similarity_search_by_vector(self: IndexStore, embedding: list[float], k: int = 4, filters: dict | None = None, **_) -> list[Document]:
+def similarity_search_by_vector(
+    self: IndexStore,
+    embedding: list[float], # Of any length
+    k: int = 4, # How many documents, at most
+    filters: dict | None = None, # As above
+    **_,
+) -> list[Document]:
     "Documents nearest to a vector."
     return (
         [self.rows[p.chunk_id][0] for p in self.index.search("-", k, "dense", vector=_unit([embedding])[0], filters=filters)]
@@ -140,8 +154,13 @@ class RetrieverModel(mlflow.pyfunc.PythonModel):
         files, settings = {name: Path(path) for name, path in context.artifacts.items()}, context.model_config
         self.index = Index(files["index"], Embedder(files["embedder"], files["tokenizer"], settings["precision"]))
 
-    def predict(self, context, model_input: pd.DataFrame, params: dict | None = None) -> list[str]:
-        "For each row of the column `question`, the passages as a JSON list; `params`: k, method, package."
+    def predict(
+        self,
+        context, # Of MLflow; not needed
+        model_input: pd.DataFrame, # Column `question`
+        params: dict | None = None, # `k`, `method`, and `package`: names with commas between them
+    ) -> list[str]:
+        "For each question, the passages as a JSON list."
         params = params or {}
         filters = {"package": params["package"].split(",")} if params.get("package") else None
         return [
@@ -149,6 +168,7 @@ class RetrieverModel(mlflow.pyfunc.PythonModel):
             for q in model_input["question"]
         ]
 
+# %% ../../nbs/lib/search/vectorstore.ipynb #0465a8b0
 RETRIEVER_CODE = """from llmops_ref.search.vectorstore import RetrieverModel
 from mlflow.models import set_model
 

@@ -30,6 +30,7 @@ def document_of(
     "The document of an entry."
     return re.sub(r"#\d+$", "", entry)
 
+# %% ../../nbs/lib/tuning/pairs.ipynb #c0885502
 def _entry_of(passage): return passage.chunk_id if getattr(passage, "kind", "") in PAGES else passage.document_id
 
 def _members(index, query, entries, seed, skip, k, rng):
@@ -45,6 +46,7 @@ def _members(index, query, entries, seed, skip, k, rng):
     if seed and seed not in found[:k]: found = [seed, *(d for d in found if d != seed)]
     return found[:k + 1]
 
+# %% ../../nbs/lib/tuning/pairs.ipynb #e396569a
 def answer_from(
     entry: str,
     number: int, # Of its passage
@@ -53,6 +55,7 @@ def answer_from(
     "The form of answer that we teach: the name of an object, or where it stands on a page; the citation; one sentence."
     return f"Use `{entry}` [{number}]. {sentence}" if document_of(entry) == entry else f"According to [{number}]: {sentence}"
 
+# %% ../../nbs/lib/tuning/pairs.ipynb #0b000094
 def _ask(entry, facts, rng):                        # kind, question and sentence
     if facts["kind"] in PAGES:
         return ask_page(facts["seen"], rng, opens=facts["opens"]) or ("keywords", " ".join(words(facts["sentence"])[:5]), facts["sentence"])
@@ -62,6 +65,7 @@ def _fresh(draw, tested):                           # not a question of the test
     for _ in range(9):
         if (made := draw())[1].strip().lower() not in tested: return made
 
+# %% ../../nbs/lib/tuning/pairs.ipynb #ebdbf5bc
 def _group(index, entries, number, objects, person, names, skip, k, rng, tested=()):
     "Passages, and rows of `kind question target answer`; `None` where the retriever finds too few neighbours."
     def asked(d): return _fresh(lambda: _ask(d, entries[d], rng), tested)
@@ -115,13 +119,9 @@ def build_pairs(
     max_words: int = 60,
     seed: int = 17,
     worked=None, # What fills `{{examples}}` of a template that has it, from `open_examples`
-    reviewed: (
-        pd.DataFrame | None
-    ) = None, # From `reviewed_cases`, for training: columns `id question gold answer`; each begins a training group
+    reviewed: pd.DataFrame | None = None, # From `reviewed_cases`: columns `id question gold answer`; each begins a training group
     teacher=None, # From `open_teacher`: writes the questions in the place of our templates
-) -> (
-    pd.DataFrame
-): # `COLUMNS`; `messages` is a list of `role` and `content`, `document_id` and `shown` name entries (an empty one is to be refused), `source` says who wrote the question
+) -> pd.DataFrame: # `COLUMNS`; `document_id` and `shown` name entries (an empty one is to be refused), `source` who wrote the question
     "Make training pairs in groups of four that share their passages; every second group begins with a person's question."
     rng = random.Random(seed)
     forbidden = {g for q in questions[questions.split == "test"].itertuples() for g in q.gold}
@@ -189,6 +189,7 @@ def build_pairs(
         ) + [dict(role="assistant", content=row.pop("answer"))]
     return pd.DataFrame(rows, columns=COLUMNS)
 
+# %% ../../nbs/lib/tuning/pairs.ipynb #205ad99e
 def _flat(text): return " ".join(words(text))
 
 def _entries(chunks, max_words, tested=()): # all that can be shown: `kind text seen sentence opens`; of what is cut off, nothing is asked
@@ -205,6 +206,7 @@ def _entries(chunks, max_words, tested=()): # all that can be shown: `kind text 
         )
     return found
 
+# %% ../../nbs/lib/tuning/pairs.ipynb #fcdfc7b8
 def _answerable(questions, entries):                # with the entry that answers; those that are to be refused have none
     places, found = {}, []
     for entry in entries: places.setdefault(document_of(entry), []).append(entry)
@@ -216,6 +218,7 @@ def _answerable(questions, entries):                # with the entry that answer
         if best or not len(q.gold): found.append((best, q))
     return found
 
+# %% ../../nbs/lib/tuning/pairs.ipynb #936cb87b
 def _taught(rows, texts, teacher, asked):
     ours = [row for row in rows if row["document_id"] and row["kind"] not in PEOPLE]
     written = teacher({d: texts[d] for d in sorted({row["document_id"] for row in ours})})

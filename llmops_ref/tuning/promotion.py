@@ -20,6 +20,7 @@ from .registry import same_content
 # %% ../../nbs/lib/tuning/promotion.ipynb #3973da1d
 TRAVELS = ("licence", "base_model", "base_sha256", "adapter_sha256", "data_version", "kind")      # facts that stay true elsewhere
 
+# %% ../../nbs/lib/tuning/promotion.ipynb #eb914f63
 def validated_model(source: Workspace) -> tuple[str, dict]: # Version and its tags
     "The version of `chat_model` that passed validation in an environment; `DataError` if there is none, or its base model is another one."
     version, env = source.alias("chat_model", "challenger", record=False), source.config.env
@@ -51,11 +52,12 @@ def validated_model(source: Workspace) -> tuple[str, dict]: # Version and its ta
         )
     return version, tags
 
+# %% ../../nbs/lib/tuning/promotion.ipynb #31350e8a
 def promote_model(
     source: Workspace,
     ws: Workspace, # Where it goes
 ) -> tuple[str, str]: # Its version there, and its digest
-    "Copy the validated model of one environment to another, and point `candidate` at it; copied already, nothing is copied. `DataError` if it does not arrive as it left."
+    "Copy the validated model of one environment to another, and point `candidate` at it; `DataError` if it does not arrive as it left."
     if source.config.env == ws.config.env:
         raise DataError(f"A model is promoted from one environment to another, not from {ws.config.env} to itself. Give --from and --to.")
     if off := [w.config.env for w in (source, ws) if w.config.finetune == "off"]:
@@ -72,6 +74,7 @@ def promote_model(
     ws.set_alias("chat_model", "candidate", new)
     return new, digest
 
+# %% ../../nbs/lib/tuning/promotion.ipynb #cc68ebf5
 def _copy_in_catalog(source, ws, uri, digest, tags):    # one metastore holds both catalogs
     return str(ws.mlflow().MlflowClient().copy_model_version(uri, ws.registered("chat_model")).version)
 

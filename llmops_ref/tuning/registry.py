@@ -63,6 +63,7 @@ Pairs held out of training, asked as served by llama.cpp; refusal accuracy of 50
 {rows}
 """
 
+# %% ../../nbs/lib/tuning/registry.ipynb #18a15cdb
 def same_content(ws: Workspace, digest: str) -> str | None:
     "The version of `chat_model` that has an adapter's digest already."
     client, name = ws.mlflow().MlflowClient(), ws.registered("chat_model")
@@ -75,6 +76,7 @@ def same_content(ws: Workspace, digest: str) -> str | None:
         None,
     )
 
+# %% ../../nbs/lib/tuning/registry.ipynb #711d9d87
 def register_tuned(
     ws: Workspace,
     folder: Path, # PEFT adapter, with `adapter.gguf` beside it
@@ -130,6 +132,7 @@ def tuned_adapter(
             os.replace(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}/adapter.gguf", dst_path=folder), target)
     return verify_digest(target, tags["adapter_sha256"], f"Delete {target}. {again}"), version
 
+# %% ../../nbs/lib/tuning/registry.ipynb #7685e2f9
 BASE_ONLY = "base"                                  # in the place of a version of `chat_model`, with finetune = off
 
 def tuned_files(
@@ -141,6 +144,7 @@ def tuned_files(
     adapter, version = tuned_adapter(ws)
     return *variant_files(ws, ws.config.finetune_serve, adapter), version
 
+# %% ../../nbs/lib/tuning/registry.ipynb #864d2f1b
 def model_facts(ws: Workspace, version: str) -> dict[str, str]: # As tags
     "Where the model behind a version comes from: licence, base and digests, as its registry entry says."
     if version == BASE_ONLY: return dict(licence=BASE_LICENCE, base_model=BASE_MODEL, base_sha256=BASE_SHA256, adapter_sha256="none")

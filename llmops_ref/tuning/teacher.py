@@ -124,6 +124,7 @@ class Teacher:
                 if len(found) != 1: check(found)
         return dict(zip(names, found))
 
+# %% ../../nbs/lib/tuning/teacher.ipynb #07205566
 def open_teacher(
     ws: Workspace,
 ) -> Teacher | None: # `None` where the settings name none

@@ -40,6 +40,7 @@ class Recipe:
     recompute: bool = False # Compute activations twice, to hold fewer of them (gradient checkpointing)
     seed: int = 17
 
+# %% ../../nbs/lib/tuning/training.ipynb #820d3c88
 def recipe_of(config: Config) -> Recipe:
     "The recipe that the settings describe; `SettingsError` if this machine cannot follow it."
     fields = {name: getattr(config, f"finetune_{name}") for name in Recipe.__dataclass_fields__ if name not in ("seed", "modules")}
@@ -102,6 +103,7 @@ def collate(rows: list[dict]) -> dict: # Tensors (1 x length); `shift_labels` te
     batch = {key: torch.tensor(values)[None] for key, values in row.items()}
     return batch | dict(shift_labels=batch["labels"])
 
+# %% ../../nbs/lib/tuning/training.ipynb #236d89c2
 def answer_loss(
     model, # Any causal language model of transformers, with or without PEFT and DDP around it
     batch: dict, # From `collate`, on the model's device
@@ -140,6 +142,7 @@ def read_messages(
         )
     return found
 
+# %% ../../nbs/lib/tuning/training.ipynb #551bf270
 def encode(
     tokenizer,
     pairs: pd.DataFrame, # Columns `id group messages`
@@ -175,6 +178,7 @@ def training_dtype(device: str): # torch.bfloat16 or torch.float32
     if device.startswith("cuda"): return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return fastest_dtype(device)
 
+# %% ../../nbs/lib/tuning/training.ipynb #68706679
 def load_for_training(
     base: Path, # Folder with the base model
     recipe: Recipe,
@@ -239,6 +243,7 @@ def prepare_training(
     write_atomic(folder / "job.json", json.dumps(job, indent=1))
     return folder
 
+# %% ../../nbs/lib/tuning/training.ipynb #4b694597
 def last_checkpoint(folder: Path) -> Path | None:
     "The newest checkpoint that is whole: the Trainer writes its state last."
     def whole(path):
@@ -250,6 +255,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 # %% ../../nbs/lib/tuning/training.ipynb #142684e9
 def _wanted(recipe, rows, processes): return max(1, math.ceil(recipe.epochs * len(rows) / max(recipe.rows_per_step, processes)))
 
+# %% ../../nbs/lib/tuning/training.ipynb #e5670e25
 def _plan(model, rows, recipe, device, processes):
     import torch
     steps = _wanted(recipe, rows, processes)
@@ -274,6 +280,7 @@ def _out_of_memory(error):
         and ("can't allocate memory" in str(error) or "out of memory" in str(error))
     )
 
+# %% ../../nbs/lib/tuning/training.ipynb #03198069
 def _disk_full(error):
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT): return True
@@ -282,6 +289,7 @@ def _disk_full(error):
         error = error.__cause__ or error.__context__
     return False
 
+# %% ../../nbs/lib/tuning/training.ipynb #4f458b39
 def _no_disk(folder, error):
     kept = last_checkpoint(folder)
     for path in folder.glob("checkpoints/checkpoint-*"):
@@ -301,6 +309,7 @@ def _recomputing(arguments):                        # before transformers 5.23 i
     name = "activation_checkpointing" if "activation_checkpointing" in arguments.__dataclass_fields__ else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": dict(use_reentrant=False)}
 
+# %% ../../nbs/lib/tuning/training.ipynb #86dfba2c
 def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
     import torch
     from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
@@ -352,10 +361,9 @@ def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
 
 # %% ../../nbs/lib/tuning/training.ipynb #b0bb2f2f
 def fit(
-    folder: Path, on_step=None # From `prepare_training` # Called with (step, steps, text)
-) -> (
-    dict
-): # `steps best_step planned wanted tokens seconds tokens_per_second first_loss loss pairs packing row_tokens device dtype processes history`; the adapter is in `folder/adapter`
+    folder: Path, # From `prepare_training`
+    on_step=None, # Called with (step, steps, text)
+) -> dict: # What `_finish` puts together: steps, losses, speed, `history`; the adapter is in `folder/adapter`
     "Train, go on with a training that was broken off, or return the result of one that is done; `DataError` says what is in the way."
     if (done := folder / "result.json").is_file(): return json.loads(done.read_text())
     missing = [m for m in ("torch", "transformers", "peft", "accelerate") if importlib.util.find_spec(m) is None]
@@ -383,6 +391,7 @@ def fit(
         warnings.warn(f"Not enough memory for rows of {2 * plan['tokens']:,} tokens; trying {plan['tokens']:,}, twice as many a step.")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
+# %% ../../nbs/lib/tuning/training.ipynb #f8c1f2ef
 def _fit(folder, job, pairs, recipe, plan, on_step):
     import torch
     from accelerate import PartialState
@@ -416,6 +425,7 @@ def _fit(folder, job, pairs, recipe, plan, on_step):
     if held_out and not trainer.state.log_history[-2].get("eval_loss"): trainer.evaluate()
     return _finish(folder, trainer, model, groups, rows, plan, device, held_out)
 
+# %% ../../nbs/lib/tuning/training.ipynb #0e525299
 def _finish(folder, trainer, model, groups, rows, plan, device, held_out):
     import torch
     trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -482,6 +492,7 @@ def launch(
     if process.returncode: raise DataError(f"Training on {processes} devices failed: {''.join(said)[-1500:].strip()}")
     return json.loads((folder / "result.json").read_text())
 
+# %% ../../nbs/lib/tuning/training.ipynb #ccf8a5ec
 def train_main(arguments: list[str] | None = None) -> None:
     "Body of a training process: `python -m llmops_ref.tuning.training FOLDER`, alone or under `accelerate launch` or `torchrun`."
     folder, = arguments or sys.argv[1:]
@@ -492,6 +503,7 @@ def history_frame(result: dict) -> pd.DataFrame: # One row a step: `step loss va
     "The history of a training, from the result of `fit`."
     return pd.DataFrame(result["history"]).astype({"loss": float, "validation": float, "lr": float}).groupby("step", as_index=False).first()
 
+# %% ../../nbs/lib/tuning/training.ipynb #7dba0a25
 def plot_loss(
     results: dict[str, dict], # Name -> result of `fit`
 ): # A matplotlib figure

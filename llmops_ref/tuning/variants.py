@@ -89,6 +89,7 @@ def check_variants(
     if serve not in VARIANTS[1:]: raise SettingsError(f"`finetune_serve` is {serve!r}. It must be one of {', '.join(VARIANTS[1:])}.")
     return list(dict.fromkeys(["base", "adapter", *names, serve]))
 
+# %% ../../nbs/lib/tuning/variants.ipynb #1e3301cf
 def variant_files(
     ws: Workspace,
     variant: str, # One of `VARIANTS`
@@ -106,6 +107,7 @@ def decision(answer: str, refuse: bool) -> float: # 1.0 or 0.0
     "Whether a model refused where it should, and only there."
     return float(is_refusal(answer) == refuse)
 
+# %% ../../nbs/lib/tuning/variants.ipynb #581ad4d4
 def ask_variants(
     ws: Workspace,
     names: list[str], # From `check_variants`
@@ -151,6 +153,7 @@ def ask_variants(
         )
     return pd.DataFrame(rows).set_index("variant"), pd.DataFrame(answers)
 
+# %% ../../nbs/lib/tuning/variants.ipynb #13ceef35
 def _mean(frame, column): return float(frame[column].mean()) if column in frame else float("nan")
 
 def _balanced(answers):                             # mean of the shares right among those to refuse and those to answer
