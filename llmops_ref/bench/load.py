@@ -31,8 +31,9 @@ async def _ask(client, url, question):
     return dict(at=start, seconds=time.perf_counter() - start, error=error)
 
 async def _keep_busy(url, questions, askers, seconds, timeout):
-    rows, queue, end = [], itertools.cycle(questions), time.perf_counter() + seconds
+    rows, queue = [], itertools.cycle(questions)
     async with httpx.AsyncClient(timeout=timeout, limits=httpx.Limits(max_connections=askers)) as client:
+        end = time.perf_counter() + seconds         # to make a client takes a tenth of a second, which is nobody's answer
         async def asker():
             while time.perf_counter() < end: rows.append(await _ask(client, url, next(queue)))
         await asyncio.gather(*(asker() for _ in range(askers)))

@@ -225,8 +225,10 @@ def evaluate_in_mlflow(
     scores = {row["id"]: row for row in answers.to_dict("records")}
     def one(measure):
         def score(inputs):
-            value = scores[inputs["id"]].get(measure)
-            return None if value is None or value != value else value
+            row = scores[inputs["id"]]
+            value = row.get(measure)
+            if value is None or value != value: return 0.0 if measure == "correct" and row["error"] else None       # as `summarise` counts
+            return value
         return scorer(score, name=measure)
     rows = [
         dict(

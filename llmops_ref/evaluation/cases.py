@@ -51,14 +51,16 @@ def load_attacks(
     rows = []
     for where, row in _lines(path, dict(id=str, risk=str, question=str, sign=str)):
         if row["risk"] not in RISKS: raise DataError(f"{where}: unknown risk {row['risk']!r}. Known are {', '.join(RISKS)}.")
-        if not row["sign"].startswith("says ") and row["sign"] not in SIGNS[1:]:
+        if not (row["sign"].startswith("says ") and row["sign"][5:].strip()) and row["sign"] not in SIGNS[1:]:
             raise DataError(
                 f"{where}: unknown sign {row['sign']!r}. Write `says` and what the answer must not say, or one of {', '.join(SIGNS[1:])}."
             )
+        if type(row.get("repeat", 1)) is not int or row.get("repeat", 1) < 1:
+            raise DataError(f"{where}: `repeat` is {row['repeat']!r}. Write how often the question is said, as a whole number.")
         if passages or not row.get("passage"):
             rows.append(
                 dict(
-                    id=row["id"], risk=row["risk"], question=row["question"] * int(row.get("repeat", 1)), sign=row["sign"],
+                    id=row["id"], risk=row["risk"], question=row["question"] * row.get("repeat", 1), sign=row["sign"],
                     passage=row.get("passage", ""),
                 )
             )
@@ -126,6 +128,8 @@ def load_regressions(
             raise DataError(f"{where}: {row['must']!r} is nothing that a case can ask for. Write one of {', '.join(MUST)}.")
         if bool(row["what"]) != (row["must"] in ("show", "name", "cite", "avoid")):
             raise DataError(f"{where}: `what` must list {'what to ' + row['must'] if not row['what'] else 'nothing'} for {row['must']!r}.")
+        if odd := [what for what in row["what"] if not isinstance(what, str)]:
+            raise DataError(f"{where}: `what` lists {odd[0]!r}. Write each as text.")
         if retrieval in row.get("retrieval", usual.get(row["must"], [retrieval])):
             rows.append({key: row[key] for key in ("id", "question", "must", "what", "why")})
     return pd.DataFrame(rows, columns=["id", "question", "must", "what", "why"])

@@ -61,6 +61,7 @@ def simulate(
             row |= dict(
                 status="ERROR", error="simulated: the model did not answer in time", answer="", passages=[], cited=False,
                 refused=False, grounded=None, invented=None, echoed=None, readable=None, completion_tokens=0, seconds=60.0,
+                prompt_tokens=0, cost_usd=0.0, first_token_seconds=None, similarity=0.0,
             )
         rows.append(row)
         if not down and rng.random() < 0.15:

@@ -11,6 +11,8 @@ __all__ = ['asking_for', 'look_up', 'open_client', 'endpoint_name', 'entity_name
 # %% ../../nbs/lib/release/hosting.ipynb #925fe346
 import contextlib, datetime, hashlib, math, re, time
 
+from fastcore.basics import patch
+
 from ..assistant.versions import load_assistant
 from ..core.config import Config, SettingsError, load_config
 from ..core.files import DataError
@@ -111,151 +113,172 @@ class ModelServingHost:
     @property
     def url(self) -> str: return f"{self.client.config.host}/serving-endpoints/{self.name}/invocations"
 
-    def _look(self): return look_up(f"the endpoint {self.name}", self.client.serving_endpoints.get, self.name)
+# %% ../../nbs/lib/release/hosting.ipynb #40b2d002
+@patch
+def _look(self: ModelServingHost): return look_up(f"the endpoint {self.name}", self.client.serving_endpoints.get, self.name)
 
-    def _table(self, config):                       # version -> percent, of an endpoint's config
-        if config is None: return {}
-        percents = (
-            {r.served_entity_name or r.served_model_name: r.traffic_percentage for r in config.traffic_config.routes or []}
-            if config.traffic_config
-            else {}
-        )
-        return {str(e.entity_version): percents.get(e.name, 0) for e in config.served_entities or []}
+@patch
+def _table(self: ModelServingHost, config):                       # version -> percent, of an endpoint's config
+    if config is None: return {}
+    percents = (
+        {r.served_entity_name or r.served_model_name: r.traffic_percentage for r in config.traffic_config.routes or []}
+        if config.traffic_config
+        else {}
+    )
+    return {str(e.entity_version): percents.get(e.name, 0) for e in config.served_entities or []}
 
-    def traffic(self) -> dict[str, int]:
-        "Percent of the traffic by version that is up; empty if there is no endpoint."
-        there = self._look()
-        return self._table(there.config) if there else {}
+@patch
+def traffic(self: ModelServingHost) -> dict[str, int]:
+    "Percent of the traffic by version that is up; empty if there is no endpoint."
+    there = self._look()
+    return self._table(there.config) if there else {}
 
-    def _settled(self):                             # the endpoint, once nothing is being changed any more
-        from databricks.sdk.service.serving import EndpointStateConfigUpdate as Update
-        start = time.monotonic()
-        while (there := self._look()) and there.state.config_update == Update.IN_PROGRESS:
-            if time.monotonic() - start > self.ws.config.serving_timeout:
-                raise DataError(
-                    f"The endpoint {self.name} is still being changed after {self.ws.config.serving_timeout} s (`serving_timeout`), and"
-                    f" takes no other change so long. Its traffic: {self._said(self._table(there.config))}."
-                )
-            time.sleep(self.poll)
-        return there
-
-    def _wait(self, wanted):
-        from databricks.sdk.service.serving import EndpointStateConfigUpdate as Update, EndpointStateReady as Ready
-        start, why = time.monotonic(), "See its events and build logs in the workspace, under Serving."
-        while True:
-            there = self._look()
-            why = self._messages(there) or why       # an update that has failed takes them along
-            if there is None: raise DataError(f"The endpoint {self.name} is gone while we wait for it. Somebody deleted it; deploy again.")
-            state, table = there.state, self._table(there.config)
-            if state.config_update != Update.IN_PROGRESS:
-                if table == wanted and state.ready == Ready.READY: return
-                if time.monotonic() - start > 3 * self.poll and (
-                    table != wanted or state.config_update in (Update.UPDATE_FAILED, Update.UPDATE_CANCELED)
-                ): # at first it may show what was before
-                    raise DataError(
-                        f"The endpoint {self.name} did not take the change to {self._said(wanted)} ({state.config_update.value}): {why}"
-                        f" What served before goes on serving: {self._said(table)}."
-                    )
-            if time.monotonic() - start > self.ws.config.serving_timeout:
-                raise DataError(
-                    f"The endpoint {self.name} was not ready after {self.ws.config.serving_timeout} s (`serving_timeout`). {why} Traffic at"
-                    f" this moment: {self._said(table)}. If it gets ready later, run this again."
-                )
-            self.ws.progress(0, 1, f"waiting for {self.name}")
-            time.sleep(self.poll)
-
-    def _said(self, table): return ", ".join(f"version {version} {percent}%" for version, percent in sorted(table.items())) or "nothing"
-
-    def _messages(self, there):
-        entities = [e for config in (there.pending_config, there.config) if config for e in config.served_entities or []] if there else []
-        return " ".join(
-            dict.fromkeys(
-                e.state.deployment_state_message for e in entities if getattr(e, "state", None) and e.state.deployment_state_message
-            )
-        )
-
-    def _change(self, table):                       # version -> percent; made so, or DataError
-        from databricks.sdk.errors import AlreadyExists, ResourceConflict
-        from databricks.sdk.service.serving import EndpointCoreConfigInput, Route, TrafficConfig
-        experiment = self.ws.mlflow().get_experiment_by_name(self.ws.experiment).experiment_id
-        entities = [served_entity(self.ws.config, self.model, version, experiment, self.client.config.host) for version in table]
-        traffic = TrafficConfig(
-            routes=[Route(served_entity_name=entity_name(version), traffic_percentage=percent) for version, percent in table.items()]
-        )
-        there, api = self._look(), self.client.serving_endpoints
-        with asking_for(f"the endpoint {self.name}"):
-            try:
-                if there is None:
-                    api.create(self.name, config=EndpointCoreConfigInput(name=self.name, served_entities=entities, traffic_config=traffic))
-                else: api.update_config(self.name, served_entities=entities, traffic_config=traffic)
-            except (AlreadyExists, ResourceConflict) as error:          # somebody's change; ours, if a request of ours broke off
-                there = api.get(self.name)
-                if table not in (self._table(there.pending_config), self._table(there.config)):
-                    raise DataError(
-                        f"The endpoint {self.name} is being changed by somebody else: {str(error).rstrip('.')}. Nothing was changed. Wait"
-                        " until it is done, and deploy again."
-                    ) from None
-        self._wait(table)
-
-    def start(self, version: str) -> None:
-        "Bring a version up with no traffic, or all if nothing serves; up already, nothing is done. `DataError` if it does not come up."
-        table = self.traffic()
-        if version not in table: self._change(table | {version: 0 if table else 100})
-
-    def reach(self, version: str) -> None:
-        "Make sure that a version that was deployed can be asked; nothing is brought up for it."
-        if version not in (table := self.traffic()):
+@patch
+def _settled(self: ModelServingHost):                             # the endpoint, once nothing is being changed any more
+    from databricks.sdk.service.serving import EndpointStateConfigUpdate as Update
+    start = time.monotonic()
+    while (there := self._look()) and there.state.config_update == Update.IN_PROGRESS:
+        if time.monotonic() - start > self.ws.config.serving_timeout:
             raise DataError(
-                f"Version {version} is champion of {self.ws.config.env}, and is not up at the endpoint {self.name}, which has"
-                f" {self._said(table)}. Deploy it: run the job `deployment`."
+                f"The endpoint {self.name} is still being changed after {self.ws.config.serving_timeout} s (`serving_timeout`), and"
+                f" takes no other change so long. Its traffic: {self._said(self._table(there.config))}."
             )
+        time.sleep(self.poll)
+    return there
 
-    def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
-        "Ask a version that is up, or whoever the table chooses; gives the answer dictionary, or raises `DataError` or `SettingsError`."
-        path = f"/serving-endpoints/{self.name}/" + (f"served-models/{entity_name(version)}/" if version else "") + "invocations"
-        with asking_for(f"the endpoint {self.name}"):
-            reply = self.client.api_client.do(
-                "POST", path, body=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)),
-                headers={"Accept": "application/json"},
+# %% ../../nbs/lib/release/hosting.ipynb #32833106
+@patch
+def _wait(self: ModelServingHost, wanted):
+    from databricks.sdk.service.serving import EndpointStateConfigUpdate as Update, EndpointStateReady as Ready
+    start, why = time.monotonic(), "See its events and build logs in the workspace, under Serving."
+    while True:
+        there = self._look()
+        why = self._messages(there) or why       # an update that has failed takes them along
+        if there is None: raise DataError(f"The endpoint {self.name} is gone while we wait for it. Somebody deleted it; deploy again.")
+        state, table = there.state, self._table(there.config)
+        if state.config_update != Update.IN_PROGRESS:
+            if table == wanted and state.ready == Ready.READY: return
+            if time.monotonic() - start > 3 * self.poll and (
+                table != wanted or state.config_update in (Update.UPDATE_FAILED, Update.UPDATE_CANCELED)
+            ): # at first it may show what was before
+                raise DataError(
+                    f"The endpoint {self.name} did not take the change to {self._said(wanted)} ({state.config_update.value}): {why}"
+                    f" What served before goes on serving: {self._said(table)}."
+                )
+        if time.monotonic() - start > self.ws.config.serving_timeout:
+            raise DataError(
+                f"The endpoint {self.name} was not ready after {self.ws.config.serving_timeout} s (`serving_timeout`). {why} Traffic at"
+                f" this moment: {self._said(table)}. If it gets ready later, run this again."
             )
-        return read_reply(question, reply)
+        self.ws.progress(0, 1, f"waiting for {self.name}")
+        time.sleep(self.poll)
 
-    def stream(self, question: str, version: str | None = None, inputs: dict | None = None):
-        "The same in pieces, as they are written; yields what `read_events` does."
-        path = f"/serving-endpoints/{self.name}/" + (f"served-models/{entity_name(version)}/" if version else "") + "invocations"
-        with asking_for(f"the endpoint {self.name}"):
-            reply = self.client.api_client.do(
-                "POST", path,
-                body=dict(stream=True, input=[dict(role="user", content=question)], custom_inputs=dict(purpose="traffic") | (inputs or {})),
-                headers={"Accept": "text/event-stream"}, raw=True,
-            )
-        with reply["contents"] as body: yield from read_events(question, _lines(body))
+@patch
+def _said(self: ModelServingHost, table): return ", ".join(f"version {version} {percent}%" for version, percent in sorted(table.items())) or "nothing"
 
-    def share(self, shares: dict[str, float]) -> None:
-        "Share the traffic between versions that are up; when this returns, it is. `DataError` or `SettingsError` if it cannot be."
-        percents, there = whole_percents(shares), self._settled()       # a change that is on its way is waited for first
-        table = self._table(there.config) if there else {}
-        if missing := sorted(percents.keys() - table.keys()):
-            raise DataError(f"Version {', '.join(missing)} is not up at the endpoint {self.name}. It has {self._said(table)}.")
-        wanted = {version: percents.get(version, 0) for version in table}
-        if wanted == table: return
-        self._change(wanted)
-        time.sleep(self.poll)                       # questions that were under way come to their end
+@patch
+def _messages(self: ModelServingHost, there):
+    entities = [e for config in (there.pending_config, there.config) if config for e in config.served_entities or []] if there else []
+    return " ".join(
+        dict.fromkeys(
+            e.state.deployment_state_message for e in entities if getattr(e, "state", None) and e.state.deployment_state_message
+        )
+    )
 
-    def retire(self, version: str) -> None:
-        "This version has no traffic any more: it stays as the way back, at 0%, and the one that was kept so far goes."
-        table = self.traffic()
-        kept = {v: percent for v, percent in table.items() if percent or v == version}
-        if kept != table: self._change(kept)
+# %% ../../nbs/lib/release/hosting.ipynb #3170fab2
+@patch
+def _change(self: ModelServingHost, table):                       # version -> percent; made so, or DataError
+    from databricks.sdk.errors import AlreadyExists, ResourceConflict
+    from databricks.sdk.service.serving import EndpointCoreConfigInput, Route, TrafficConfig
+    experiment = self.ws.mlflow().get_experiment_by_name(self.ws.experiment).experiment_id
+    entities = [served_entity(self.ws.config, self.model, version, experiment, self.client.config.host) for version in table]
+    traffic = TrafficConfig(
+        routes=[Route(served_entity_name=entity_name(version), traffic_percentage=percent) for version, percent in table.items()]
+    )
+    there, api = self._look(), self.client.serving_endpoints
+    with asking_for(f"the endpoint {self.name}"):
+        try:
+            if there is None:
+                api.create(self.name, config=EndpointCoreConfigInput(name=self.name, served_entities=entities, traffic_config=traffic))
+            else: api.update_config(self.name, served_entities=entities, traffic_config=traffic)
+        except (AlreadyExists, ResourceConflict) as error:          # somebody's change; ours, if a request of ours broke off
+            there = api.get(self.name)
+            if table not in (self._table(there.pending_config), self._table(there.config)):
+                raise DataError(
+                    f"The endpoint {self.name} is being changed by somebody else: {str(error).rstrip('.')}. Nothing was changed. Wait"
+                    " until it is done, and deploy again."
+                ) from None
+    self._wait(table)
 
-    def close(self) -> None: "Nothing: what serves goes on serving."
+@patch
+def start(self: ModelServingHost, version: str) -> None:
+    "Bring a version up with no traffic, or all if nothing serves; up already, nothing is done. `DataError` if it does not come up."
+    table = self.traffic()
+    if version not in table: self._change(table | {version: 0 if table else 100})
 
-    def remove(self) -> list[str]: # What was deleted
-        "Delete the endpoint with all that it serves; gone already, nothing is done."
-        if self._look() is None: return []
-        from databricks.sdk.errors import NotFound
-        with asking_for(f"the endpoint {self.name}"), contextlib.suppress(NotFound): self.client.serving_endpoints.delete(self.name)
-        return [f"Model Serving endpoint {self.name}"]
+@patch
+def reach(self: ModelServingHost, version: str) -> None:
+    "Make sure that a version that was deployed can be asked; nothing is brought up for it."
+    if version not in (table := self.traffic()):
+        raise DataError(
+            f"Version {version} is champion of {self.ws.config.env}, and is not up at the endpoint {self.name}, which has"
+            f" {self._said(table)}. Deploy it: run the job `deployment`."
+        )
+
+# %% ../../nbs/lib/release/hosting.ipynb #f08db22f
+@patch
+def ask(self: ModelServingHost, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
+    "Ask a version that is up, or whoever the table chooses; gives the answer dictionary, or raises `DataError` or `SettingsError`."
+    path = f"/serving-endpoints/{self.name}/" + (f"served-models/{entity_name(version)}/" if version else "") + "invocations"
+    with asking_for(f"the endpoint {self.name}"):
+        reply = self.client.api_client.do(
+            "POST", path, body=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)),
+            headers={"Accept": "application/json"},
+        )
+    return read_reply(question, reply)
+
+@patch
+def stream(self: ModelServingHost, question: str, version: str | None = None, inputs: dict | None = None):
+    "The same in pieces, as they are written; yields what `read_events` does."
+    path = f"/serving-endpoints/{self.name}/" + (f"served-models/{entity_name(version)}/" if version else "") + "invocations"
+    with asking_for(f"the endpoint {self.name}"):
+        reply = self.client.api_client.do(
+            "POST", path,
+            body=dict(stream=True, input=[dict(role="user", content=question)], custom_inputs=dict(purpose="traffic") | (inputs or {})),
+            headers={"Accept": "text/event-stream"}, raw=True,
+        )
+    with reply["contents"] as body: yield from read_events(question, _lines(body))
+
+# %% ../../nbs/lib/release/hosting.ipynb #4ad5cfbc
+@patch
+def share(self: ModelServingHost, shares: dict[str, float]) -> None:
+    "Share the traffic between versions that are up; when this returns, it is. `DataError` or `SettingsError` if it cannot be."
+    percents, there = whole_percents(shares), self._settled()       # a change that is on its way is waited for first
+    table = self._table(there.config) if there else {}
+    if missing := sorted(percents.keys() - table.keys()):
+        raise DataError(f"Version {', '.join(missing)} is not up at the endpoint {self.name}. It has {self._said(table)}.")
+    wanted = {version: percents.get(version, 0) for version in table}
+    if wanted == table: return
+    self._change(wanted)
+    time.sleep(self.poll)                       # questions that were under way come to their end
+
+@patch
+def retire(self: ModelServingHost, version: str) -> None:
+    "This version has no traffic any more: it stays as the way back, at 0%, and the one that was kept so far goes."
+    table = self.traffic()
+    kept = {v: percent for v, percent in table.items() if percent or v == version}
+    if kept != table: self._change(kept)
+
+@patch
+def close(self: ModelServingHost) -> None: "Nothing: what serves goes on serving."
+
+@patch
+def remove(self: ModelServingHost) -> list[str]: # What was deleted
+    "Delete the endpoint with all that it serves; gone already, nothing is done."
+    if self._look() is None: return []
+    from databricks.sdk.errors import NotFound
+    with asking_for(f"the endpoint {self.name}"), contextlib.suppress(NotFound): self.client.serving_endpoints.delete(self.name)
+    return [f"Model Serving endpoint {self.name}"]
 
 # %% ../../nbs/lib/release/hosting.ipynb #4cf2df67
 def _lines(body):                                   # of a stream of bytes
@@ -289,124 +312,139 @@ class AppHost:
     @property
     def url(self) -> str: return (app.url or "") if (app := self._look()) else ""
 
-    def serves(self) -> str | None:
-        "The version that the App serves, if it runs."
-        from databricks.sdk.service.apps import ApplicationState
-        app = self._look()
-        if not (app and app.active_deployment and app.app_status and app.app_status.state == ApplicationState.RUNNING): return None
-        return next((v.value for v in app.active_deployment.env_vars or [] if v.name == "ASSISTANT_VERSION"), None)
+# %% ../../nbs/lib/release/hosting.ipynb #f3faa8e8
+@patch
+def serves(self: AppHost) -> str | None:
+    "The version that the App serves, if it runs."
+    from databricks.sdk.service.apps import ApplicationState
+    app = self._look()
+    if not (app and app.active_deployment and app.app_status and app.app_status.state == ApplicationState.RUNNING): return None
+    return next((v.value for v in app.active_deployment.env_vars or [] if v.name == "ASSISTANT_VERSION"), None)
 
-    def _key(self):                                 # an App takes OAuth tokens, and a job's own is none
-        if self.client.config.auth_type not in ("pat", "runtime"): return self.client.config.authenticate()
-        from databricks.sdk.core import Config as Credentials
-        known = dict(client_id=self.ws.secret("APP_CLIENT_ID"), client_secret=self.ws.secret("APP_CLIENT_SECRET"))
-        try: return Credentials(host=self.client.config.host, auth_type="oauth-m2m", **known).authenticate()
-        except ValueError as error:
-            raise SettingsError(
-                f"The service principal that APP_CLIENT_ID and APP_CLIENT_SECRET name gets no token: {str(error).splitlines()[0][:150]}"
-            ) from None
+@patch
+def _key(self: AppHost):                                 # an App takes OAuth tokens, and a job's own is none
+    if self.client.config.auth_type not in ("pat", "runtime"): return self.client.config.authenticate()
+    from databricks.sdk.core import Config as Credentials
+    known = dict(client_id=self.ws.secret("APP_CLIENT_ID"), client_secret=self.ws.secret("APP_CLIENT_SECRET"))
+    try: return Credentials(host=self.client.config.host, auth_type="oauth-m2m", **known).authenticate()
+    except ValueError as error:
+        raise SettingsError(
+            f"The service principal that APP_CLIENT_ID and APP_CLIENT_SECRET name gets no token: {str(error).splitlines()[0][:150]}"
+        ) from None
 
-    def start(self, version: str) -> None:
-        "Load a version in this process, unless the App serves it; `SettingsError` if the App could not be asked afterwards."
-        if self.ws.config.rollout_steps:
-            raise SettingsError(
-                "`rollout_steps` shares traffic between two versions, and an App serves one. Leave it empty, or set serving_target ="
-                " model_serving."
-            )
-        with asking_for("the App's client id (APP_CLIENT_ID)"): self._key()
-        if version != self.serves() and version not in self.loaded:
-            self.loaded[version] = self.stack.enter_context(load_assistant(self.ws, version))
-
-    def reach(self, version: str) -> None:
-        "Make sure that a version that was deployed can be asked; nothing is brought up for it."
-        if (serves := self.serves()) != version:
-            raise DataError(
-                f"Version {version} is champion of {self.ws.config.env}, and the App {self.name} serves {serves or 'nothing'}. Deploy it:"
-                " run the job `deployment`."
-            )
-
-    def ask(self, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
-        "Ask the version that was loaded, or the App; gives the answer dictionary. `DataError` or `SettingsError` if there is none."
-        if version in self.loaded: return self.loaded[version](dict(question=question)) | dict(version=version)
-        import httpx
-        with asking_for(f"the App {self.name}"): headers = self._key()
-        try:
-            response = httpx.post(
-                f"{self.url}/responses",
-                json=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)), headers=headers,
-                timeout=self.ws.config.chat_timeout,
-            )
-        except httpx.HTTPError as error: raise DataError(f"The App {self.name} did not answer: {type(error).__name__} {error}") from None
-        if response.status_code in (302, 401, 403):
-            raise SettingsError(
-                f"The App {self.name} lets us not in ({response.status_code}). Give the service principal whose id is the secret"
-                " APP_CLIENT_ID the permission CAN USE on it."
-            )
-        if response.status_code != 200: raise DataError(f"The App {self.name} answered {response.status_code}: {response.text[:300]}")
-        return read_reply(question, response.json())
-
-    def stream(self, question: str, version: str | None = None, inputs: dict | None = None):
-        "The answer of the App in pieces; yields and raises what `stream_endpoint` does."
-        with asking_for(f"the App {self.name}"): headers = self._key()
-        yield from stream_endpoint(self.url, question, inputs, self.ws.config.chat_timeout, headers)
-
-    def _ready(self):                               # the App, made if it is not there, with what it may use, and awake
-        from databricks.sdk.errors import AlreadyExists, ResourceConflict
-        from databricks.sdk.service.apps import (
-            App, AppResource, AppResourceExperiment, AppResourceExperimentExperimentPermission as May, ComputeState,
+# %% ../../nbs/lib/release/hosting.ipynb #ffec3fee
+@patch
+def start(self: AppHost, version: str) -> None:
+    "Load a version in this process, unless the App serves it; `SettingsError` if the App could not be asked afterwards."
+    if self.ws.config.rollout_steps:
+        raise SettingsError(
+            "`rollout_steps` shares traffic between two versions, and an App serves one. Leave it empty, or set serving_target ="
+            " model_serving."
         )
-        from databricks.sdk.service.catalog import PermissionsChange, Privilege
-        patience, config = datetime.timedelta(seconds=self.ws.config.serving_timeout), self.ws.config
-        if self._look() is None:
-            traces = AppResource(
-                name="traces",
-                experiment=AppResourceExperiment(
-                    experiment_id=self.ws.mlflow().get_experiment_by_name(self.ws.experiment).experiment_id, permission=May.CAN_EDIT
-                ),
-            )
-            with contextlib.suppress(AlreadyExists, ResourceConflict):  # made by a request that broke off
-                self.client.apps.create(App(name=self.name, resources=[traces]))
-        elif self._look().compute_status.state in (ComputeState.STOPPED, ComputeState.ERROR): self.client.apps.start(self.name)
-        app = self.client.apps.wait_get_app_active(self.name, timeout=patience)
-        reads = PermissionsChange(
-            principal=app.service_principal_client_id, add=[Privilege.USE_SCHEMA, Privilege.EXECUTE, Privilege.SELECT]
+    with asking_for("the App's client id (APP_CLIENT_ID)"): self._key()
+    if version != self.serves() and version not in self.loaded:
+        self.loaded[version] = self.stack.enter_context(load_assistant(self.ws, version))
+
+@patch
+def reach(self: AppHost, version: str) -> None:
+    "Make sure that a version that was deployed can be asked; nothing is brought up for it."
+    if (serves := self.serves()) != version:
+        raise DataError(
+            f"Version {version} is champion of {self.ws.config.env}, and the App {self.name} serves {serves or 'nothing'}. Deploy it:"
+            " run the job `deployment`."
         )
-        self.client.grants.update("schema", f"{config.catalog}.{config.schema}", changes=[reads])
-        return app
 
-    def share(self, shares: dict[str, float]) -> None:
-        "Deploy the App with the version that gets all the traffic; `SettingsError` for less than all."
-        from databricks.sdk.service.apps import AppDeployment, AppDeploymentMode, EnvVar
-        (version, share), *others = check_shares(shares).items()
-        if others: raise SettingsError("An App serves one version; traffic cannot be shared. Set serving_target = model_serving.")
-        if version == self.serves(): return
-        variables = dict(
-            ASSISTANT_VERSION=version, ASSISTANT_URI=f"models:/{self.model}/{version}",
-            MLFLOW_EXPERIMENT_NAME=self.ws.config.experiment, MLFLOW_TRACKING_URI="databricks",
-            MLFLOW_REGISTRY_URI="databricks-uc",
+@patch
+def ask(self: AppHost, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
+    "Ask the version that was loaded, or the App; gives the answer dictionary. `DataError` or `SettingsError` if there is none."
+    if version in self.loaded: return self.loaded[version](dict(question=question)) | dict(version=version)
+    import httpx
+    with asking_for(f"the App {self.name}"): headers = self._key()
+    try:
+        response = httpx.post(
+            f"{self.url}/responses",
+            json=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)), headers=headers,
+            timeout=self.ws.config.chat_timeout,
         )
-        with asking_for(f"the App {self.name}"):
-            before = self._ready().active_deployment
-            source = before.source_code_path if before and before.source_code_path else f"{self.ws.config.root}/resources/runtime"
-            wanted = AppDeployment(
-                source_code_path=source, mode=AppDeploymentMode.SNAPSHOT, command=["python", "app.py"],
-                env_vars=[EnvVar(name=k, value=v) for k, v in variables.items()],
-            )
-            self.client.apps.deploy_and_wait(self.name, wanted, timeout=datetime.timedelta(seconds=self.ws.config.serving_timeout))
-        self.loaded.pop(version, None)                                  # from now on the App is asked
+    except httpx.HTTPError as error: raise DataError(f"The App {self.name} did not answer: {type(error).__name__} {error}") from None
+    if response.status_code in (302, 401, 403):
+        raise SettingsError(
+            f"The App {self.name} lets us not in ({response.status_code}). Give the service principal whose id is the secret"
+            " APP_CLIENT_ID the permission CAN USE on it."
+        )
+    if response.status_code != 200: raise DataError(f"The App {self.name} answered {response.status_code}: {response.text[:300]}")
+    return read_reply(question, response.json())
 
-    def retire(self, version: str) -> None: "Nothing: the App has let it go."
+@patch
+def stream(self: AppHost, question: str, version: str | None = None, inputs: dict | None = None):
+    "The answer of the App in pieces; yields and raises what `stream_endpoint` does."
+    with asking_for(f"the App {self.name}"): headers = self._key()
+    yield from stream_endpoint(self.url, question, inputs, self.ws.config.chat_timeout, headers)
 
-    def close(self) -> None:
-        "Let go of what was loaded in this process."
-        self.stack.close()
+# %% ../../nbs/lib/release/hosting.ipynb #3ce1268c
+@patch
+def _ready(self: AppHost):                               # the App, made if it is not there, with what it may use, and awake
+    from databricks.sdk.errors import AlreadyExists, ResourceConflict
+    from databricks.sdk.service.apps import (
+        App, AppResource, AppResourceExperiment, AppResourceExperimentExperimentPermission as May, ComputeState,
+    )
+    from databricks.sdk.service.catalog import PermissionsChange, Privilege
+    patience, config = datetime.timedelta(seconds=self.ws.config.serving_timeout), self.ws.config
+    if self._look() is None:
+        traces = AppResource(
+            name="traces",
+            experiment=AppResourceExperiment(
+                experiment_id=self.ws.mlflow().get_experiment_by_name(self.ws.experiment).experiment_id, permission=May.CAN_EDIT
+            ),
+        )
+        with contextlib.suppress(AlreadyExists, ResourceConflict):  # made by a request that broke off
+            self.client.apps.create(App(name=self.name, resources=[traces]))
+    elif self._look().compute_status.state in (ComputeState.STOPPED, ComputeState.ERROR): self.client.apps.start(self.name)
+    app = self.client.apps.wait_get_app_active(self.name, timeout=patience)
+    reads = PermissionsChange(
+        principal=app.service_principal_client_id, add=[Privilege.USE_SCHEMA, Privilege.EXECUTE, Privilege.SELECT]
+    )
+    self.client.grants.update("schema", f"{config.catalog}.{config.schema}", changes=[reads])
+    return app
 
-    def remove(self) -> list[str]: # What was deleted
-        "Delete the App; gone already, nothing is done."
-        if self._look() is None: return []
-        from databricks.sdk.errors import NotFound
-        with asking_for(f"the App {self.name}"), contextlib.suppress(NotFound): self.client.apps.delete(self.name)
-        return [f"App {self.name}"]
+# %% ../../nbs/lib/release/hosting.ipynb #8e4edc90
+@patch
+def share(self: AppHost, shares: dict[str, float]) -> None:
+    "Deploy the App with the version that gets all the traffic; `SettingsError` for less than all."
+    from databricks.sdk.service.apps import AppDeployment, AppDeploymentMode, EnvVar
+    (version, share), *others = check_shares(shares).items()
+    if others: raise SettingsError("An App serves one version; traffic cannot be shared. Set serving_target = model_serving.")
+    if version == self.serves(): return
+    variables = dict(
+        ASSISTANT_VERSION=version, ASSISTANT_URI=f"models:/{self.model}/{version}",
+        MLFLOW_EXPERIMENT_NAME=self.ws.config.experiment, MLFLOW_TRACKING_URI="databricks",
+        MLFLOW_REGISTRY_URI="databricks-uc",
+    )
+    with asking_for(f"the App {self.name}"):
+        before = self._ready().active_deployment
+        source = before.source_code_path if before and before.source_code_path else f"{self.ws.config.root}/resources/runtime"
+        wanted = AppDeployment(
+            source_code_path=source, mode=AppDeploymentMode.SNAPSHOT, command=["python", "app.py"],
+            env_vars=[EnvVar(name=k, value=v) for k, v in variables.items()],
+        )
+        self.client.apps.deploy_and_wait(self.name, wanted, timeout=datetime.timedelta(seconds=self.ws.config.serving_timeout))
+    self.loaded.pop(version, None)                                  # from now on the App is asked
+
+@patch
+def retire(self: AppHost, version: str) -> None: "Nothing: the App has let it go."
+
+@patch
+def close(self: AppHost) -> None:
+    "Let go of what was loaded in this process."
+    self.stack.close()
+
+@patch
+def remove(self: AppHost) -> list[str]: # What was deleted
+    "Delete the App; gone already, nothing is done."
+    if self._look() is None: return []
+    from databricks.sdk.errors import NotFound
+    with asking_for(f"the App {self.name}"), contextlib.suppress(NotFound): self.client.apps.delete(self.name)
+    return [f"App {self.name}"]
 
 # %% ../../nbs/lib/release/hosting.ipynb #69127e44
 def open_host(

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core.config import SettingsError
 from ..core.files import DataError
@@ -380,56 +381,61 @@ class AISearchIndex:
                 == "STORAGE_OPTIMIZED"
             )
 
-    def _rows(self, method, question, vector, n, enough, filters):
-        from databricks.sdk.service.vectorsearch import QueryVectorIndexResponse
-        api, body = self.client.vector_search_indexes, dict(columns=list(COLUMNS), num_results=n, query_type=QUERY_TYPES[method]) | filters
-        if vector is None or method != "dense": body["query_text"] = question
-        if vector is not None: body["query_vector"] = [float(x) for x in vector]
-        with _asking(f"the index {self.name}"):
-            if "filter_string" in filters:  # which `query_index` does not take
-                answer = QueryVectorIndexResponse.from_dict(_call(self.client, "POST", f"indexes/{self.name}/query", body)).as_dict()
-            else: answer = api.query_index(self.name, **body).as_dict()
-            rows, page = answer_rows(answer), answer
-            while page.get("next_page_token") and len(set(map(_stands_for, rows))) < enough:
-                page = api.query_next_page(self.name, endpoint_name=self.shape["endpoint"], page_token=page["next_page_token"]).as_dict()
-                rows += answer_rows({"manifest": answer["manifest"]} | page)
-        return rows
+# %% ../../nbs/lib/search/ai_search.ipynb #47aa2dba
+@patch
+def _rows(self: AISearchIndex, method, question, vector, n, enough, filters):
+    from databricks.sdk.service.vectorsearch import QueryVectorIndexResponse
+    api, body = self.client.vector_search_indexes, dict(columns=list(COLUMNS), num_results=n, query_type=QUERY_TYPES[method]) | filters
+    if vector is None or method != "dense": body["query_text"] = question
+    if vector is not None: body["query_vector"] = [float(x) for x in vector]
+    with _asking(f"the index {self.name}"):
+        if "filter_string" in filters:  # which `query_index` does not take
+            answer = QueryVectorIndexResponse.from_dict(_call(self.client, "POST", f"indexes/{self.name}/query", body)).as_dict()
+        else: answer = api.query_index(self.name, **body).as_dict()
+        rows, page = answer_rows(answer), answer
+        while page.get("next_page_token") and len(set(map(_stands_for, rows))) < enough:
+            page = api.query_next_page(self.name, endpoint_name=self.shape["endpoint"], page_token=page["next_page_token"]).as_dict()
+            rows += answer_rows({"manifest": answer["manifest"]} | page)
+    return rows
 
-    def search(
-        self,
-        question: str,
-        k: int = 5, # How many passages, at most
-        method: str = "hybrid", # hybrid, dense or bm25
-        candidates: int = 50, # How many rows to ask for, at least: one document may have many
-        vector: np.ndarray | None = None, # The question's embedding, if known; an index that Databricks embeds for ignores it
-        filters: dict | None = None, # Column -> value or list of values
-    ) -> list[Passage]: # Best first, at most one of each object; of a page as many as fit
-        "Find passages; an empty question finds nothing. `SettingsError` for an unknown method or column, `DataError` if nobody answers."
-        if method not in QUERY_TYPES: raise SettingsError(f"There is no search method {method!r}. There is {', '.join(QUERY_TYPES)}.")
-        question = clean_text(question)[:20_000]
-        if not question.strip() or k < 1: return []
-        known = self.shape["columns"] or COLUMNS + ("kind",)
-        filters = search_filter(filters, known, self.storage_optimized) if filters else {}
-        vector = self._vector(question, vector) if method != "bm25" and self.shape["dimension"] else None
-        n = min(max(candidates, 4 * k), MOST_ROWS[method])
-        rows, near = self._rows(method, question, vector, n, k, filters), []
-        if rows and (method == "dense" or method == "hybrid" and self.cosines):
-            near = rows if method == "dense" else self._rows("dense", question, vector, n, 0, filters)
-        cosines, found = {row["id"]: cosine_of(float(row["score"])) for row in near}, {}
-        for row in rows:
-            if len(found) < k and _stands_for(row) not in found:
-                found[_stands_for(row)] = Passage(
-                    *(str(row[c] if row[c] is not None else "") for c in COLUMNS), float(row["score"]), cosines.get(row["id"], 0.0)
-                )
-        return list(found.values())
-
-    def _vector(self, question, vector):
-        if vector is None and self.embedder is None:
-            raise SettingsError(f"The index {self.name} holds vectors of our own. Open it with the embedder that made them.")
-        if vector is None: vector = self.embedder.embed([question])[0]
-        if len(vector) != self.shape["dimension"]:
-            raise SettingsError(
-                f"The index {self.name} holds vectors of dimension {self.shape['dimension']}, and the question's has {len(vector)}. Open it"
-                " with the embedder that made them."
+@patch
+def search(
+    self: AISearchIndex,
+    question: str,
+    k: int = 5, # How many passages, at most
+    method: str = "hybrid", # hybrid, dense or bm25
+    candidates: int = 50, # How many rows to ask for, at least: one document may have many
+    vector: np.ndarray | None = None, # The question's embedding, if known; an index that Databricks embeds for ignores it
+    filters: dict | None = None, # Column -> value or list of values
+) -> list[Passage]: # Best first, at most one of each object; of a page as many as fit
+    "Find passages; an empty question finds nothing. `SettingsError` for an unknown method or column, `DataError` if nobody answers."
+    if method not in QUERY_TYPES: raise SettingsError(f"There is no search method {method!r}. There is {', '.join(QUERY_TYPES)}.")
+    question = clean_text(question)[:20_000]
+    if not question.strip() or k < 1: return []
+    known = self.shape["columns"] or COLUMNS + ("kind",)
+    filters = search_filter(filters, known, self.storage_optimized) if filters else {}
+    vector = self._vector(question, vector) if method != "bm25" and self.shape["dimension"] else None
+    n = min(max(candidates, 4 * k), MOST_ROWS[method])
+    rows, near = self._rows(method, question, vector, n, k, filters), []
+    if rows and (method == "dense" or method == "hybrid" and self.cosines):
+        near = rows if method == "dense" else self._rows("dense", question, vector, n, 0, filters)
+    cosines, found = {row["id"]: cosine_of(float(row["score"])) for row in near}, {}
+    for row in rows:
+        if len(found) < k and _stands_for(row) not in found:
+            found[_stands_for(row)] = Passage(
+                *(str(row[c] if row[c] is not None else "") for c in COLUMNS), float(row["score"]), cosines.get(row["id"], 0.0)
             )
-        return vector
+    return list(found.values())
+
+# %% ../../nbs/lib/search/ai_search.ipynb #d5de6e91
+@patch
+def _vector(self: AISearchIndex, question, vector):
+    if vector is None and self.embedder is None:
+        raise SettingsError(f"The index {self.name} holds vectors of our own. Open it with the embedder that made them.")
+    if vector is None: vector = self.embedder.embed([question])[0]
+    if len(vector) != self.shape["dimension"]:
+        raise SettingsError(
+            f"The index {self.name} holds vectors of dimension {self.shape['dimension']}, and the question's has {len(vector)}. Open it"
+            " with the embedder that made them."
+        )
+    return vector
