@@ -96,8 +96,41 @@ def open_chain(
         read_examples(files["examples"]) if "examples" in files else None,
     )
 
+# %% ../../nbs/lib/assistant/agent.ipynb #550caef9
+def _version(): return os.environ.get("ASSISTANT_VERSION", "")         # set by whoever serves us
+
+def _message_id(): return f"msg_{uuid.uuid4().hex[:12]}"
+
+class _OnRecord:                                    # `config`, `numbers` and `server` are those of the agent
+    def _begin(self, request):                      # what is known before there is an answer, so that a request that fails is on record too
+        said = request.custom_inputs or {}
+        purpose = str(said.get("purpose", "traffic"))
+        number = next(self.numbers.setdefault(purpose, itertools.count(1)))
+        if mlflow.get_active_trace_id():
+            tags = dict(purpose=purpose, app=self.config["app"], assistant_version=_version(), server=self.server, sequence=number)
+            mlflow.update_current_trace(
+                tags={key: str(value) for key, value in tags.items()},
+                metadata={"mlflow.trace.user": pseudonym(str(said["user"])[:100])} if said.get("user") else None,
+            )
+
+    def _facts(self, request, result, seconds):
+        facts = {key: value for key, value in result.items() if key != "question"} | dict(
+            seconds=seconds, version=_version(), app=self.config["app"]
+        )
+        if not result["asked_model"]: facts["cost_usd"] = 0.0
+        elif "machine_price" in self.config: facts["cost_usd"] = seconds * self.config["machine_price"] / 3600
+        else:
+            facts["cost_usd"] = token_cost(result["served_by"], result["prompt_tokens"], result["completion_tokens"], self.config["prices"])
+        if trace := mlflow.get_active_trace_id():
+            facts["trace_id"] = trace
+            mlflow.update_current_trace(tags=dict(served_by=facts["served_by"], cost_usd=str(facts["cost_usd"])))
+            if self.config["prompt"]:
+                with contextlib.suppress(Exception):  # no answer is worth less for a registry that is down
+                    mlflow.genai.load_prompt(f"prompts:/{self.config['prompt']}", allow_missing=True)
+        return facts
+
 # %% ../../nbs/lib/assistant/agent.ipynb #7d6a7cdb
-class AssistantAgent(ResponsesAgent):
+class AssistantAgent(_OnRecord, ResponsesAgent):
     "Answers the last user message from the passages of its own index."
     def load_context(self, context):
         "Open the index and the model; called once by MLflow when the model is loaded."
@@ -150,37 +183,6 @@ class AssistantAgent(ResponsesAgent):
                 span.set_outputs(self.responses_agent_output_reducer([last])) if last else span.set_attribute("stopped", True)
                 span.end()
             raise
-
-    def _begin(self, request):                      # what is known before there is an answer, so that a request that fails is on record too
-        said = request.custom_inputs or {}
-        purpose = str(said.get("purpose", "traffic"))
-        number = next(self.numbers.setdefault(purpose, itertools.count(1)))
-        if mlflow.get_active_trace_id():
-            tags = dict(purpose=purpose, app=self.config["app"], assistant_version=_version(), server=self.server, sequence=number)
-            mlflow.update_current_trace(
-                tags={key: str(value) for key, value in tags.items()},
-                metadata={"mlflow.trace.user": pseudonym(str(said["user"])[:100])} if said.get("user") else None,
-            )
-
-    def _facts(self, request, result, seconds):
-        facts = {key: value for key, value in result.items() if key != "question"} | dict(
-            seconds=seconds, version=_version(), app=self.config["app"]
-        )
-        if not result["asked_model"]: facts["cost_usd"] = 0.0
-        elif "machine_price" in self.config: facts["cost_usd"] = seconds * self.config["machine_price"] / 3600
-        else:
-            facts["cost_usd"] = token_cost(result["served_by"], result["prompt_tokens"], result["completion_tokens"], self.config["prices"])
-        if trace := mlflow.get_active_trace_id():
-            facts["trace_id"] = trace
-            mlflow.update_current_trace(tags=dict(served_by=facts["served_by"], cost_usd=str(facts["cost_usd"])))
-            if self.config["prompt"]:
-                with contextlib.suppress(Exception):  # no answer is worth less for a registry that is down
-                    mlflow.genai.load_prompt(f"prompts:/{self.config['prompt']}", allow_missing=True)
-        return facts
-
-def _version(): return os.environ.get("ASSISTANT_VERSION", "")         # set by whoever serves us
-
-def _message_id(): return f"msg_{uuid.uuid4().hex[:12]}"
 
 # %% ../../nbs/lib/assistant/agent.ipynb #f52b03d4
 @functools.cache

@@ -12,16 +12,15 @@ __all__ = ['ENVIRONMENTS', 'PROFILES', 'PLATFORM', 'SettingsError', 'Config', 'f
 import atexit, configparser, difflib, functools, gc, os, sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_args, Literal
+from typing import Literal, get_args
 
 # %% ../../nbs/lib/core/config.ipynb #5495b742
 class SettingsError(ValueError):
     "A setting or an argument is wrong; the message names it and says how to mend it."
 
-# %% ../../nbs/lib/core/config.ipynb #f66d81d9
+# %% ../../nbs/lib/core/config.ipynb #783646bf
 @dataclass(frozen=True)
-class Config:
-    "Every setting of one environment. What each key means is written beside it in `settings.ini`."
+class _Place:
     env: str
     root: Path                                     # Folder of `settings.ini`: relative paths start here
     platform: Literal["local", "databricks"]
@@ -33,6 +32,10 @@ class Config:
     experiment: str
     secret_scope: str
     seed: int
+
+# %% ../../nbs/lib/core/config.ipynb #c393fd0e
+@dataclass(frozen=True)
+class _Documents(_Place):
     hub_probe_questions: int
     hub_max_seconds_per_answer: float
     hub_retired: list[str]
@@ -46,6 +49,10 @@ class Config:
     chunk_words: int
     questions: str
     draft_questions: bool
+
+# %% ../../nbs/lib/core/config.ipynb #240f16a7
+@dataclass(frozen=True)
+class _Search(_Documents):
     vector_index: Literal["faiss", "delta_sync", "direct_access"]
     ai_search_endpoint: str
     ai_search_endpoint_type: Literal["STANDARD", "STORAGE_OPTIMIZED"]
@@ -58,6 +65,10 @@ class Config:
     retrieval_candidates: int
     refuse_below: float
     passage_words: int
+
+# %% ../../nbs/lib/core/config.ipynb #0b13a023
+@dataclass(frozen=True)
+class _Models(_Search):
     chat_slots: int
     chat_max_tokens: int
     chat_url: str
@@ -77,6 +88,10 @@ class Config:
     gateway_timeout: int
     gateway_port: int
     gateway_url: str
+
+# %% ../../nbs/lib/core/config.ipynb #f344bafb
+@dataclass(frozen=True)
+class _Prompts(_Models):
     prompts: str
     prompt_questions: int
     prompt_report_questions: int
@@ -92,6 +107,10 @@ class Config:
     judge_questions: int
     teacher_url: str
     teacher_model: str
+
+# %% ../../nbs/lib/core/config.ipynb #8903a9c8
+@dataclass(frozen=True)
+class _Tuning(_Prompts):
     finetune: Literal["on", "off"]
     finetune_profile: Literal["smoke", "full"]
     finetune_examples: int
@@ -111,6 +130,10 @@ class Config:
     finetune_variants: list[str]
     finetune_serve: str
     finetune_scaling: list[str]
+
+# %% ../../nbs/lib/core/config.ipynb #b6258a84
+@dataclass(frozen=True)
+class _Gates(_Tuning):
     validation_questions: int
     gate_names_gold: float
     gate_says_reference: float
@@ -125,6 +148,10 @@ class Config:
     gate_size_mb: float
     gates: list[str]
     gate_mode: Literal["raise", "inform"]
+
+# %% ../../nbs/lib/core/config.ipynb #23bc4710
+@dataclass(frozen=True)
+class _Release(_Gates):
     promotion: Literal["code", "model"]
     approval: Literal["none", "person"]
     approval_days: float
@@ -138,6 +165,11 @@ class Config:
     rollout_steps: list[str]
     rollout_questions: int
     reviewers: list[str]
+
+# %% ../../nbs/lib/core/config.ipynb #f66d81d9
+@dataclass(frozen=True)
+class Config(_Release):
+    "Every setting of one environment. What each key means is written beside it in `settings.ini`."
     monitoring_probes: int
     monitoring_days: int
     monitoring_false_alarms: float

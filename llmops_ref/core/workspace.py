@@ -487,42 +487,11 @@ def on_databricks() -> bool:
     "Whether this process runs on a machine of Databricks."
     return "DATABRICKS_RUNTIME_VERSION" in os.environ
 
-# %% ../../nbs/lib/core/workspace.ipynb #6fa255a1
-class DatabricksWorkspace(Workspace):
-    "The same, on a Databricks workspace: Unity Catalog tables, Volumes, secret scopes and the workspace's MLflow."
-    def __init__(self, config):
-        super().__init__(config)
-        if not on_databricks(): self.store = config.root / "stores" / f"{config.env}-of-the-workspace"
-
-    def here(self, *parts):
-        path = Path(tempfile.gettempdir(), f"llmops-{self.config.env}", *parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    @property
-    def runs(self): return self.store / "runs"
-
-    def hold(self, name, doing): return contextlib.nullcontext()
-
-    @property
-    def spark(self):
-        from pyspark.sql import SparkSession
-        if (session := SparkSession.getActiveSession()) is not None: return session      # a notebook that somebody opened
-        from databricks.connect import DatabricksSession
-        cluster = os.environ.get("DATABRICKS_CLUSTER_ID")
-        return (DatabricksSession.builder.clusterId(cluster) if cluster else DatabricksSession.builder.serverless()).getOrCreate()
-
-    cores = 64                                      # a cluster of a few workers, each with a few partitions to choose from
-
-    def _on_a_core(self, function): return function # Spark's workers are processes already
-
+# %% ../../nbs/lib/core/workspace.ipynb #fe1b1434
+class _UnityTables:                                 # what a workspace does with tables, through `self.spark`
     def _name(self, table):                         # a name of three parts is that of a table elsewhere in Unity Catalog
         parts = table.split(".") if table.count(".") == 2 else (self.config.catalog, self.config.schema, table)
         return ".".join(f"`{part}`" for part in parts)
-
-    def secret(self, name):
-        from databricks.sdk import WorkspaceClient
-        return WorkspaceClient().dbutils.secrets.get(scope=self.config.secret_scope, key=name)
 
     def table_version(self, table):
         if not self.spark.catalog.tableExists(self._name(table).replace("`", "")):
@@ -565,6 +534,39 @@ class DatabricksWorkspace(Workspace):
         ).first()["num_inserted_rows"]
 
     def _history(self, table): return [row.asDict() for row in self.spark.sql(f"DESCRIBE HISTORY {self._name(table)}").collect()]
+
+# %% ../../nbs/lib/core/workspace.ipynb #6fa255a1
+class DatabricksWorkspace(_UnityTables, Workspace):
+    "The same, on a Databricks workspace: Unity Catalog tables, Volumes, secret scopes and the workspace's MLflow."
+    def __init__(self, config):
+        super().__init__(config)
+        if not on_databricks(): self.store = config.root / "stores" / f"{config.env}-of-the-workspace"
+
+    def here(self, *parts):
+        path = Path(tempfile.gettempdir(), f"llmops-{self.config.env}", *parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def runs(self): return self.store / "runs"
+
+    def hold(self, name, doing): return contextlib.nullcontext()
+
+    @property
+    def spark(self):
+        from pyspark.sql import SparkSession
+        if (session := SparkSession.getActiveSession()) is not None: return session      # a notebook that somebody opened
+        from databricks.connect import DatabricksSession
+        cluster = os.environ.get("DATABRICKS_CLUSTER_ID")
+        return (DatabricksSession.builder.clusterId(cluster) if cluster else DatabricksSession.builder.serverless()).getOrCreate()
+
+    cores = 64                                      # a cluster of a few workers, each with a few partitions to choose from
+
+    def _on_a_core(self, function): return function # Spark's workers are processes already
+
+    def secret(self, name):
+        from databricks.sdk import WorkspaceClient
+        return WorkspaceClient().dbutils.secrets.get(scope=self.config.secret_scope, key=name)
 
     def _alias(self, name, alias): return self._ask_mlflow(name, alias)
 

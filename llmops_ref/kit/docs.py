@@ -63,7 +63,7 @@ def site_link(
     if target.startswith("nbs/images/"): return os.path.relpath(target.removeprefix("nbs/"), Path(pages[source]).parent)
     return f"{repository}/blob/main/{target}{anchor}" if repository else None
 
-# %% ../../nbs/lib/kit/docs.ipynb #f55a18a8
+# %% ../../nbs/lib/kit/docs.ipynb #62b8a158
 def _beside(name): return files("llmops_ref.kit").joinpath(name).read_text(encoding="utf-8")        # template or style sheet
 
 def _markdown(text):
@@ -84,6 +84,7 @@ def _cell(cell, dress):                             # HTML of one cell
         shown = f'<details class="imports"><summary>Imports</summary>{shown}</details>'
     return shown + "".join(f'<div class="output">{part}</div>' for part in map(_output, cell["outputs"]) if part)
 
+# %% ../../nbs/lib/kit/docs.ipynb #93f3cfc7
 def _output(output):
     data = output.get("data", {})
     joined = lambda value: "".join(value) if isinstance(value, list) else value
@@ -106,6 +107,7 @@ def _harmless(text):                                # an output shows what someb
         }
     return str(soup)
 
+# %% ../../nbs/lib/kit/docs.ipynb #f55a18a8
 def render_source(
     root: Path | str,
     source: str, # A notebook or a guide, relative to the project

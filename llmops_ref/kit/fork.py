@@ -512,6 +512,24 @@ def _common(root, taken, goal):                     # the newest commit of upstr
         " was made from."
     )
 
+# %% ../../nbs/lib/kit/fork.ipynb #e9f0fcf8
+def _merged(root, driver, after, goal):             # files with conflicts, once git has merged; notebooks are merged cell by cell
+    with tempfile.NamedTemporaryFile("w", suffix=".attributes") as attributes:
+        attributes.write("*.ipynb merge=jupyternotebook\n")
+        attributes.flush()
+        done = subprocess.run(
+            [
+                "git", "-C", str(root), "-c", f"core.attributesFile={attributes.name}", "-c",
+                f"merge.jupyternotebook.driver={shlex.quote(str(driver))} %O %A %B %P", "cherry-pick", "--no-commit", after,
+            ],
+            capture_output=True,
+            text=True,
+        )
+    conflicts = git(root, "diff", "--name-only", "--diff-filter=U").splitlines()
+    if done.returncode and not conflicts:
+        raise DataError(f"git could not take over {goal[:12]}: {(done.stderr or done.stdout).strip()[-600:]}")
+    return conflicts
+
 # %% ../../nbs/lib/kit/fork.ipynb #e327aaf3
 def upgrade_project(
     root: Path | str,
@@ -545,20 +563,8 @@ def upgrade_project(
         merge_settings(old_settings, path.read_text(), new_settings),
         git(root, "diff", "--name-only", "--diff-filter=A", base, goal, "--", "data").splitlines(),
     )
-    with _all_or_nothing(root), tempfile.NamedTemporaryFile("w", suffix=".attributes") as attributes:
-        attributes.write("*.ipynb merge=jupyternotebook\n")
-        attributes.flush()
-        done = subprocess.run(
-            [
-                "git", "-C", str(root), "-c", f"core.attributesFile={attributes.name}", "-c",
-                f"merge.jupyternotebook.driver={shlex.quote(str(driver))} %O %A %B %P", "cherry-pick", "--no-commit", after,
-            ],
-            capture_output=True,
-            text=True,
-        )
-        conflicts = git(root, "diff", "--name-only", "--diff-filter=U").splitlines()
-        if done.returncode and not conflicts:
-            raise DataError(f"git could not take over {goal[:12]}: {(done.stderr or done.stdout).strip()[-600:]}")
+    with _all_or_nothing(root):
+        conflicts = _merged(root, driver, after, goal)
         write_atomic(path, merged)
         for name in arrived:                        # a file that is new upstream, and that settings may name; what is here stays
             if not (root / name).exists():

@@ -105,9 +105,28 @@ def _group(index, entries, number, objects, person, names, skip, k, rng, tested=
     rng.shuffle(rows)
     return (shown, rows) if len(rows) == PER_GROUP else None
 
-# %% ../../nbs/lib/tuning/pairs.ipynb #80b3c0aa
+# %% ../../nbs/lib/tuning/pairs.ipynb #2a8161e5
 COLUMNS = "id group split kind question document_id shown messages source".split()
 
+# %% ../../nbs/lib/tuning/pairs.ipynb #e6e9d6a1
+def _source(kind, target, person):                  # who wrote a question
+    if kind in PEOPLE: return f"{'question' if kind == 'human' else 'feedback'} {person[1].id}"
+    return f"{'sentence' if document_of(target) != target else 'docstring'} of {target}" if target else "template"
+
+def _people(questions, reviewed, every):            # what people asked: questions of the train split, and what a reviewer accepted
+    own = questions[(questions.split == "train") & ~questions.id.isin(reviewed.id)].assign(kind="human")
+    return _answerable(own, every), _answerable(reviewed.assign(kind="reviewed"), every)
+
+def _said(rows, every, template, max_words, worked): # from passages, question and answer to what is said
+    lead = {}                                       # of each group, the question for which worked examples are chosen
+    for row in sorted(rows, key=lambda row: row["kind"] not in PEOPLE): lead.setdefault(row["group"], row["question"])
+    for row in rows:
+        passages = [SimpleNamespace(text=every[d]["text"]) for d in row["shown"]]
+        row["messages"] = build_messages(
+            template, row["question"], passages, max_words, worked and (lambda _: worked(lead[row["group"]]))
+        ) + [dict(role="assistant", content=row.pop("answer"))]
+
+# %% ../../nbs/lib/tuning/pairs.ipynb #80b3c0aa
 def build_pairs(
     index: Index, # Anything with `search(question, k)`
     chunks: pd.DataFrame, # Columns `document_id kind position text`, and `id` for pages
@@ -130,24 +149,16 @@ def build_pairs(
         chunks[~chunks.document_id.isin(forbidden)], max_words, [_flat(answer) for answer in tested.answer if len(answer.split()) > 5]
     )
     reviewed = questions[:0] if reviewed is None else reviewed
-    people, waiting = (
-        _answerable(some, every)
-        for some in (
-            questions[(questions.split == "train") & ~questions.id.isin(reviewed.id)].assign(kind="human"),
-            reviewed.assign(kind="reviewed"),
-        )
-    )
+    people, waiting = _people(questions, reviewed, every)
     asked, reserved = {d for d, _ in people + waiting if d}, {d for d, _ in waiting if d}
     entries = {d: facts for d, facts in every.items() if facts["sentence"] or d in asked}
-    objects, names = [d for d in entries if entries[d]["sentence"] and d not in reserved], sorted(
-        {d.rpartition(".")[2] for d in chunks.document_id}
-    )
+    objects = [d for d in entries if entries[d]["sentence"] and d not in reserved]
+    names = sorted({d.rpartition(".")[2] for d in chunks.document_id})
     asked_in_test = {q.strip().lower() for q in questions[questions.split == "test"].question}
     cases, deck, rows, number, wanted = list(waiting), [], [], 0, held_out + max(examples, PER_GROUP * len(waiting))
     rng.shuffle(objects)
-    rounds, asked_for = 3 if any(entries[d]["kind"] in PAGES for d in objects) else 0, list(
-        objects
-    )  # a chunk of a page can be asked about in more than one way
+    asked_for = list(objects)
+    rounds = 3 if any(entries[d]["kind"] in PAGES for d in objects) else 0      # a chunk of a page can be asked about in more than one way
     while len(rows) < wanted and (objects or rounds):
         if not objects:
             rounds, objects = rounds - 1, rng.sample(left, len(left)) if (left := [d for d in asked_for if d in entries]) else []
@@ -158,15 +169,10 @@ def build_pairs(
         made = _group(index, entries, number, objects, person, names, reserved if split == "validation" else set(), k, rng, asked_in_test)
         if made is None: continue
         for kind, question, target, answer in made[1]:
-            source = (
-                f"{'question' if kind == 'human' else 'feedback'} {person[1].id}"
-                if kind in PEOPLE
-                else f"{'sentence' if document_of(target) != target else 'docstring'} of {target}" if target else "template"
-            )
             rows.append(
                 dict(
                     id=f"p{len(rows):05}", group=number, split=split, kind=kind, question=question, document_id=target,
-                    shown=made[0], answer=answer, source=source,
+                    shown=made[0], answer=answer, source=_source(kind, target, person),
                 )
             )
         if split == "validation":                   # what tells when training should end is not trained on
@@ -180,13 +186,7 @@ def build_pairs(
             rows, {d: cut_words(facts["text"], max_words) for d, facts in every.items()}, teacher,
             {q.strip().lower() for q in questions.question},
         )
-    lead = {}                                       # of each group, the question for which worked examples are chosen
-    for row in sorted(rows, key=lambda row: row["kind"] not in PEOPLE): lead.setdefault(row["group"], row["question"])
-    for row in rows:
-        passages = [SimpleNamespace(text=every[d]["text"]) for d in row["shown"]]
-        row["messages"] = build_messages(
-            template, row["question"], passages, max_words, worked and (lambda _: worked(lead[row["group"]]))
-        ) + [dict(role="assistant", content=row.pop("answer"))]
+    _said(rows, every, template, max_words, worked)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 # %% ../../nbs/lib/tuning/pairs.ipynb #205ad99e
