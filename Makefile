@@ -71,6 +71,7 @@ prepare: .venv/installed   # after editing notebooks: export them, clean them, d
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
 	$(BIN)/python -c "from llmops_ref.kit.house import write_house; write_house('.'); from llmops_ref.kit.fork import write_readme; write_readme('.')"
 	$(MAKE) environment.yml
+	@touch .venv/installed  # nbdev-export writes pyproject.toml as it was; nothing has to be installed for that
 
 site: .venv/installed      # notebooks and guides as pages, in _site/: what GitHub shows with Quarto, here without it
 	$(BIN)/python -c "from llmops_ref.kit.docs import build_site, broken_links; build_site('.', '_site'); wrong = broken_links('_site'); print('_site/index.html' if not wrong else wrong); raise SystemExit(bool(wrong))"
