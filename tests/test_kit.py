@@ -410,9 +410,9 @@ def test_a_renamed_fork_takes_over_what_upstream_changed(renamed, upstream):
     now, changed, conflicts = upgrade_project(acme.root, prepare=exported)
     assert not conflicts and now.commit == read_upstream(acme.root).commit == git(upstream.root, "rev-parse", "HEAD")
     assert now.version == read_upstream(acme.root).version == version_of(upstream.root, HERE.package) != "unknown"
-    module = (acme.root / ACME.package / "signals.py").read_text()
+    module = (acme.root / ACME.package / "feedback/signals.py").read_text()
     assert "that Acme keeps under" in module and "How probable so many" in module
-    assert f"# {ACME.package}" in (acme.root / ACME.package / "scoring.py").read_text(), "what upstream wrote came under our name"
+    assert f"# {ACME.package}" in (acme.root / ACME.package / "core/scoring.py").read_text(), "what upstream wrote came under our name"
     assert (
         re.search(r"^retrieval_k = 4 ", (acme.root / "settings.ini").read_text(), re.M)
         and "retrieval_candidates = 60" in (acme.root / "settings.ini").read_text()
@@ -434,7 +434,7 @@ def test_the_upgrade_command_of_a_renamed_project(acme, upstream):
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(done.stdout)
     assert not said["conflicts"] and said["now"]["commit"] == git(upstream.root, "rev-parse", "HEAD")
-    assert "if the true share were at the bound" in (acme.root / ACME.package / "signals.py").read_text()
+    assert "if the true share were at the bound" in (acme.root / ACME.package / "feedback/signals.py").read_text()
     assert "then a closing table" in (acme.root / "nbs" / "guides" / "tutorial.md").read_text()
     assert "TODO" in (acme.root / "README.md").read_text(), "its first page is its own"
     assert git(acme.root, "status", "--porcelain") == ""
