@@ -127,8 +127,7 @@ def load_champion(
     soak_seconds: float = 0.0, # 0 = no soak
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]: # `load_table`, and `soak`
     "Bring the champion up, load it with questions of the test split, and stop it again if it was not up before."
-    version = ws.alias("assistant", "champion", record=False)
-    if version is None: raise DataError(f"Nothing is deployed in {ws.config.env} yet. Run `llmops run --env {ws.config.env}`.")
+    version = ws.deployed()
     if not askers or min(askers) < 1:
         raise SettingsError(f"The numbers of askers must be 1 or more, these are {', '.join(map(str, askers)) or 'none'}.")
     questions, service = ws.read("questions").query("split == 'test'").question.tolist(), start_endpoint(ws, version)

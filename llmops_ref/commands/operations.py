@@ -16,7 +16,7 @@ import typer
 
 from .terminal import By, Env, Json, manners, me, out, seen, watched, who, workspace_of
 from ..core.config import SettingsError
-from ..core.files import DataError, write_atomic
+from ..core.files import write_atomic
 
 # %% ../../nbs/lib/commands/operations.ipynb #04ec6c3f
 operations_app = typer.Typer()
@@ -140,8 +140,7 @@ def _serve(ws, what, port):                         # its URL, and a request to 
     from llmops_ref.core.services import start_service
     if what in ("assistant", "front"):
         from llmops_ref.release.serving import front_url, open_front, share_traffic, start_endpoint
-        version = ws.alias("assistant", "champion", record=False)
-        if version is None: raise DataError(f"Nothing is deployed in {ws.config.env} yet. Run `llmops run --env {ws.config.env}`.")
+        version = ws.deployed()
         if what == "front":
             front = open_front(ws, port)
             share_traffic(front, {version: start_endpoint(ws, version)}, {version: 1.0})

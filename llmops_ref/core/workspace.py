@@ -362,6 +362,14 @@ def _ask_mlflow(self: Workspace, name, alias):
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"): return None    # no such model, no such alias
         raise DataError(f"The model registry of {self.config.env} cannot be read: {error.message[:200]}") from None
 
+# %% ../../nbs/lib/core/workspace.ipynb #da6bb563
+@patch
+def deployed(self: Workspace) -> str: # Version of the registered assistant
+    "The version with the alias `champion`; `DataError` if there is none. It is not noted as an input."
+    version = self.alias("assistant", "champion", record=False)
+    if version is None: raise DataError(f"Nothing is deployed in {self.config.env} yet. Run `llmops run --env {self.config.env}`.")
+    return version
+
 # %% ../../nbs/lib/core/workspace.ipynb #144615aa
 @patch
 def set_alias(self: Workspace, noun: str, alias: str, version: str) -> None:

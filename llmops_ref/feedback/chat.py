@@ -383,9 +383,7 @@ def open_champion(
     ws: Workspace,
 ): # A host that can be asked
     "The host of an environment, its champion up; `DataError` if nothing is deployed."
-    if (version := ws.alias("assistant", "champion", record=False)) is None:
-        raise DataError(f"Nothing is deployed in {ws.config.env} yet. Run `llmops run --env {ws.config.env}`.")
-    host = open_host(ws)
+    version, host = ws.deployed(), open_host(ws)
     host.reach(version)
     return host
 

@@ -6,12 +6,11 @@ Reads model weights, or the address of a provider. Leaves an `Endpoint`, which a
 
 # %% auto #0
 __all__ = ['SMALL', 'Endpoint', 'server_key', 'openai_client', 'serve_gguf', 'serve_main', 'serve_command', 'BadReply',
-           'chat_class', 'chat_client', 'Completion', 'complete', 'complete_many', 'read_prices', 'token_cost']
+           'chat_class', 'chat_client', 'read_prices', 'token_cost']
 
 # %% ../../nbs/lib/models/llm.ipynb #978ecfa6
 import contextlib, functools, json, os, re, secrets, sys, time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,43 +205,6 @@ def chat_client(
             max_retries=retries, stream_usage=True, **kwargs,
         )
     return one(endpoint).with_fallbacks([one(endpoint.backup)], exceptions_to_handle=(BadReply,)) if endpoint.backup else one(endpoint)
-
-# %% ../../nbs/lib/models/llm.ipynb #32fd4e7d
-@dataclass(frozen=True)
-class Completion:
-    "One answer, with what it cost."
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    seconds: float # From request to the last token
-
-# %% ../../nbs/lib/models/llm.ipynb #44790284
-def complete(
-    client, # From `chat_client`
-    messages: str | list, # A user message, or a list of messages
-) -> Completion:
-    "Ask once."
-    start = time.perf_counter()
-    reply = client.invoke(messages)
-    usage = reply.usage_metadata or {}
-    return Completion(str(reply.content).strip(), usage.get("input_tokens", 0), usage.get("output_tokens", 0), time.perf_counter() - start)
-
-# %% ../../nbs/lib/models/llm.ipynb #e3d4c800
-def complete_many(
-    client,
-    prompts: list, # One entry a request, as for `complete`
-    workers: int = 2, # Requests in flight
-    on_done=None, # Called with (done, total) after each answer
-) -> list[Completion]: # In the order of `prompts`
-    "Ask many times, several at once."
-    done = 0
-    def one(prompt):
-        nonlocal done
-        result = complete(client, prompt)
-        done += 1
-        if on_done: on_done(done, len(prompts))
-        return result
-    with ThreadPoolExecutor(workers) as pool: return list(pool.map(one, prompts))
 
 # %% ../../nbs/lib/models/llm.ipynb #395eb6bc
 def read_prices(

@@ -92,8 +92,7 @@ def answer_table(
     slice_rows: int = 200, # Questions a commit
 ) -> dict[str, int]: # `answered`, `failed`, and `before`: how many had an answer already
     "Answer all questions of a table that have no answer by this version yet; `DataError` if there is no such table or version."
-    version = version or ws.alias("assistant", "champion", record=False)
-    if version is None: raise DataError(f"Nothing is deployed in {ws.config.env} yet. Run `llmops run --env {ws.config.env}`.")
+    version = version or ws.deployed()
     questions, answers = ws.read(source), ws.read(target) if ws.current(f"table:{target}") else None
     todo = open_questions(questions, answers, version)
     environment = (

@@ -169,8 +169,7 @@ def remove_version(ws: Workspace, version: str) -> None:
 @contextlib.contextmanager
 def open_champion(ws: Workspace):
     "Load the champion in this process; yields a function from a question to the answer dictionary, and pieces to a second argument."
-    version = ws.alias("assistant", "champion", record=False)
-    if version is None: raise DataError(f"Nothing is deployed in {ws.config.env} yet. Run `llmops run --env {ws.config.env}`.")
+    version = ws.deployed()
     with load_assistant(ws, version, trace=True) as ask:
         def answer(question, on_piece=None): return ask(dict(question=question), on_piece) | dict(version=version)
         yield answer
