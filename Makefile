@@ -69,11 +69,12 @@ compile = { $(BIN)/python -W ignore -c "$(1)" >/dev/null 2>&1 & }
 # For those who work on the project
 prepare:                   # after editing notebooks: export them, clean them, draw the house, write README.md and environment.yml
 	@test -x $(BIN)/nbdev-export || $(MAKE) .venv/installed
+	@touch -r pyproject.toml .venv/before              # nbdev-export writes it as it was, and nothing has to be installed for that
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean           # first of all: after an upgrade the command is in a module that is not there yet
+	@touch -r .venv/before pyproject.toml
 	@$(MAKE) .venv/installed
 	$(BIN)/python -c "from llmops_ref.kit.house import write_house; write_house('.'); from llmops_ref.kit.fork import write_readme; write_readme('.')"
 	$(MAKE) environment.yml
-	@touch .venv/installed                              # nbdev-export writes pyproject.toml as it was; nothing has to be installed for that
 
 site: .venv/installed      # notebooks and guides as pages, in _site/: what GitHub shows with Quarto, here without it
 	$(BIN)/python -c "from llmops_ref.kit.docs import build_site, broken_links; build_site('.', '_site'); wrong = broken_links('_site'); print('_site/index.html' if not wrong else wrong); raise SystemExit(bool(wrong))"
