@@ -19,7 +19,7 @@ class SettingsError(ValueError):
     "A setting or an argument is wrong; the message names it and says how to mend it."
 
 # %% ../../nbs/lib/core/config.ipynb #783646bf
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class _Place:
     env: str
     root: Path                                     # Folder of `settings.ini`: relative paths start here
@@ -34,7 +34,7 @@ class _Place:
     seed: int
 
 # %% ../../nbs/lib/core/config.ipynb #c393fd0e
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class _Documents(_Place):
     hub_probe_questions: int
     hub_max_seconds_per_answer: float
@@ -51,7 +51,7 @@ class _Documents(_Place):
     draft_questions: bool
 
 # %% ../../nbs/lib/core/config.ipynb #240f16a7
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class _Search(_Documents):
     vector_index: Literal["faiss", "delta_sync", "direct_access"]
     ai_search_endpoint: str
@@ -67,7 +67,7 @@ class _Search(_Documents):
     passage_words: int
 
 # %% ../../nbs/lib/core/config.ipynb #0b13a023
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class _Models(_Search):
     chat_slots: int
     chat_max_tokens: int
@@ -90,7 +90,7 @@ class _Models(_Search):
     gateway_url: str
 
 # %% ../../nbs/lib/core/config.ipynb #f344bafb
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class _Prompts(_Models):
     prompts: str
     prompt_questions: int
@@ -109,7 +109,7 @@ class _Prompts(_Models):
     teacher_model: str
 
 # %% ../../nbs/lib/core/config.ipynb #8903a9c8
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class _Tuning(_Prompts):
     finetune: Literal["on", "off"]
     finetune_profile: Literal["smoke", "full"]
@@ -132,7 +132,7 @@ class _Tuning(_Prompts):
     finetune_scaling: list[str]
 
 # %% ../../nbs/lib/core/config.ipynb #b6258a84
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class _Gates(_Tuning):
     validation_questions: int
     gate_names_gold: float
@@ -150,7 +150,7 @@ class _Gates(_Tuning):
     gate_mode: Literal["raise", "inform"]
 
 # %% ../../nbs/lib/core/config.ipynb #23bc4710
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class _Release(_Gates):
     promotion: Literal["code", "model"]
     approval: Literal["none", "person"]

@@ -43,9 +43,10 @@ def find_stage(
 
 # %% ../../nbs/lib/runner/plan.ipynb #d30c4cd6
 @functools.cache
-def _tree(source):                                  # without docstrings, and without the lines that are IPython's
-    tree = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))
+def _tree(source):                                  # without docstrings, and without the lines that are IPython's; and its imports
+    tree, imports = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M)), []
     for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)): imports.append(node)
         body = getattr(node, "body", None)
         if (
             isinstance(body, list)
@@ -55,7 +56,7 @@ def _tree(source):                                  # without docstrings, and wi
             and isinstance(body[0].value.value, str)
         ):
             node.body = body[1:] or [ast.Pass()]
-    return tree
+    return tree, imports
 
 # %% ../../nbs/lib/runner/plan.ipynb #fef60606
 @functools.cache
@@ -63,7 +64,7 @@ def code_digest(
     source: str, # Python
 ) -> str: # 16 hexadecimal digits
     "Digest of code without its comments, docstrings and formatting."
-    return hashlib.sha256(ast.dump(_tree(source)).encode()).hexdigest()[:16]
+    return hashlib.sha256(ast.dump(_tree(source)[0]).encode()).hexdigest()[:16]
 
 # %% ../../nbs/lib/runner/plan.ipynb #93756e67
 def _cells(path):
@@ -88,7 +89,7 @@ def imports_of(
 ) -> frozenset[str]: # Dotted names that may be modules: `from a import b` gives both a and a.b
     "What a source imports, at its top or inside of functions."
     found = set()
-    for node in ast.walk(_tree(source)):
+    for node in _tree(source)[1]:
         if isinstance(node, ast.Import): found |= {alias.name for alias in node.names}
         if not isinstance(node, ast.ImportFrom): continue
         base = importlib.util.resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0]) if node.level else node.module
