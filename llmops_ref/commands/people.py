@@ -17,10 +17,9 @@ from .terminal import By, Env, Json, manners, me, one_of, out, seen, who, worksp
 from ..core.config import SettingsError
 from ..core.files import DataError
 
-# %% ../../nbs/lib/commands/people.ipynb #8f87031e
+# %% ../../nbs/lib/commands/people.ipynb #9cf441a7
 people_app = typer.Typer()
 
-# %% ../../nbs/lib/commands/people.ipynb #9cf441a7
 @people_app.command()
 def chat(env: Env = "dev", port: Annotated[int, typer.Option(help="0 = a free one")] = 8080):
     "Open the chat page: ask, read the passages, vote, review. Ctrl-C ends it."
@@ -130,7 +129,9 @@ def review(
             if as_json: return out(row)
             typer.echo(
                 f"{feedback_id} is"
-                f" {'accepted as ' + row['uses'].replace(' ', ' and ') + '. The next run takes it up: ' + me() + ' run --env ' + env if accept else 'rejected, or withdrawn if it had been accepted; the next run goes without it'}."
+                f""" {
+                    'accepted as ' + row['uses'].replace(' ', ' and ') + '. The next run takes it up: ' + me() + ' run --env ' + env
+                    if accept else 'rejected, or withdrawn if it had been accepted; the next run goes without it'}."""
                 .replace(f"--env {env}.", f"--env {env}")
             )
         else:

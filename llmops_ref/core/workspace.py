@@ -31,8 +31,10 @@ class Card:
     writes: dict[str, str] = field(default_factory=dict)
 
     def _repr_markdown_(self):
-        rows = "".join(f"\n| {name} | {value:,.4g} |" for name, value in self.metrics.items())
+        rows = "".join(f"\n| {name} | {_shown(value)} |" for name, value in self.metrics.items())
         return f"**{self.stage}**: {self.headline}\n\n| metric | value |\n|---|---|{rows}"
+
+def _shown(value): return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 # %% ../../nbs/lib/core/workspace.ipynb #60e92833
 class Workspace:
@@ -174,7 +176,12 @@ def read_spark(self: Workspace, table: str):
 
 # %% ../../nbs/lib/core/workspace.ipynb #7ebe6ff2
 @patch
-def write(self: Workspace, table: str, frame, mode: str = "overwrite") -> str:
+def write(
+    self: Workspace,
+    table: str,
+    frame, # Of pandas or Spark
+    mode: str = "overwrite", # Or append: then a column that is new is added
+) -> str:
     "Write a pandas or Spark DataFrame as a table in one commit; returns the new version."
     folder = str(self.path("tables", table))
     if isinstance(frame, pd.DataFrame):
@@ -199,6 +206,15 @@ class Changes:
             or "nothing changed"
         )
 
+# %% ../../nbs/lib/core/workspace.ipynb #f560d13e
+def _row_digest(row): return hashlib.sha256(repr(tuple(_as_python(value) for value in row)).encode()).hexdigest()[:16]
+
+def _as_python(value):                              # an array is a list, and whatever is missing is None
+    if hasattr(value, "tolist"): value = value.tolist()
+    if isinstance(value, (list, tuple)): return [_as_python(part) for part in value]
+    if isinstance(value, dict): return {name: _as_python(part) for name, part in value.items()}
+    return None if pd.isna(value) else value
+
 # %% ../../nbs/lib/core/workspace.ipynb #075de5bb
 @patch
 def merge(
@@ -207,16 +223,19 @@ def merge(
     frame: pd.DataFrame, # What the table shall hold; `digest` tells whether a row changed, and is made of all others if there is none
     key: str = "id", # Column that names a row
 ) -> Changes:
-    "Bring a table to the rows of a frame in one commit that touches only what differs."
-    if "digest" not in frame:
-        frame = frame.assign(
-            digest=[hashlib.sha256(repr(row).encode()).hexdigest()[:16] for row in frame.itertuples(index=False, name=None)]
+    "Bring a table to the rows of a frame in one commit that touches only what differs; `DataError` if a key comes twice."
+    if (twice := frame[key].duplicated()).any():
+        raise DataError(
+            f"These rows for the table {table!r} have the {key} {frame[key][twice].iloc[0]!r} more than once. A row needs a key of its own:"
+            f" `frame.drop_duplicates({key!r})`."
         )
+    if "digest" not in frame: frame = frame.assign(digest=[_row_digest(row) for row in frame.itertuples(index=False, name=None)])
     try: old = self._row_digests(table, key, list(frame.columns))
     except DataError: old = None                    # no such table
-    if old is None:
+    if old is None or (not old and len(frame)):     # a table without rows knows no types either
         self.write(table, frame)
         return Changes(new=len(frame))
+    self._check_key(table, frame, key)
     digests = dict(zip(frame[key], frame.digest))
     changes = Changes(
         len(digests.keys() - old.keys()),
@@ -235,12 +254,32 @@ def _row_digests(self: Workspace, table, key, columns):     # key -> digest, or 
     rows = delta.to_pandas(columns=[key, "digest"])
     return dict(zip(rows[key], rows.digest))
 
+# %% ../../nbs/lib/core/workspace.ipynb #efa6a0cb
+@patch
+def _check_key(self: Workspace, table, frame, key):
+    there, brought = _kind(self._column_type(table, key)), _kind(pd.api.types.infer_dtype(frame[key], skipna=True))
+    if len(frame) and "" not in (there, brought) and there != brought:
+        raise DataError(f"The column {key!r} of the table {table!r} holds {there}, and these rows have {brought} there. Convert it first.")
+
+@patch
+def _column_type(self: Workspace, table, column):   # in Spark's words
+    return next((getattr(f.type, "type", "") for f in self._delta(table).schema().fields if f.name == column), "")
+
+def _kind(name):                                    # of a type in Spark's words, or in those of pandas; else nothing is said
+    if name == "string": return "text"
+    if name == "mixed-integer": return "text and numbers"
+    return "numbers" if name in _NUMBERS or name.startswith("decimal") else ""
+
+_NUMBERS = ("byte", "short", "integer", "long", "float", "double", "floating", "mixed-integer-float")
+
+# %% ../../nbs/lib/core/workspace.ipynb #d83b2c52
 @patch
 def _merge(self: Workspace, table, frame, key):
     import pyarrow
+    delta = self._delta(table)
+    rows = pyarrow.Table.from_pandas(frame, preserve_index=False) if len(frame) else pyarrow.schema(delta.schema()).empty_table()
     (
-        self._delta(table)
-        .merge(pyarrow.Table.from_pandas(frame, preserve_index=False), f"old.{key} = new.{key}", source_alias="new", target_alias="old")
+        delta.merge(rows, f"old.{key} = new.{key}", source_alias="new", target_alias="old")
         .when_matched_update_all("old.digest <> new.digest")
         .when_not_matched_insert_all()
         .when_not_matched_by_source_delete()
@@ -255,15 +294,25 @@ def add(
     frame: pd.DataFrame,
     key: str, # Column that names a row
 ) -> int: # How many rows are new
-    "Append the rows whose key is not in the table yet, in one commit; two processes that add the same rows add them once."
+    """Append the rows whose key is not in the table yet, in one commit; two processes that add the same rows add them once.
+
+    `DataError` if the table has keys of another type."""
     frame = frame.drop_duplicates(key)
     if frame.empty: return 0
-    if self.current(f"table:{table}") is None:
-        self.write(table, frame, mode="append")
-        return len(frame)
+    if self.current(f"table:{table}") is None and self._create(table, frame): return len(frame)
+    self._check_key(table, frame, key)
     added = self._insert(table, frame, key)
     self.writes[f"table:{table}"] = self.table_version(table)
     return added
+
+# %% ../../nbs/lib/core/workspace.ipynb #16f7ff9c
+@patch
+def _create(self: Workspace, table, frame) -> bool:  # Whether the rows are in it now; else somebody else has made it
+    from filelock import FileLock
+    with FileLock(self.path(f".table-{table}.lock")):
+        if self.current(f"table:{table}") is not None: return False
+        self.write(table, frame, mode="append")
+        return True
 
 # %% ../../nbs/lib/core/workspace.ipynb #551cfff7
 @patch
@@ -307,6 +356,7 @@ MLFLOW_SWITCHES = {
     "MLFLOW_MODEL_CATALOG_URI": "",                 # else the first trace waits for a price list from the network; MLflow ships one
 }
 
+# %% ../../nbs/lib/core/workspace.ipynb #b8f18920
 @patch
 def mlflow(self: Workspace):
     "The `mlflow` module, pointed at this environment's store and experiment."
@@ -335,7 +385,12 @@ def registered(self: Workspace, noun: str) -> str:
 
 # %% ../../nbs/lib/core/workspace.ipynb #5b83c8ca
 @patch
-def alias(self: Workspace, noun: str, alias: str, record: bool = True) -> str | None:
+def alias(
+    self: Workspace,
+    noun: str, # Of a registered model, such as "assistant"
+    alias: str, # Such as champion
+    record: bool = True, # Note it as an input
+) -> str | None:
     "Version that an alias points at, or `None`; noted as an input unless `record` is false."
     version = self._alias(self.registered(noun), alias)
     if version is not None and record: self.reads[f"alias:{noun}@{alias}"] = version
@@ -379,7 +434,12 @@ def set_alias(self: Workspace, noun: str, alias: str, version: str) -> None:
 
 # %% ../../nbs/lib/core/workspace.ipynb #b8380594
 @patch
-def prompt(self: Workspace, noun: str, alias: str, record: bool = True):
+def prompt(
+    self: Workspace,
+    noun: str, # Of a registered prompt, such as "answer"
+    alias: str, # Such as champion
+    record: bool = True, # Note it as an input
+): # MLflow's `PromptVersion`, or `None`
     "The registered prompt version that an alias points at, or `None`; noted as an input unless `record` is false."
     found = self.mlflow().genai.load_prompt(f"prompts:/{self.registered(noun)}@{alias}", allow_missing=True, cache_ttl_seconds=0)
     if found is not None and record: self.reads[f"prompt:{noun}@{alias}"] = str(found.version)
@@ -429,7 +489,12 @@ def current(self: Workspace, name: str) -> str | None:
 
 # %% ../../nbs/lib/core/workspace.ipynb #a01981cf
 @patch
-def progress(self: Workspace, done: float, total: float, text: str = "") -> None:
+def progress(
+    self: Workspace,
+    done: float, # In the unit of `total`
+    total: float, # All of the work
+    text: str = "", # What is being done
+) -> None:
     "Say how far a long step is; the pipeline shows it."
     if channel := os.environ.get("LLMOPS_PROGRESS"): write_atomic(channel, json.dumps(dict(done=done, total=total, text=text)))
 
@@ -526,12 +591,22 @@ class _UnityTables:                                 # what a workspace does with
         rows = self.spark.table(self._name(table))
         return {row[0]: row[1] for row in rows.select(key, "digest").collect()} if rows.columns == columns else None
 
+    def _column_type(self, table, column):
+        return next((f.dataType.typeName() for f in self.spark.table(self._name(table)).schema.fields if f.name == column), "")
+
     def _merge(self, table, frame, key):
-        self.spark.createDataFrame(frame).createOrReplaceTempView("llmops_rows")
+        rows = self.spark.createDataFrame(frame) if len(frame) else self.spark.table(self._name(table)).limit(0)
+        rows.createOrReplaceTempView("llmops_rows")
         self.spark.sql(
             f"MERGE INTO {self._name(table)} old USING llmops_rows new ON old.{key} = new.{key} WHEN MATCHED AND old.digest <> new.digest"
             " THEN UPDATE SET * WHEN NOT MATCHED THEN INSERT * WHEN NOT MATCHED BY SOURCE THEN DELETE"
         )
+
+    def _create(self, table, frame):                # empty, so that all rows come by `_insert`
+        view = f"llmops_rows_{os.urandom(8).hex()}"
+        self.spark.createDataFrame(frame).createOrReplaceTempView(view)
+        self.spark.sql(f"CREATE TABLE IF NOT EXISTS {self._name(table)} AS SELECT * FROM {view} WHERE false")
+        return False
 
     def _insert(self, table, frame, key):
         view = f"llmops_rows_{os.urandom(8).hex()}"  # others may add at this moment

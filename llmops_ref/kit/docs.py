@@ -47,6 +47,7 @@ def anchor_of(heading: str) -> str:
     "The name of a heading in a link, as GitHub makes it."
     return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.strip().lower()))
 
+# %% ../../nbs/lib/kit/docs.ipynb #637573fd
 def site_link(
     link: str,
     source: str, # The file that it stands in, relative to the project
@@ -70,6 +71,7 @@ def _markdown(text):
     from nbconvert.filters import markdown2html
     return markdown2html(text.replace("#| export\n", "", 1).strip())
 
+# %% ../../nbs/lib/kit/docs.ipynb #ec053f77
 def _cell(cell, dress):                             # HTML of one cell
     text = "".join(cell["source"])
     if cell["cell_type"] == "markdown": return dress(text)
@@ -95,6 +97,7 @@ def _output(output):
     text = re.sub(r"\x1b\[[0-9;]*m", "", joined(data.get("text/plain") or output.get("text", "")) or "\n".join(output.get("traceback", [])))
     return f"<pre>{html.escape(text)}</pre>" if text.strip() else ""
 
+# %% ../../nbs/lib/kit/docs.ipynb #2fe59587
 def _harmless(text):                                # an output shows what somebody typed: nothing in it may run
     from bs4 import BeautifulSoup
     soup = BeautifulSoup(text, "html.parser")
@@ -170,6 +173,7 @@ def build_site(
     fresh.rename(folder)
     return table.assign(kb=[round((folder / p).stat().st_size / 1e3) for p in table.page])[["page", "kb"]]
 
+# %% ../../nbs/lib/kit/docs.ipynb #32011d88
 def broken_links(
     folder: Path | str, # A site
 ) -> list[tuple[str, str]]: # Page, and the link on it that leads nowhere

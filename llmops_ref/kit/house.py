@@ -24,7 +24,9 @@ def wings(
     root: Path | str, # The project's folder
 ) -> list[str]: # The ground floor first
     "The wings in the order of the contract `wings`; one that the contract does not name comes last."
-    contracts = tomllib.loads((Path(root) / "pyproject.toml").read_text(encoding="utf-8"))["tool"].get("importlinter", {}).get("contracts", [])
+    contracts = (
+        tomllib.loads((Path(root) / "pyproject.toml").read_text(encoding="utf-8"))["tool"].get("importlinter", {}).get("contracts", [])
+    )
     floors = next((contract["layers"] for contract in contracts if contract.get("id") == "wings"), [])
     named = [wing for floor in reversed(floors) for wing in re.findall(r"\w+", floor)]
     there = sorted(path.name for path in (Path(root) / "nbs" / "lib").glob("*") if path.is_dir())
@@ -45,6 +47,7 @@ def first_cell(path: Path) -> str:
     "The text of the first cell of a notebook."
     return "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
 
+# %% ../../nbs/lib/kit/house.ipynb #eb5094ac
 def rooms(
     root: Path | str, # The project's folder
 ) -> pd.DataFrame: # Columns `wing name module notebook line`, the ground floor first
@@ -65,6 +68,7 @@ def _sources(root):                                 # module or stage -> its Pyt
         cells = json.loads((Path(root) / "nbs" / f"{stage.notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
         yield stage.notebook, "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
+# %% ../../nbs/lib/kit/house.ipynb #0131eafb
 def users(
     root: Path | str, # The project's folder
 ) -> dict[str, list[str]]: # Module -> stages and modules that import it themselves, in the order of the house
@@ -101,7 +105,9 @@ def write_users(root: Path | str) -> list[str]: # Notebooks that were changed
         path = root / room.notebook
         page = json.loads(path.read_text(encoding="utf-8"))
         text = "".join(page["cells"][0]["source"])
-        new = re.sub(r"\n\nUsed by [^\n]*|\Z", lambda _: f"\n\n{users_line(who[room.module], Path(room.notebook).parent.as_posix())}", text, count=1)
+        new = re.sub(
+            r"\n\nUsed by [^\n]*|\Z", lambda _: f"\n\n{users_line(who[room.module], Path(room.notebook).parent.as_posix())}", text, count=1
+        )
         if new == text: continue
         page["cells"][0]["source"] = new.splitlines(keepends=True)
         write_atomic(path, json.dumps(page, indent=1, ensure_ascii=False) + "\n")
@@ -109,7 +115,9 @@ def write_users(root: Path | str) -> list[str]: # Notebooks that were changed
     return changed
 
 # %% ../../nbs/lib/kit/house.ipynb #7dabe929
-def stands_on(root: Path | str) -> pd.DataFrame: # Rows: wings, the ground floor first; columns: stages; the number of rooms that a stage uses
+def stands_on(
+    root: Path | str, # The project's folder
+) -> pd.DataFrame: # Rows: wings, the ground floor first; columns: stages; the number of rooms that a stage uses
     "On which rooms each stage stands, counted by wing."
     names = wings(root)
     table = pd.DataFrame(0, index=names, columns=[stage.notebook for stage in STAGES])
@@ -126,6 +134,7 @@ def _wrapped(words, width):                         # lists of words, each no lo
         out[-1].append(word)
     return out
 
+# %% ../../nbs/lib/kit/house.ipynb #1f765ca3
 def draw_house(root: Path | str) -> str: # SVG
     "The house: its wings from top to ground floor, their rooms, and which stages stand on each."
     table, known, rows, y = stands_on(root), rooms(root), [], 150

@@ -133,6 +133,7 @@ def traffic(self: ModelServingHost) -> dict[str, int]:
     there = self._look()
     return self._table(there.config) if there else {}
 
+# %% ../../nbs/lib/release/hosting.ipynb #be599334
 @patch
 def _settled(self: ModelServingHost):                             # the endpoint, once nothing is being changed any more
     from databricks.sdk.service.serving import EndpointStateConfigUpdate as Update
@@ -174,7 +175,8 @@ def _wait(self: ModelServingHost, wanted):
         time.sleep(self.poll)
 
 @patch
-def _said(self: ModelServingHost, table): return ", ".join(f"version {version} {percent}%" for version, percent in sorted(table.items())) or "nothing"
+def _said(self: ModelServingHost, table):
+    return ", ".join(f"version {version} {percent}%" for version, percent in sorted(table.items())) or "nothing"
 
 @patch
 def _messages(self: ModelServingHost, there):
@@ -210,12 +212,14 @@ def _change(self: ModelServingHost, table):                       # version -> p
                 ) from None
     self._wait(table)
 
+# %% ../../nbs/lib/release/hosting.ipynb #0ec4e2f5
 @patch
 def start(self: ModelServingHost, version: str) -> None:
     "Bring a version up with no traffic, or all if nothing serves; up already, nothing is done. `DataError` if it does not come up."
     table = self.traffic()
     if version not in table: self._change(table | {version: 0 if table else 100})
 
+# %% ../../nbs/lib/release/hosting.ipynb #8e7e01b8
 @patch
 def reach(self: ModelServingHost, version: str) -> None:
     "Make sure that a version that was deployed can be asked; nothing is brought up for it."
@@ -227,7 +231,12 @@ def reach(self: ModelServingHost, version: str) -> None:
 
 # %% ../../nbs/lib/release/hosting.ipynb #f08db22f
 @patch
-def ask(self: ModelServingHost, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
+def ask(
+    self: ModelServingHost,
+    question: str,
+    version: str | None = None, # One that is up; by default the table chooses
+    purpose: str = "traffic", # What the question is for; noted in its trace
+) -> dict: # As the chain answers, with `version`
     "Ask a version that is up, or whoever the table chooses; gives the answer dictionary, or raises `DataError` or `SettingsError`."
     path = f"/serving-endpoints/{self.name}/" + (f"served-models/{entity_name(version)}/" if version else "") + "invocations"
     with asking_for(f"the endpoint {self.name}"):
@@ -237,8 +246,14 @@ def ask(self: ModelServingHost, question: str, version: str | None = None, purpo
         )
     return read_reply(question, reply)
 
+# %% ../../nbs/lib/release/hosting.ipynb #90476d4a
 @patch
-def stream(self: ModelServingHost, question: str, version: str | None = None, inputs: dict | None = None):
+def stream(
+    self: ModelServingHost,
+    question: str,
+    version: str | None = None, # One that is up; by default the table chooses
+    inputs: dict | None = None, # `purpose` as for `ask`; `user`, who asks
+):
     "The same in pieces, as they are written; yields what `read_events` does."
     path = f"/serving-endpoints/{self.name}/" + (f"served-models/{entity_name(version)}/" if version else "") + "invocations"
     with asking_for(f"the endpoint {self.name}"):
@@ -262,6 +277,7 @@ def share(self: ModelServingHost, shares: dict[str, float]) -> None:
     self._change(wanted)
     time.sleep(self.poll)                       # questions that were under way come to their end
 
+# %% ../../nbs/lib/release/hosting.ipynb #d84f836f
 @patch
 def retire(self: ModelServingHost, version: str) -> None:
     "This version has no traffic any more: it stays as the way back, at 0%, and the one that was kept so far goes."
@@ -269,6 +285,7 @@ def retire(self: ModelServingHost, version: str) -> None:
     kept = {v: percent for v, percent in table.items() if percent or v == version}
     if kept != table: self._change(kept)
 
+# %% ../../nbs/lib/release/hosting.ipynb #98558960
 @patch
 def close(self: ModelServingHost) -> None: "Nothing: what serves goes on serving."
 
@@ -321,6 +338,7 @@ def serves(self: AppHost) -> str | None:
     if not (app and app.active_deployment and app.app_status and app.app_status.state == ApplicationState.RUNNING): return None
     return next((v.value for v in app.active_deployment.env_vars or [] if v.name == "ASSISTANT_VERSION"), None)
 
+# %% ../../nbs/lib/release/hosting.ipynb #cf4e5251
 @patch
 def _key(self: AppHost):                                 # an App takes OAuth tokens, and a job's own is none
     if self.client.config.auth_type not in ("pat", "runtime"): return self.client.config.authenticate()
@@ -331,6 +349,12 @@ def _key(self: AppHost):                                 # an App takes OAuth to
         raise SettingsError(
             f"The service principal that APP_CLIENT_ID and APP_CLIENT_SECRET name gets no token: {str(error).splitlines()[0][:150]}"
         ) from None
+
+# %% ../../nbs/lib/release/hosting.ipynb #13b4c117
+@patch
+def _address(self: AppHost) -> str:
+    if url := self.url: return url
+    raise DataError(f"There is no App {self.name} that could be asked. Deploy a version: run the job `deployment`.")
 
 # %% ../../nbs/lib/release/hosting.ipynb #ffec3fee
 @patch
@@ -345,6 +369,7 @@ def start(self: AppHost, version: str) -> None:
     if version != self.serves() and version not in self.loaded:
         self.loaded[version] = self.stack.enter_context(load_assistant(self.ws, version))
 
+# %% ../../nbs/lib/release/hosting.ipynb #ee23fbde
 @patch
 def reach(self: AppHost, version: str) -> None:
     "Make sure that a version that was deployed can be asked; nothing is brought up for it."
@@ -354,15 +379,22 @@ def reach(self: AppHost, version: str) -> None:
             " run the job `deployment`."
         )
 
+# %% ../../nbs/lib/release/hosting.ipynb #7aea5345
 @patch
-def ask(self: AppHost, question: str, version: str | None = None, purpose: str = "traffic") -> dict:
+def ask(
+    self: AppHost,
+    question: str,
+    version: str | None = None, # One that was loaded here, or the one that the App serves
+    purpose: str = "traffic", # What the question is for; noted in its trace
+) -> dict: # As the chain answers, with `version`
     "Ask the version that was loaded, or the App; gives the answer dictionary. `DataError` or `SettingsError` if there is none."
     if version in self.loaded: return self.loaded[version](dict(question=question)) | dict(version=version)
     import httpx
     with asking_for(f"the App {self.name}"): headers = self._key()
+    address = self._address()
     try:
         response = httpx.post(
-            f"{self.url}/responses",
+            f"{address}/responses",
             json=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)), headers=headers,
             timeout=self.ws.config.chat_timeout,
         )
@@ -375,11 +407,17 @@ def ask(self: AppHost, question: str, version: str | None = None, purpose: str =
     if response.status_code != 200: raise DataError(f"The App {self.name} answered {response.status_code}: {response.text[:300]}")
     return read_reply(question, response.json())
 
+# %% ../../nbs/lib/release/hosting.ipynb #f263fb57
 @patch
-def stream(self: AppHost, question: str, version: str | None = None, inputs: dict | None = None):
+def stream(
+    self: AppHost,
+    question: str,
+    version: str | None = None, # Not needed: an App serves one
+    inputs: dict | None = None, # `purpose` as for `ask`; `user`, who asks
+):
     "The answer of the App in pieces; yields and raises what `stream_endpoint` does."
     with asking_for(f"the App {self.name}"): headers = self._key()
-    yield from stream_endpoint(self.url, question, inputs, self.ws.config.chat_timeout, headers)
+    yield from stream_endpoint(self._address(), question, inputs, self.ws.config.chat_timeout, headers)
 
 # %% ../../nbs/lib/release/hosting.ipynb #3ce1268c
 @patch
@@ -430,6 +468,7 @@ def share(self: AppHost, shares: dict[str, float]) -> None:
         self.client.apps.deploy_and_wait(self.name, wanted, timeout=datetime.timedelta(seconds=self.ws.config.serving_timeout))
     self.loaded.pop(version, None)                                  # from now on the App is asked
 
+# %% ../../nbs/lib/release/hosting.ipynb #cf515c9f
 @patch
 def retire(self: AppHost, version: str) -> None: "Nothing: the App has let it go."
 
@@ -438,6 +477,7 @@ def close(self: AppHost) -> None:
     "Let go of what was loaded in this process."
     self.stack.close()
 
+# %% ../../nbs/lib/release/hosting.ipynb #6222a882
 @patch
 def remove(self: AppHost) -> list[str]: # What was deleted
     "Delete the App; gone already, nothing is done."

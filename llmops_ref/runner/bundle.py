@@ -324,7 +324,6 @@ def destroy(
     "Remove what runs and jobs of an environment made; `DataError` or `SettingsError` if something would not go."
     return _destroy_here(ws) if ws.config.platform == "local" else _destroy_there(ws, client)
 
-# %% ../../nbs/lib/runner/bundle.ipynb #6b348512
 def _destroy_here(ws):
     from llmops_ref.core.services import running_services, stop_service
     folders, removed = [folder for folder in (ws.store, ws.runs) if folder.is_dir()], []

@@ -43,7 +43,7 @@ class StageKernel:
             | MLFLOW_SWITCHES
             | dict(
                 TMPDIR=self.scratch.name, LLMOPS_PROGRESS=str(self.progress),
-                LLMOPS_SETTINGS=str(ws.config.root / "settings.ini"), LLMOPS_RUN=str(os.getpid()),
+                LLMOPS_SETTINGS=str(ws.config.root / "settings.ini"), LLMOPS_RUN=str(os.getpid()),     # whose services it may use
                 PYTHON_COLORS="0", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1",
             )
         )
@@ -129,6 +129,32 @@ def put_back(
         if cell.get("id") in outputs: cell.outputs = outputs[cell.id]
     write_atomic(executed, nbformat.writes(notebook))
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #3290136d
+def _read_json(path):
+    try: return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError): return {}
+
+# %% ../../nbs/lib/runner/pipeline.ipynb #5fbec54b
+def _execute(notebook, parameters, output, kernel, on_progress):        # returns the error with which it ended, or nothing
+    import papermill
+    errors, ended = [], threading.Event()
+    def work():
+        try:
+            papermill.execute_notebook(
+                copy.deepcopy(notebook), str(output), parameters, progress_bar=False, kernel_name="python3", km=kernel.manager
+            )
+        except BaseException as error: errors.append(error)             # a thread cannot raise to us
+        finally: ended.set()
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while not ended.wait(0.2):                  # a `join` that is interrupted takes the thread for ended
+            if on_progress: on_progress(_read_json(kernel.progress))
+    except KeyboardInterrupt as error:
+        kernel.stop()
+        if not ended.wait(10): raise                # nobody knows what it writes yet
+        return error
+    return errors[0] if errors else None
+
 # %% ../../nbs/lib/runner/pipeline.ipynb #fc5badcd
 def run_stage(
     ws: Workspace,
@@ -138,27 +164,20 @@ def run_stage(
     on_progress=None, # Called with the latest progress (a dictionary) a few times a second
 ) -> dict: # The new manifest
     "Run one stage; `StageFailed` if it does not end with `ws.finish`."
-    import papermill
+    started = time.time()
     result_file = ws.path("stages", f"{stage.name}.result.json")
     result_file.unlink(missing_ok=True)
-    output, running, outcome = folder / f"{stage.notebook}.ipynb", folder / f".running-{stage.notebook}.ipynb", {}
+    output = folder / f"{stage.notebook}.ipynb"
+    running = folder / f".running-{stage.notebook}.ipynb"
     notebook = stage_notebook(ws, stage)
-    def work():
-        try:
-            papermill.execute_notebook(
-                copy.deepcopy(notebook), str(running), dict(env=ws.config.env), progress_bar=False, kernel_name="python3",
-                km=kernel.manager,
-            )
-        except BaseException as error: outcome["error"] = error
-    started, last, code = time.time(), manifest(ws, stage), stage_code(stage, ws.config.root)
-    thread = threading.Thread(target=work, daemon=True); thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-        if on_progress: on_progress(_read_json(kernel.progress))
-    if running.exists():
+    last = manifest(ws, stage)
+    code = stage_code(stage, ws.config.root)
+    error = _execute(notebook, dict(env=ws.config.env), running, kernel, on_progress)
+    if running.exists():                            # not where the kernel never came up
         put_back(running, notebook)
         os.replace(running, output)
-    if error := outcome.get("error"): raise StageFailed(stage, explain_error(error, output), output, _read_json(result_file) or None)
+    if isinstance(error, KeyboardInterrupt): raise error
+    if error: raise StageFailed(stage, explain_error(error, output), output, _read_json(result_file) or None)
     if not result_file.is_file():
         raise StageFailed(stage, "The notebook ended without ws.finish(...), so there is no result. Add it as its last cell.", output)
     done = json.loads(result_file.read_text()) | dict(code=code, seconds=time.time() - started, started=started,
@@ -166,11 +185,6 @@ def run_stage(
     write_atomic(ws.path("stages", f"{stage.name}.json"), json.dumps(done, indent=1))
     result_file.unlink()
     return done
-
-# %% ../../nbs/lib/runner/pipeline.ipynb #3290136d
-def _read_json(path):
-    try: return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError): return {}
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #1b3d4531
 class Quiet:
@@ -227,6 +241,39 @@ class _Kernels(contextlib.AbstractContextManager):
 
     def __exit__(self, *error): self.stop()
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #e791dd23
+def _its_turn(ws, step, force, over):               # the state of a stage and why; `over`: the run has ended before it
+    if step.state == "skipped": return "skipped", step.why
+    if over: return "pending", step.why
+    why = ["forced"] if force else reasons(ws, step.stage)
+    if not why: return "cached", step.why
+    if waits := waits_for(ws, step.stage): return "waiting", waits
+    return "ran", "; ".join(why)
+
+def _next_to_run(steps, number):                    # the stage whose kernel may warm up meanwhile
+    return next((step.stage for step in steps[number + 1 :] if step.state not in ("cached", "skipped")), None)
+
+# %% ../../nbs/lib/runner/pipeline.ipynb #2bb4299a
+def _run_one(ws, stage, why, folder, kernels, later, view):     # its state for the record, and the error that ends the run, if one does
+    clock = time.time()
+    view.stage_started(stage, why)
+    def heard(progress):                            # while it works, the kernel of the next one warms up
+        if stage.name not in ALONE or progress.get("done", 0) >= progress.get("total", 1): kernels.prepare(later)
+        view.stage_progress(stage, progress, time.time() - clock)
+    try:
+        with contextlib.ExitStack() as afterwards:
+            kernel = kernels.take(stage)
+            afterwards.callback(kernel.stop)
+            done = run_stage(ws, stage, folder, kernel, heard)
+    except (StageFailed, KeyboardInterrupt) as error:
+        said = error.error if isinstance(error, StageFailed) else "Interrupted by Ctrl-C."
+        state = dict(state="failed", why=why, error=said, seconds=time.time() - clock, started=clock,
+                     executed=str(folder / f"{stage.notebook}.ipynb"), result=getattr(error, "result", None))
+        view.stage_ended(stage, "failed", state)
+        return state, error
+    view.stage_ended(stage, "ran", done)
+    return dict(state="ran", why=why), None
+
 # %% ../../nbs/lib/runner/pipeline.ipynb #23d4ad8e
 def run_pipeline(
     ws: Workspace,
@@ -235,58 +282,33 @@ def run_pipeline(
     view=None, # Hears what happens; see `Quiet`
     command: str = "llmops run", # For the report
 ) -> dict: # The record of the run, as the report takes it
-    "Run the steps of a plan in order and write the report; `StageFailed` after the report when a stage fails."
+    """Run the steps of a plan in order and write the report.
+
+    `StageFailed` after the report when a stage fails, `KeyboardInterrupt` when somebody interrupts it."""
     from llmops_ref.core.services import stop_services
     view, started = view or Quiet(), time.time()
     run_id = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
     folder = ws.runs / run_id
-    states, failure, waiting, pages = {}, None, "", []
+    states, pages, failure, waiting = {}, [], None, ""
     with ws.hold("run", "Another run"), contextlib.ExitStack() as to_do:
         kernels, printer = to_do.enter_context(_Kernels(ws)), to_do.enter_context(ThreadPoolExecutor(1))
-        to_do.callback(stop_services, ws, owner=os.getpid())
+        to_do.callback(stop_services, ws, owner=os.getpid())            # endpoints that this run has started
         for number, step in enumerate(steps):
-            if step.state == "skipped":
-                states[step.stage.name] = dict(state="skipped", why=step.why)
-                view.stage_ended(step.stage, "skipped", dict(headline=step.why))
-                continue
-            why = ["forced"] if force else reasons(ws, step.stage)
-            if failure or waiting or not why:
-                states[step.stage.name] = dict(state="pending" if failure or waiting else "cached", why=step.why)
-                if not (failure or waiting): view.stage_ended(step.stage, "cached", manifest(ws, step.stage))
-                continue
-            if waits := waits_for(ws, step.stage):
-                states[step.stage.name] = dict(state="waiting", why=waits)
-                view.stage_ended(step.stage, "waiting", dict(headline=waits))
-                waiting = waits
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            clock = time.time()
-            view.stage_started(step.stage, "; ".join(why))
-            later, kernel = next((s.stage for s in steps[number + 1 :] if s.state not in ("cached", "skipped")), None), kernels.take(
-                step.stage
-            )
-            def heard(progress):
-                if step.stage.name not in ALONE or progress.get("done", 0) >= progress.get("total", 1): kernels.prepare(later)
-                view.stage_progress(step.stage, progress, time.time() - clock)
-            try:
-                done = run_stage(ws, step.stage, folder, kernel, heard)
-                states[step.stage.name] = dict(state="ran", why="; ".join(why))
-                view.stage_ended(step.stage, "ran", done)
-            except StageFailed as error:
-                failure = error
-                states[step.stage.name] = dict(
-                    state="failed", why="; ".join(why), error=error.error, seconds=time.time() - clock, started=clock,
-                    executed=str(error.notebook), result=error.result,
-                )
-                view.stage_ended(step.stage, "failed", states[step.stage.name])
-            finally: kernel.stop()
-            pages.append(printer.submit(notebook_html, folder / f"{step.stage.notebook}.ipynb"))
-        for page in pages: page.result()
-        record = _record(
-            ws, run_id, started, states, "failed" if failure else "waiting" if waiting else "completed", command, folder
-        ) | dict(waiting=waiting)
+            stage = step.stage
+            state, why = _its_turn(ws, step, force, over=failure or waiting)
+            states[stage.name] = dict(state=state, why=why)
+            if state == "ran":
+                folder.mkdir(parents=True, exist_ok=True)
+                states[stage.name], failure = _run_one(ws, stage, why, folder, kernels, _next_to_run(steps, number), view)
+                pages.append(printer.submit(notebook_html, folder / f"{stage.notebook}.ipynb"))
+            elif state == "cached": view.stage_ended(stage, state, manifest(ws, stage))
+            elif state != "pending": view.stage_ended(stage, state, dict(headline=why))
+            if state == "waiting": waiting = why
+        status = "failed" if failure else "waiting" if waiting else "completed"
+        record = _record(ws, run_id, started, states, status, command, folder) | dict(waiting=waiting)
         if pages: _write_run(ws, record, folder)
     if failure: raise failure
+    for page in pages: page.result()                # an error while rendering is an error of the run
     return record
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #80fa208c

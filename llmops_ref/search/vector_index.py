@@ -50,8 +50,8 @@ def make_faiss(
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if kind == "flat": index = faiss.IndexFlatIP(dimension)
     elif kind == "hnsw":
-        index = faiss.IndexHNSWFlat(dimension, 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction, index.hnsw.efSearch = 80, 64
+        index = faiss.IndexHNSWFlat(dimension, 32, faiss.METRIC_INNER_PRODUCT)         # each vector knows 32 neighbours
+        index.hnsw.efConstruction, index.hnsw.efSearch = 80, 64        # candidates that are kept in view while building, and searching
     else:
         lists = max(1, min(int(4 * count ** 0.5), count // 39))         # FAISS wants 39 vectors for each list and each of the 256 codes
         codes = next(m for m in (dimension // 4, dimension // 2, dimension) if m and dimension % m == 0)
@@ -60,12 +60,14 @@ def make_faiss(
         sample = np.random.default_rng(17).choice(count, min(count, 39 * max(lists, 256)), replace=False)
         index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1      # no warning on a small index
         index.train(vectors[np.sort(sample)])
-        index.nprobe = max(1, lists // 16)
+        index.nprobe = max(1, lists // 16)                              # a search looks into one list of 16
     index.add(vectors)
     return index
 
 # %% ../../nbs/lib/search/vector_index.ipynb #b6fac067
 BM25_K1, BM25_B = 0.9, 0.3
+
+# %% ../../nbs/lib/search/vector_index.ipynb #7eb45834
 STOP_WORDS = set(
     "a an and are as at be by can could did do does for from has have how i if in into is it its me my not of on or our should so than that"
     " the their them then there this to us was we what when where which who why will with would you your".split()
@@ -82,8 +84,8 @@ def terms(text: str) -> list[str]:
 
 # %% ../../nbs/lib/search/vector_index.ipynb #beeafc28
 COLUMNS = ["id", "document_id", "package", "kind", "heading", "text"]
-FORMATS = (2, 3)                        # that can be read; 3 has the column `prominence`
-FILTERS = ("package", "kind", "document_id")
+FORMATS = (2, 3)                                        # that can be read; 3 has the column `prominence`
+FILTERS = ("package", "kind", "document_id")            # columns that a search can be narrowed by
 
 def build_index(
     folder: Path, # A new folder
@@ -294,7 +296,9 @@ def search(
     if method == "hybrid" and self.prominence.any(): scores = self._with_prior(question, scores)
     found = []
     for document, score in list(scores.items())[:max(k, RERANKED if self.reranker else 0)]:
+        # of its chunks the one that stands highest in a ranking
         row = min((list(ranking).index(document), ranking[document]) for ranking in rankings if document in ranking)[1]
+        # a chunk that only BM25 found has no cosine yet
         similarity = dense[row] if row in dense else float(self.vectors.reconstruct(row) @ vector) if vector is not None else 0.0
         found.append(self._passage(row, score if method == "hybrid" else (dense or lexical)[row], similarity))
     if self.reranker: found = [found[i] for i in np.argsort(-np.asarray(self.reranker(question, found)), kind="stable")]

@@ -101,12 +101,19 @@ def index(self: IndexStore) -> Index | None:
     "The index over what the store holds now; `None` if that is nothing."
     if self._index is None and self.rows:
         documents, vectors = zip(*self.rows.values())
-        chunks = pd.DataFrame([dict(id=d.id, document_id=d.metadata.get("document_id", d.id), text=d.page_content)
-                               | {key: str(d.metadata.get(key, "")) for key in ("package", "kind", "heading")} for d in documents])
+        chunks = pd.DataFrame([_chunk(document) for document in documents])
         with tempfile.TemporaryDirectory() as folder:
             build_index(Path(folder), chunks, np.stack(vectors), "memory", self.digest, self.kind)
             self._index = Index(Path(folder), _Vectors(self.embedding, self.digest))
     return self._index
+
+def _chunk(document):
+    known = document.metadata
+    prominence = known.get("prominence")            # of an index of ours; an application may mean something else by the word
+    return dict(
+        id=document.id, document_id=known.get("document_id", document.id), text=document.page_content,
+        prominence=prominence if isinstance(prominence, float) and 0 <= prominence <= 1 else 0.0,
+    ) | {key: str(known.get(key, "")) for key in ("package", "kind", "heading")}
 
 # %% ../../nbs/lib/search/vectorstore.ipynb #39657da2
 @patch
@@ -130,18 +137,22 @@ def similarity_search(self: IndexStore, query: str, k: int = 4, **settings) -> l
 @patch
 def similarity_search_by_vector(
     self: IndexStore,
-    embedding: list[float], # Of any length
+    embedding: list[float], # As many numbers as the store's vectors have; only its direction counts
     k: int = 4, # How many documents, at most
     filters: dict | None = None, # As above
     **_,
 ) -> list[Document]:
-    "Documents nearest to a vector."
-    return (
-        [self.rows[p.chunk_id][0] for p in self.index.search("-", k, "dense", vector=_unit([embedding])[0], filters=filters)]
-        if self.rows
-        else []
-    )
+    "Documents nearest to a vector; `ValueError` if it is from another space."
+    if not self.rows: return []
+    numbers = self.index.manifest["dimension"]
+    if len(embedding) != numbers:
+        raise ValueError(
+            f"The vector has {len(embedding)} numbers, and those of this store have {numbers}. Make it with the embeddings of the store."
+        )
+    found = self.index.search("-", k, "dense", vector=_unit([embedding])[0], filters=filters)
+    return [self.rows[p.chunk_id][0] for p in found]
 
+# %% ../../nbs/lib/search/vectorstore.ipynb #b2053509
 IndexStore.__abstractmethods__ = frozenset()        # they are patched in above, after the class was made
 
 @patch
@@ -162,7 +173,8 @@ class RetrieverModel(mlflow.pyfunc.PythonModel):
     ) -> list[str]:
         "For each question, the passages as a JSON list."
         params = params or {}
-        filters = {"package": params["package"].split(",")} if params.get("package") else None
+        packages = [name.strip() for name in params.get("package", "").split(",") if name.strip()]
+        filters = {"package": packages} if packages else None
         return [
             json.dumps([vars(p) for p in self.index.search(q, int(params.get("k", 5)), params.get("method", "hybrid"), filters=filters)])
             for q in model_input["question"]
@@ -175,6 +187,7 @@ from mlflow.models import set_model
 set_model(RetrieverModel())
 """
 
+# %% ../../nbs/lib/search/vectorstore.ipynb #23ace012
 def log_retriever(ws: Workspace) -> str:
     "Log and register the published index as the model `retriever`; returns the version."
     from mlflow.models import infer_signature
