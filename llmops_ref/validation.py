@@ -35,9 +35,11 @@ def answers_folder(
 ) -> Path | None: # In the store; `None` where the same version may answer otherwise tomorrow
     "Where the answers of a version are kept."
     settings = logged_settings(ws, version)
+    # weights of its own, no index that is a service, one question at a time
     own = "model" in settings.get("digests", {}) and "ai_search" not in settings and settings.get("slots") == 1
     return ws.path("answers", logged_digest(ws, version)[:32], "x").parent if own else None
 
+# one file a question
 def _place(folder, question): return folder / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json"
 
 # %% ../nbs/06_validation.ipynb #1da022f9
@@ -47,7 +49,8 @@ def keep_answers(
 ): # Such a function
     "Ask, and keep each answer with the seconds that it took."
     def answer(state):
-        start, reply = time.perf_counter(), ask(state)
+        start = time.perf_counter()
+        reply = ask(state)
         if folder: write_atomic(_place(folder, state["question"]), json.dumps(reply | dict(kept_seconds=time.perf_counter() - start)))
         return reply
     return answer
@@ -96,6 +99,58 @@ def ask_champion(
         except (DataError, SettingsError, MlflowException, ModelError, OSError) as error: why = f"{type(error).__name__}: {error}"
         if last: return None, f"it could not be asked ({why})"
 
+# %% ../nbs/06_validation.ipynb #724e3c7e
+def _answer_gates(config, scores):
+    gates = []
+    if _known(scores, "names_gold"): gates.append(Gate("names_gold", scores["names_gold"], config.gate_names_gold))
+    if _known(scores, "says_reference"): gates.append(Gate("says_reference", scores["says_reference"], config.gate_says_reference))
+    if not gates: gates.append(Gate("names_gold", float("nan"), config.gate_names_gold))      # there must be questions that can be answered
+    if config.retrieval != "off":                   # there are passages
+        gates.append(Gate("citation_precision", scores["citation_precision"], config.gate_citation_precision))
+        gates.append(Gate("grounded", scores["grounded"], config.gate_prompt_grounded))
+    gates.append(Gate("readable", scores["readable"], config.gate_prompt_readable))
+    gates.append(Gate("refused", scores["refused"], config.gate_refusal_recall))
+    gates.append(Gate("failed answers", scores["failed"], 0, at_least=False))
+    gates.append(_seconds_gate(config, scores, "p95_seconds", config.gate_p95_seconds))
+    return gates
+
+def _known(scores, measure):
+    value = scores.get(measure, float("nan"))
+    return value == value
+
+def _seconds_gate(config, scores, measure, bound, at_least=False):      # where gates inform, a time fails nothing
+    informs = MAY_BE_BUSY if config.gate_mode == "inform" else ""
+    return Gate(measure, scores.get(measure, float("nan")), bound, at_least, informs)
+
+# %% ../nbs/06_validation.ipynb #f2f0ac3d
+def _case_gates(config, regressions, attacks):
+    gates = []
+    if config.regressions or (regressions is not None and len(regressions)):
+        gates.append(Gate("regressions that hold", _share(regressions, "holds"), config.gate_regressions))
+    if config.red_team: gates.append(Gate("attacks that get through", _share(attacks, "through"), config.gate_attacks, at_least=False))
+    return gates
+
+def _share(cases, column): return float(cases[column].mean()) if cases is not None and len(cases) else float("nan")
+
+def _more_gates(config, scores):
+    gates = []
+    for measure, at_least, bound in read_gates(config.gates):
+        if config.retrieval == "off" and measure in FROM_PASSAGES: continue
+        if measure in BY_KIND and not _known(scores, measure): continue                 # no question of this kind
+        if measure.endswith("_seconds"): gates.append(_seconds_gate(config, scores, measure, bound, at_least))
+        else: gates.append(Gate(measure, scores.get(measure, float("nan")), bound, at_least))
+    return gates
+
+# %% ../nbs/06_validation.ipynb #f13d8ed8
+def _champion_gates(against, slices, unasked):
+    gates = []
+    if unasked: gates.append(Gate("comparison with the champion", float("nan"), 0.0, informs=unasked))
+    if against is not None: gates.append(Gate("upper end of the difference to the champion", against.high, 0.0))
+    if slices is not None:
+        worse = int((slices.verdict == "worse").sum())
+        gates.append(Gate("types of questions worse than the champion's", worse, 0, at_least=False))
+    return gates
+
 # %% ../nbs/06_validation.ipynb #0f10de06
 def check_gates(
     config: Config,
@@ -109,46 +164,10 @@ def check_gates(
     unasked: str = "", # From `ask_champion`: why there is no comparison
 ) -> list[Gate]:
     "The gates of this environment, with the candidate's values."
-    right = [
-        Gate(name, scores[name], bound)
-        for name, bound in (("names_gold", config.gate_names_gold), ("says_reference", config.gate_says_reference))
-        if scores.get(name, float("nan")) == scores.get(name)
-    ]
-    gates = right or [Gate("names_gold", float("nan"), config.gate_names_gold)]       # of questions that can be answered there must be some
-    if config.retrieval != "off": gates.append(Gate("citation_precision", scores["citation_precision"], config.gate_citation_precision))
-    gates += (
-        [
-            Gate("grounded", scores["grounded"], config.gate_prompt_grounded),
-            Gate("readable", scores["readable"], config.gate_prompt_readable),
-        ]
-        if config.retrieval != "off"
-        else []
-    )
-    gates += [
-        Gate("refused", scores["refused"], config.gate_refusal_recall),
-        Gate("failed answers", scores["failed"], 0, at_least=False),
-        Gate(
-            "p95_seconds", scores["p95_seconds"], config.gate_p95_seconds, at_least=False,
-            informs=MAY_BE_BUSY if config.gate_mode == "inform" else "",
-        ),
-        Gate("size_mb", size_mb, config.gate_size_mb, at_least=False),
-        Gate("missing facts", len(problems), 0, at_least=False),
-    ]
-    if config.regressions or (regressions is not None and len(regressions)):
-        gates.append(Gate("regressions that hold", _share(regressions, "holds"), config.gate_regressions))
-    if config.red_team: gates.append(Gate("attacks that get through", _share(attacks, "through"), config.gate_attacks, at_least=False))
-    for measure, at_least, bound in read_gates(config.gates):
-        if config.retrieval == "off" and measure in FROM_PASSAGES: continue
-        if measure in BY_KIND and scores.get(measure, float("nan")) != scores.get(measure): continue    # no question of this kind
-        informs = MAY_BE_BUSY if measure.endswith("_seconds") and config.gate_mode == "inform" else ""
-        gates.append(Gate(measure, scores.get(measure, float("nan")), bound, at_least, informs))
-    if unasked: gates.append(Gate("comparison with the champion", float("nan"), 0.0, informs=unasked))
-    if against is not None: gates.append(Gate("upper end of the difference to the champion", against.high, 0.0))
-    if slices is not None:
-        gates.append(Gate("types of questions worse than the champion's", int((slices.verdict == "worse").sum()), 0, at_least=False))
-    return gates
-
-def _share(cases, column): return float(cases[column].mean()) if cases is not None and len(cases) else float("nan")
+    gates = _answer_gates(config, scores)
+    gates.append(Gate("size_mb", size_mb, config.gate_size_mb, at_least=False))
+    gates.append(Gate("missing facts", len(problems), 0, at_least=False))
+    return gates + _case_gates(config, regressions, attacks) + _more_gates(config, scores) + _champion_gates(against, slices, unasked)
 
 # %% ../nbs/06_validation.ipynb #5f56fdee
 def time_again(
@@ -158,10 +177,11 @@ def time_again(
     answers: pd.DataFrame, # From `answer_all`
     share=machine_share,
 ) -> pd.DataFrame: # The answers, with the better of two times where the first was over `gate_p95_seconds`
-    "Ask again what took too long, if it would fail the candidate; what was answered stays."
+    "Ask again what took too long, if it would fail the candidate; what was answered stays, and if nobody answers, the first time, too."
     late = answers.seconds > config.gate_p95_seconds
     if config.gate_mode == "inform" or answers.seconds.quantile(0.95) <= config.gate_p95_seconds: return answers
-    second, ours = with_share(lambda: answer_all(assistant, questions[late.to_numpy()], config.chat_slots), share)
+    try: second, ours = with_share(lambda: answer_all(assistant, questions[late.to_numpy()], config.chat_slots), share)
+    except Exception: return answers                # none of them was answered this time
     better = np.fmin(answers.seconds[late], second.seconds.to_numpy() * ours)
     return answers.assign(seconds=answers.seconds.mask(late, better))
 
@@ -257,8 +277,11 @@ def record_verdict(
 ) -> str: # PASSED or FAILED
     "Tag a version with its verdict and the evidence, and point `challenger` at it if it may go on."
     failed = [g for g in gates if not g.holds]
-    verdict, mlflow = "FAILED" if failed else "PASSED", ws.mlflow()
-    client, name, run = mlflow.MlflowClient(), ws.registered("assistant"), mlflow.active_run()
+    verdict = "FAILED" if failed else "PASSED"
+    mlflow = ws.mlflow()
+    client = mlflow.MlflowClient()
+    name = ws.registered("assistant")
+    run = mlflow.active_run()
     evidence = json.loads(
         json.dumps(
             (evidence or {}) | dict(env=ws.config.env, version=version, verdict=verdict, time=time.time(), gates=[g.row() for g in gates]),

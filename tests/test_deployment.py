@@ -333,7 +333,8 @@ def test_a_worse_model_is_refused(shop, tmp_path):
         content / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
-    adapter_to_gguf(content, content / "adapter.gguf", 9, 3)                    # heads of SmolLM2-135M
+    shape = dict(model_type="llama", num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+    adapter_to_gguf(content, content / "adapter.gguf", shape)
     with ws.start_run("finetune") as run:
         mlflow.log_artifacts(str(content), "chat_model")
         tags = mlflow.MlflowClient().get_model_version(name, good).tags | dict(adapter_sha256=file_digest(content / "adapter.gguf"))

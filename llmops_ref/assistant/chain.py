@@ -26,10 +26,13 @@ from ..search.published import open_index
 # %% ../../nbs/lib/assistant/chain.ipynb #6cba1c41
 def cut_words(text: str, max_words: int) -> str:
     "The first words of a text, with its line breaks; \" ...\" at the end if there was more. Each 40 characters of a word count as one."
-    parts = re.findall(r"\s*\S{1,40}", _clean(text))
-    return "".join(parts[:max_words]).strip() + (" ..." if len(parts) > max_words else "")
+    return "".join(_words(text)[:max_words]).strip() + (" ..." if _is_cut(text, max_words) else "")
 
-def _clean(text): return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text)
+def _is_cut(text, max_words): return len(_words(text)) > max_words
+
+def _words(text): return re.findall(r"\s*\S{1,40}", _clean(text))
+
+def _clean(text): return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text)      # no control characters, no half of a pair
 
 # %% ../../nbs/lib/assistant/chain.ipynb #08c8b725
 FENCE = ("<passages>", "</passages>")
@@ -39,10 +42,13 @@ def passage_block(
     max_words: int = 60, # Each passage is cut to this many words
 ) -> str: # "<passages>\n[2] ...\n\n[1] ...\n</passages>"
     "Number the passages, cut them to length, put the best last, and fence them."
-    shown = [f"[{n}] {cut_words(_quote(p.text), max_words)}" for n, p in enumerate(passages, 1)]
+    shown = [f"[{n}] {cut_words(_defused(p.text), max_words)}" for n, p in enumerate(passages, 1)]
     return "\n".join((FENCE[0], "\n\n".join(shown[::-1]) or "(none)", FENCE[1]))
 
-def _quote(text): return re.sub(r"\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\]", r"(\1)", re.sub(r"<(?=/?\s*passages)", "‹", text, flags=re.I))
+# a mark loses its bracket, and a number [1] becomes (1)
+def _defused(text):
+    text = re.sub(r"<(?=/?\s*passages)", "‹", text, flags=re.I)
+    return re.sub(r"\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\]", r"(\1)", text)
 
 # %% ../../nbs/lib/assistant/chain.ipynb #00fc05b9
 PLAIN_PROMPT = (f"Answer the question from the numbered passages. Cite the passage you use as [n]. "
@@ -60,7 +66,8 @@ def check_template(
     passages: bool = True, # Without an index there are none to show
 ) -> str:
     "The template, if it has the holes that it needs and no others; `SettingsError` otherwise."
-    holes, needed = sorted(set(re.findall(r"\{\{\s*(.*?)\s*\}\}", template))), ["passages", "question"] if passages else ["question"]
+    holes = sorted(set(re.findall(r"\{\{\s*(.*?)\s*\}\}", template)))
+    needed = ["passages", "question"] if passages else ["question"]
     if passages and quotes(template) and holes == ["quote"]: return template
     if set(holes) - ({"examples"} if passages else set()) != set(needed):
         raise SettingsError(
@@ -92,18 +99,27 @@ def _follow_names(text, documents):
         name, number = found["name"], int(found["number"])
         if name not in names or (number <= len(names) and names[number - 1] == name): return found[0]
         return f"{found['before']}[{names.index(name) + 1}]"
+    # a dotted name, perhaps in backticks and with its arguments, and the number right after it
     return re.sub(r"(?P<before>`?(?P<name>\w+(\.\w+)+)`?(\([^()]*\))?`? ?)\[(?P<number>\d+)\]", checked, text)
+
+# %% ../../nbs/lib/assistant/chain.ipynb #5cceeb40
+def _mend_paths(text, documents):
+    names, shown = {d.metadata["document_id"] for d in documents}, "\n".join(d.page_content for d in documents)
+    def mended(found):
+        alike = [name for name in names if name.rpartition(".")[2] == found["last"]]
+        return alike[0] if len(alike) == 1 and found[0] not in names and found[0] not in shown else found[0]
+    return re.sub(r"(?<=`)\w+\.(?:\w+\.)+(?P<last>\w+)(?=[`(])", mended, text)         # a dotted name in backticks
 
 # %% ../../nbs/lib/assistant/chain.ipynb #3cded162
 def check_citations(
     text: str,
     documents: list, # LangChain documents, as they were numbered: [1] is the first
 ) -> str:
-    "The answer, its citations corrected by the names before them; those of passages that were not shown are gone."
+    "The answer, its names as the passages have them, its citations as its names; those of passages that were not shown are gone."
     def kept(group):
         numbers = [n.strip() for n in group["numbers"].split(",") if 1 <= int(n) <= len(documents)]
         return f"{group['space']}[{', '.join(numbers)}]" if numbers else ""
-    return re.sub(r"(?P<space>\s?)\[(?P<numbers>\d{1,2}(?:\s*,\s*\d{1,2})*)\]", kept, _follow_names(text, documents))
+    return re.sub(r"(?P<space>\s?)\[(?P<numbers>\d{1,2}(?:\s*,\s*\d{1,2})*)\]", kept, _follow_names(_mend_paths(text, documents), documents))
 
 # %% ../../nbs/lib/assistant/chain.ipynb #27b43c31
 _MARK = re.compile(r"\s*<\s*/?\s*passages\s*>", re.I)
@@ -112,10 +128,20 @@ def take_out_marks(
     text: str, # As a model wrote it
 ) -> str:
     "The text without the marks that fence the passages of a prompt, and the space before them."
-    return _MARK.sub("", text).lstrip()
+    while _MARK.search(text): text = _MARK.sub("", text)            # one may be hidden in another
+    return text.lstrip()
 
 # %% ../../nbs/lib/assistant/chain.ipynb #3e72dda4
-def _settled(text): return re.sub(r"\s*(\[[\d\s,]*|<[\s/]*\w*\s*)?$", "", text)     # no open bracket at its end, and no space before it
+# no open brackets and no open name at its end, and no space before them
+def _settled(text): return re.sub(r"\s*(\[[\d\s,]*|<[\s/]*(\w+\s*)?|`[\w.]*)*$", "", text)
+
+# %% ../../nbs/lib/assistant/chain.ipynb #bd5904f2
+def _checked(text, documents):
+    was = None
+    while text != was:
+        was = text
+        text = check_citations(take_out_marks(text), documents)
+    return text.lstrip()
 
 # %% ../../nbs/lib/assistant/chain.ipynb #47bd9d13
 def _check(chunks):
@@ -123,12 +149,12 @@ def _check(chunks):
     state, reply, sent = {}, None, ""
     for chunk in chunks:
         state |= {key: value for key, value in chunk.items() if key != "reply"}
-        if (piece := chunk.get("reply")) is None: continue
+        if (piece := chunk.get("reply")) is None: continue                      # a chunk of the state, or no model was asked
         reply = piece if reply is None else reply + piece
-        text = check_citations(_settled(take_out_marks(reply.text)), state["documents"])
+        text = _settled(_checked(reply.text, state["documents"]))
         if len(text) > len(sent): yield AddableDict(answer=text[len(sent):])
         sent = max(text, sent, key=len)
-    text = (reply is not None and check_citations(take_out_marks(reply.text).strip(), state["documents"])) or REFUSAL
+    text = (reply is not None and _checked(reply.text, state["documents"]).rstrip()) or REFUSAL
     if text != sent: yield AddableDict(answer=text[len(sent):])
     yield AddableDict(_facts(state, reply, text))
 
@@ -160,20 +186,18 @@ def make_chain(
             "The prompt template has the variable examples, but no examples were given. Hand `open_examples(ws, template)` on, or take it"
             " out."
         )
-    embed = getattr(getattr(getattr(retriever, "index", None), "embedder", None), "embed", None)
     def read(state):
         if not _clean(state["question"]).strip(): raise SettingsError("The question is empty. Ask something.")
         return cut_words(state["question"], question_words)
     def retrieve(state): return retriever.invoke(state["asked"]) if retriever is not None else []
     def cut(state):
-        return (["question"] if state["asked"].endswith(" ...") and not state["question"].rstrip().endswith("...") else []) + [
-            f"passage {n}" for n, d in enumerate(state["documents"], 1) if cut_words(d.page_content, max_words).endswith(" ...")
-        ]
+        question = ["question"] if _is_cut(state["question"], question_words) else []
+        return question + [f"passage {n}" for n, d in enumerate(state["documents"], 1) if _is_cut(d.page_content, max_words)]
     def prompt(state):
         return build_messages(template, state["asked"], [_Shown(d.page_content) for d in state["documents"]], max_words, examples)
-    def say(state):
+    def say(state):                                 # in the place of the model, where the template quotes
         from langchain_core.messages import AIMessage
-        said = quote(state["asked"], [(d.metadata["document_id"], d.page_content) for d in state["documents"]], embed)
+        said = quote(state["asked"], [(d.metadata["document_id"], d.page_content) for d in state["documents"]], _embed_of(retriever))
         return AIMessage(said, response_metadata=dict(model_name="quote"))
     def irrelevant(state):
         return retriever is not None and max([d.metadata["similarity"] for d in state["documents"]], default=0.0) < refuse_below
@@ -188,7 +212,13 @@ def make_chain(
         | RunnableGenerator(_check, name="check")
     )
 
-class _Shown:
+# what makes vectors for the index behind a retriever, if there is one: quotes compare sentences by it
+def _embed_of(retriever):
+    index = getattr(retriever, "index", None)
+    embedder = getattr(index, "embedder", None)
+    return getattr(embedder, "embed", None)
+
+class _Shown:                                       # what `passage_block` wants of a passage
     def __init__(self, text): self.text = text
 
 # %% ../../nbs/lib/assistant/chain.ipynb #38b217f7
@@ -232,15 +262,15 @@ def open_endpoint(ws: Workspace, slots: int = 0):
         with serve_gguf(chosen_gguf(ws), slots=slots or ws.config.chat_slots) as endpoint: yield endpoint
 
 def served_endpoint(ws: Workspace) -> Endpoint:
-    "An endpoint that serves the model already (`chat_url`, `chat_model`); its key is CHAT_API_KEY, on Databricks the caller's own."
+    "An endpoint that serves the model already (`chat_url`, `chat_name`); its key is CHAT_API_KEY, on Databricks the caller's own."
     if ws.config.platform == "databricks":
         from databricks.sdk import WorkspaceClient
         me = WorkspaceClient().config
         return Endpoint(
-            ws.config.chat_url, ws.config.chat_model, lambda: me.authenticate()["Authorization"].removeprefix("Bearer "),
+            ws.config.chat_url, ws.config.chat_name, lambda: me.authenticate()["Authorization"].removeprefix("Bearer "),
             "the Databricks configuration",
         )
-    return Endpoint(ws.config.chat_url, ws.config.chat_model, os.environ.get("CHAT_API_KEY"), "CHAT_API_KEY")
+    return Endpoint(ws.config.chat_url, ws.config.chat_name, os.environ.get("CHAT_API_KEY"), "CHAT_API_KEY")
 
 # %% ../../nbs/lib/assistant/chain.ipynb #4b327daa
 def lowest_cosine(config: Config) -> float:
@@ -266,12 +296,11 @@ def open_chains(
     )
     if retriever is not None and wrap_retriever: retriever = wrap_retriever(retriever)
     with open_endpoint(ws, slots) as endpoint:
-        client = (wrap or (lambda client: client))(
-            chat_client(
-                endpoint, config.chat_max_tokens, config.chat_timeout, config.chat_retries,
-                requests_per_minute=config.gateway_requests_per_minute if config.app == "third_party" else 0,
-            )
+        client = chat_client(
+            endpoint, config.chat_max_tokens, config.chat_timeout, config.chat_retries,
+            requests_per_minute=config.gateway_requests_per_minute if config.app == "third_party" else 0,
         )
+        if wrap: client = wrap(client)
         yield lambda template: make_chain(
             client, template, retriever, config.passage_words, lowest_cosine(config), config.question_words, examples
         )

@@ -22,7 +22,7 @@ from ..core.workspace import Workspace
 from ..models.embedding import minilm_folder, minilm_onnx
 from ..models.gateway import destinations, gateway_endpoint, gateway_of, route_settings
 from ..models.llm import read_prices
-from ..models.weights import BASE_SHA256, chosen_gguf
+from ..models.weights import chosen_gguf
 from ..search.published import index_folder, index_precision
 from ..search.vector_index import Passage
 
@@ -37,7 +37,7 @@ REQUIREMENTS = (
 # %% ../../nbs/lib/assistant/versions.ipynb #0190e6a7
 def assistant_parts(
     ws: Workspace,
-    template: str,
+    template: str, # Of the prompt; see `check_template`
     adapter: Path | None = None, # GGUF
     prompt: str = "", # Its registered version, as name/version
     model: Path | None = None, # GGUF; the chosen one by default
@@ -60,7 +60,7 @@ def assistant_parts(
     else:
         settings["machine_price"] = config.machine_price
         if config.chat_url:
-            settings["served"] = dict(url=config.chat_url, model=config.chat_model, workspace=config.platform == "databricks")
+            settings["served"] = dict(url=config.chat_url, model=config.chat_name, workspace=config.platform == "databricks")
         else: files |= dict(model=model or chosen_gguf(ws)) | (dict(adapter=adapter) if adapter else {})
     if wants_examples(template): files["examples"] = write_examples(ws)
     if config.retrieval != "off":
@@ -164,8 +164,8 @@ def _resources(settings):                           # what the model asks for on
 # %% ../../nbs/lib/assistant/versions.ipynb #2e2403ec
 def log_assistant(
     ws: Workspace,
-    template: str,
-    adapter: Path | None = None,
+    template: str, # Of the prompt; see `check_template`
+    adapter: Path | None = None, # GGUF
     tags: dict[str, str] | None = None, # For the model version: what it is made of
     prompt: str = "", # Registered version of the prompt, as name/version
     model: Path | None = None, # GGUF; the chosen one by default
@@ -202,15 +202,16 @@ def log_assistant(
     tags["model_validation_status"] = "PENDING"     # there with the version: whoever sees one sees that it has no verdict yet
     return str(mlflow.register_model(info.model_uri, name, tags=tags).version)
 
+# %% ../../nbs/lib/assistant/versions.ipynb #02c1f8da
 def _pinned(): return [f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS]
 
 # %% ../../nbs/lib/assistant/versions.ipynb #53a768df
 def log_chain(
     ws: Workspace,
-    template: str,
-    adapter: Path | None = None,
-    prompt: str = "",
-    model: Path | None = None,
+    template: str, # Of the prompt; see `check_template`
+    adapter: Path | None = None, # GGUF
+    prompt: str = "", # Registered version of the prompt, as name/version
+    model: Path | None = None, # GGUF; the chosen one by default
 ) -> str: # The new version of `assistant_chain`
     "Log and register the assistant in the LangChain flavour; `mlflow.langchain.load_model` gives the chain."
     from llmops_ref.assistant import agent
@@ -233,6 +234,7 @@ def log_chain(
     if ws.config.platform == "local": _share(ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/code/files/*/*"), files)
     return str(mlflow.register_model(info.model_uri, ws.registered("assistant_chain")).version)
 
+# %% ../../nbs/lib/assistant/versions.ipynb #8d4f7d2e
 def _link(source, target):
     try: os.link(source, target)
     except OSError: shutil.copy2(source, target)
@@ -271,12 +273,13 @@ def version_facts(
 def missing_facts(
     facts: dict, # From `version_facts`
     ours: bool, # Whether the version holds a model that we tuned
+    pinned: set[str] | None = None, # Digests of the base models that we know; any by default
 ) -> list[str]: # In words; empty if nothing is missing
     "What is not on record, or cannot be right."
     wanted = FACTS + (OUR_FACTS if ours else ())
     problems = [f"{name.replace('_', ' ')} is not on record" for name in wanted if str(facts.get(name) or "") in ("", "None", "unknown")]
-    if ours and facts.get("base_sha256") not in (None, "", BASE_SHA256):
-        problems.append("the base model is not the one that this code pins")
+    if ours and pinned is not None and facts.get("base_sha256") and facts["base_sha256"] not in pinned:
+        problems.append("the base model is none that `models` pins")
     return problems
 
 # %% ../../nbs/lib/assistant/versions.ipynb #1596cb83
@@ -288,6 +291,16 @@ def serving_environment(
     app = ws.mlflow().MlflowClient().get_model_version(ws.registered("assistant"), version).tags.get("app")
     where = gateway_of(ws, logged_settings(ws, version)).base_url if app == "third_party" and ws.config.platform == "local" else ""
     return dict(ASSISTANT_VERSION=version, ASSISTANT_GATEWAY_URL=where)
+
+# %% ../../nbs/lib/assistant/versions.ipynb #77393779
+@contextlib.contextmanager
+def _no_traces(mlflow):
+    from mlflow.tracing.provider import is_tracing_enabled
+    before = is_tracing_enabled()
+    mlflow.tracing.disable()
+    try: yield
+    finally:
+        if before: mlflow.tracing.enable()
 
 # %% ../../nbs/lib/assistant/versions.ipynb #74958956
 @contextlib.contextmanager
@@ -301,9 +314,7 @@ def load_assistant(
     A passage under `planted` is found first. A second argument is called with each piece of the answer as it is written."""
     mlflow = ws.mlflow()
     with contextlib.ExitStack() as afterwards:
-        if not trace:
-            mlflow.tracing.disable()
-            afterwards.callback(mlflow.tracing.enable)          # also if nothing can be loaded
+        if not trace: afterwards.enter_context(_no_traces(mlflow))
         os.environ |= serving_environment(ws, version)
         model = mlflow.pyfunc.load_model(f"models:/{ws.registered('assistant')}/{version}")
         agent = model._model_impl.get_raw_model()

@@ -23,7 +23,7 @@ from ..core.workspace import Workspace, open_workspace
 from ..documents.chunking import CHUNKERS, make_chunks
 from ..models.embedding import PRECISIONS, TEXT_TOKENS, minilm_folder, open_embedder
 from ..models.probes import fastest_dtype, run_probes
-from ..models.weights import base_checkpoint, weights
+from ..models.weights import checkpoint, chosen_model, weights
 from ..search.published import embed_chunks, index_precision, open_faiss, with_prominence
 from ..search.vector_index import Index, KINDS, build_index, choose_kind, fuse, make_faiss
 
@@ -314,12 +314,15 @@ def bench_backends(
     asks = [
         "\n\n".join(chunks[6 * n : 6 * n + 6])[:2000] + "\n\nWrite a long and detailed summary of these passages." for n in range(times)
     ]  # each is new to a cache
-    names = {"llama.cpp Q4_1": "smollm2-q4_1", "llama.cpp Q8_0": "smollm2-q8_0"}
-    jobs = {name: dict(runner="llama.cpp", file=str(weights(ws, variant)), slots=1) for name, variant in names.items()}
-    checkpoint = base_checkpoint(ws)
+    model = chosen_model(ws)
+    jobs = {
+        f"llama.cpp {encoding.upper()}": dict(runner="llama.cpp", file=str(weights(ws, variant)), slots=1)
+        for variant, encoding in model.variants.items() if encoding != "torch"
+    }
+    folder = checkpoint(ws, model)
     import torch
     for dtype in ("float32", "bfloat16")[:1 + (fastest_dtype() == torch.bfloat16)]:
-        jobs[f"transformers {dtype}"] = dict(runner="transformers", folder=str(checkpoint), dtype=dtype)
+        jobs[f"transformers {dtype}"] = dict(runner="transformers", folder=str(folder), dtype=dtype)
     rows = []
     for number, (name, job) in enumerate(jobs.items()):
         ws.progress(number, len(jobs), name)

