@@ -10,7 +10,7 @@ __all__ = ['Recipe', 'recipe_of', 'pack', 'pack_rows', 'sees', 'collate', 'answe
            'history_frame', 'plot_loss']
 
 # %% ../../nbs/lib/tuning/training.ipynb #7054f2d1
-import errno, hashlib, importlib.metadata, importlib.util, json, math, os, shutil, subprocess, sys, time, warnings
+import errno, hashlib, importlib.metadata, importlib.util, json, math, os, re, shutil, subprocess, sys, time, warnings
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -184,8 +184,9 @@ def load_for_training(
     recipe: Recipe,
     device: str = "cpu",
     dtype: str = "", # float32 or bfloat16; that of `training_dtype` by default
+    start: Path | None = None, # Folder of an adapter to go on from; fresh matrices by default
 ): # PEFT model and tokenizer
-    "The base model, frozen, with fresh LoRA matrices beside the linear layers that learn; `SettingsError` names those that it lacks."
+    "The base model, frozen, with LoRA matrices beside the linear layers that learn; `SettingsError` names those that it lacks."
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -207,11 +208,20 @@ def load_for_training(
     if more: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the Trainer sees to it
     if recipe.recompute: model.enable_input_require_grads()
     total = model.config.num_hidden_layers
+    learns = range(max(total - recipe.layers, 0) if recipe.layers else 0, total)
     lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=list(recipe.modules), task_type="CAUSAL_LM",
-                      layers_to_transform=list(range(max(total - recipe.layers, 0), total)) if recipe.layers else None)
+                      layers_to_transform=list(learns) if recipe.layers else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)      # PEFT asks transformers by a name that is going out of use
-        return get_peft_model(model, lora), AutoTokenizer.from_pretrained(base)
+        model = _going_on(model, start, learns) if start else get_peft_model(model, lora)
+    return model, AutoTokenizer.from_pretrained(base)
+
+def _going_on(model, start, learns):                # all its matrices count; those of the other layers stay as they are
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, start, is_trainable=True)
+    for name, matrix in model.named_parameters():
+        if (layer := re.search(r"\.layers\.(\d+)\.", name)) and int(layer[1]) not in learns: matrix.requires_grad_(False)
+    return model
 
 # %% ../../nbs/lib/tuning/training.ipynb #448c189c
 def prepare_training(
@@ -220,6 +230,7 @@ def prepare_training(
     pairs: pd.DataFrame, # Columns `id group split messages`; split is train or validation
     recipe: Recipe,
     base_sha256: str = "", # Digest of the base weights
+    start: tuple[Path, str] | None = None, # Folder of an adapter to go on from, and the digest of its weights
 ) -> Path: # The folder of this training: the same for the same pairs, base, recipe and code
     "Write down what is to be trained; `DataError` if there is nothing to learn. Folders of other trainings are removed."
     if (pairs.split == "train").sum() == 0:
@@ -233,7 +244,8 @@ def prepare_training(
         .assign(messages=[read_messages(id, messages) for id, messages in zip(pairs.id, pairs.messages)])
         .reset_index(drop=True)
     )
-    job = dict(base=str(base), base_sha256=base_sha256, code=code, recipe=asdict(recipe) | dict(modules=list(recipe.modules)))
+    begins = dict(start=[str(start[0]), start[1]]) if start else {}
+    job = dict(base=str(base), base_sha256=base_sha256, **begins, code=code, recipe=asdict(recipe) | dict(modules=list(recipe.modules)))
     name = hashlib.sha256(json.dumps([job, kept.to_json(orient="values")], sort_keys=True).encode()).hexdigest()[:16]
     folder = parent / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -401,7 +413,8 @@ def _fit(folder, job, pairs, recipe, plan, on_step):
     plan.setdefault(
         "dtype", str(training_dtype(device)).removeprefix("torch.")
     )  # measured once: a training that goes on may find a busier machine
-    model, tokenizer = load_for_training(Path(job["base"]), recipe, device, plan["dtype"])
+    start = Path(job["start"][0]) if "start" in job else None
+    model, tokenizer = load_for_training(Path(job["base"]), recipe, device, plan["dtype"], start)
     groups = {
         split: encode(tokenizer, pairs[pairs.split == split], model.config.max_position_embeddings) for split in ("train", "validation")
     }
