@@ -78,6 +78,8 @@ NOT_HERE = {
     r"llmops run --env dev --app third_party --set gateway_models=openai/.*": "takes a paid provider",
     r".* --set validation_questions=0": "takes minutes; the same command with other settings runs in test_kit",
     r".* --set finetune_profile=full": "takes half an hour; its settings are those of smoke, only more",
+    r"llmops models fetch qwen.*": "downloads half a gigabyte; test_models fetches a small one",
+    r"llmops run --env dev --set chat_model=qwen.*": "downloads half a gigabyte, and takes a quarter of an hour",
     r"make offline": "takes both commands again; the life cycle of `pristine` runs without a network",
     r"make lock.*": "resolves anew; the workflow `newest` does it every Monday",
     r"make run INSTALLER=pip": "takes ten minutes more; pip reads the same lock",

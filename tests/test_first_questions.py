@@ -1,15 +1,17 @@
 """What a newcomer asks first: dev is really built, and every question that this project shows to people is asked in it."""
-import json, re
+import json, random, re
 
 import pytest
 
 from conftest import ROOT, Project
-from llmops_ref.feedback.chat import example_questions
 from llmops_ref.core.config import load_config
+from llmops_ref.core.scoring import names_gold
+from llmops_ref.core.workspace import open_workspace
+from llmops_ref.feedback.chat import example_questions
 from llmops_ref.kit.fork import TUTORIAL, read_upstream
 from llmops_ref.documents.prominence import ask_first, first_questions
+from llmops_ref.release.champion import open_champion
 from llmops_ref.search.published import open_index
-from llmops_ref.core.workspace import open_workspace
 
 SHOWN = 2                                           # passages that the model is shown; `retrieval_k`
 
@@ -92,3 +94,37 @@ def test_full_names(built, index):
     "Who writes the name of an object in full gets that object, however prominent others are."
     ids = built.read("documents").id
     assert [id for id in ids[::9] if index.search(f"What does {id} do?", 1)[0].document_id != id] == []
+
+
+# What has nothing to do with the documents; `documents.asking` trains on none of these.
+OFF_TOPIC = [
+    "What is the capital of France?", "What is 17 times 23?", "How do I bake a chocolate cake?", "Hello, how are you today?",
+    "Who won the football world cup in 2018?", "How tall is Mount Everest?", "What is the weather like tomorrow?",
+    "Write a poem about the sea.", "Which medicine helps against a headache?", "Who painted the Mona Lisa?",
+    "How do I change a bicycle tyre?", "Tell me a joke.",
+]
+
+
+def test_nobody_is_trained_on_the_exam():
+    "None of these questions can be drawn for a training, whatever is filled in."
+    from llmops_ref.documents.asking import ask_everyday
+    drawn = {ask_everyday(random.Random(n)) for n in range(5000)}
+    assert not drawn & set(OFF_TOPIC) and len(drawn) > 100
+
+
+@pytest.mark.slow(reason="the life cycle of dev as it ships, and thirty-six answers")
+def test_what_a_newcomer_hears(tmp_path):
+    "The promise: at least 18 of the 24 answers name the right object, and 11 of 12 questions about something else are refused."
+    project = Project(tmp_path / "project")
+    ran = project.llmops("run", "--env", "dev")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    asked = first_questions(ROOT)
+    with open_champion(open_workspace(load_config("dev", project.root))) as ask:
+        heard = [ask(question) for question in asked.question]
+        others = [ask(question) for question in OFF_TOPIC]
+    right = [
+        names_gold(answer["answer"], gold, answer["question"], [p["document_id"] for p in answer["passages"]])
+        for answer, gold in zip(heard, asked.gold)
+    ]
+    assert sum(right) >= 18, [answer["answer"] for answer, named in zip(heard, right) if not named]
+    assert sum(answer["refused"] for answer in others) >= 11, [answer["answer"] for answer in others if not answer["refused"]]

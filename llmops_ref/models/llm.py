@@ -43,7 +43,7 @@ def server_key(
     except Exception: return "none"
 
 # %% ../../nbs/lib/models/llm.ipynb #4a7837d6
-SMALL = 500_000_000                                 # bytes: a model that writes best with one thread
+SMALL = 300_000_000                                 # bytes: a model that writes best with one thread
 
 def _say_hello(endpoint):                           # the first request, without the second that OpenAI's client takes to be imported
     import httpx
