@@ -78,7 +78,7 @@ def misfit(start: Start, recipe: Recipe, base: Model) -> str: # Empty if it fits
 def find_start(config: Config, recipe: Recipe, base: Model) -> Start | None:
     "The adapter that `finetune_start` means (none, auto or a folder); `SettingsError` if one that is named does not fit."
     asked = config.finetune_start
-    if asked == "none" or asked == "auto" and not base.start: return None
+    if asked == "none" or asked == "auto" and not (base.start and config.corpus == "packages"): return None
     start = read_start(config.root / (base.start if asked == "auto" else asked))
     if not (why := misfit(start, recipe, base)): return start
     if asked == "auto": return None
