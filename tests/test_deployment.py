@@ -303,7 +303,7 @@ def test_a_poisoned_index_is_refused(shop, tmp_path):
 
 
 def test_a_broken_prompt_is_refused(shop):
-    "It went round the stage that chooses prompts: somebody moved the alias by hand."
+    "It went round the stage that chooses prompts: somebody moved the alias by hand. (Once tuned, a model goes its way whatever it says.)"
     ws = workspace(shop)
     before = str(ws.prompt("answer_prompt", "champion", record=False).version)
     story = ws.mlflow().genai.register_prompt(
@@ -313,7 +313,7 @@ def test_a_broken_prompt_is_refused(shop):
     )
     try:
         ws.set_prompt_alias("answer_prompt", "champion", str(story.version))
-        assert "grounded is 0." in refused(shop, **BRIEF | FEW, CHAT_MAX_TOKENS="40")
+        assert "grounded is 0." in refused(shop, **BRIEF | FEW, CHAT_MAX_TOKENS="40", FINETUNE="off")
     finally: ws.set_prompt_alias("answer_prompt", "champion", before)
 
 
