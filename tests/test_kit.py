@@ -527,7 +527,7 @@ def test_doctor_passes_here_and_names_what_would_stop_a_run(project):
     done = project.llmops("doctor", "--local", "--json")
     found = {f["about"]: f for f in json.loads(done.stdout)["findings"]}
     assert done.returncode == 0 and all(f["fix"] for f in found.values() if f["state"] != "ok"), done.stdout
-    assert found["weights of SmolLM2"]["state"] == found["parameters"]["state"] == "ok"
+    assert found["weights of smollm2"]["state"] == found["parameters"]["state"] == "ok"
 
     pyproject = project.root / "pyproject.toml"
     pyproject.write_text(pyproject.read_text().replace('allowed_cell_metadata_keys = ["tags"]', ""))

@@ -1,4 +1,4 @@
-"""An adapter to begin with, for the base that it was made for
+"""An adapter to begin with, and what it has seen
 
 Reads a folder with a LoRA adapter and its papers. Leaves the `Start` that a training goes on from, if it fits, and says why if it does not."""
 
