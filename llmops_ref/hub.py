@@ -22,7 +22,7 @@ from .core.files import DataError, file_digest, write_atomic
 from .core.scoring import MAY_BE_BUSY, fair_seconds, mrr_at_k, recall_at_k
 from .core.workspace import Workspace
 from .models.gateway import gateway_endpoint
-from .models.catalog import Model, of_variant, read_models
+from .models.catalog import Model, of_variant
 from .models.fetch import here
 from .models.llm import Endpoint
 from .models.probes import _last_line, run_probes
@@ -47,6 +47,8 @@ PROGRAMS = dict(torch=("transformers", "bf16 or fp32"), st=("sentence-transforme
 
 def _source(model): return model.sources[0].kind if model.sources else "nowhere"
 
+def _called(model): return next((source.endpoint for source in model.sources if source.endpoint), model.model)      # where it is asked
+
 def _program(model, encoding):                      # who runs it, and what the format is called
     if model.pinned: return PROGRAMS.get(encoding) or ("llama.cpp", f"GGUF {encoding.upper()}")
     return "endpoint" if model.kind == "chat" and _source(model) == "databricks" else "none", encoding
@@ -57,7 +59,7 @@ def list_candidates(
     "Each model in each encoding that its table names; one without a file that we could run is listed, too."
     return [
         Candidate(
-            name, model.kind, model.model, _source(model), *_program(model, encoding), model.licence, model.parameters_m, model.context,
+            name, model.kind, _called(model), _source(model), *_program(model, encoding), model.licence, model.parameters_m, model.context,
         )
         for model in models for name, encoding in model.variants.items()
     ]
@@ -99,10 +101,10 @@ def reachability(
 # %% ../nbs/01_hub.ipynb #b3a3f240
 def passed_over(ws: Workspace, shortlist: list[Candidate]) -> dict[str, str]: # Name -> why
     "The candidates with pinned weights that are not probed: others than `chat_model` names, and what is not on this machine."
-    models, why = read_models(ws.config), {}
+    asked, why = ws.config.chat_model, {}
     for c in (c for c in shortlist if c.source != "gateway"):
-        model = models[of_variant(ws.config, c.name)[0].name]
-        if c.kind == "chat" and ws.config.chat_model not in ("auto", model.name): why[c.name] = f"not meant: `chat_model` is {ws.config.chat_model}"
+        model, _ = of_variant(ws.config, c.name)
+        if c.kind == "chat" and asked not in ("auto", model.name): why[c.name] = f"not meant: `chat_model` is {asked}"
         elif model.pinned and not _is_here(ws, model):
             why[c.name] = f"not on this machine: `llmops models fetch {model.name}` gets it ({model.bytes / 1e6:,.0f} MB)"
     return why

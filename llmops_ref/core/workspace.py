@@ -71,9 +71,13 @@ class Workspace:
         try: yield
         finally: lock.release()
 
+    def cached(self, digest: str, name: str) -> Path:
+        "Where `cache` keeps it; nothing is made."
+        return self.config.root / self.config.cache / digest[:16] / name
+
     def cache(self, digest: str, name: str) -> Path:
-        "A path for something computed only from weights with this digest; all environments share it."
-        path = self.config.root / self.config.cache / digest[:16] / name
+        "A path for something computed only from weights with this digest, its folder made; all environments share it."
+        path = self.cached(digest, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 

