@@ -188,7 +188,10 @@ def _check_answers(address, seconds=5.0):
     def ask():
         try: urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=seconds)
         except urllib.error.HTTPError: pass         # it answers
-        except Exception as error: return said.append(f"it cannot be reached: {getattr(error, 'reason', error)}")
+        except Exception as error:
+            why = getattr(error, "reason", error)
+            if not isinstance(why, TimeoutError): said.append(f"it cannot be reached: {why}")
+            return
         said.append("")
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
