@@ -275,17 +275,20 @@ def _convert(ws, model, digest, folder):            # fp32, into an empty folder
             inputs = _inputs(original)
             _save_tokenizer(original, folder / "tokenizer.json")
             export_onnx(original, inputs, folder / "model.onnx")
-            layers = [type(part).__name__ for part in original]
-            pooled = [mode for part in original if (mode := getattr(part, "pooling_mode", None))]
+            _write_manifest(folder, dict(model=model.name, weights=model.sha256, digest=digest, precision="fp32") | _said(original, inputs))
+            check_vectors(original, Embedder(folder), model.name)
     except DataError: raise
-    except Exception as error:
-        raise DataError(f"The embedding model {model.name} cannot be converted: {_first_line(error)}") from None
-    _write_manifest(folder, dict(
-        model=model.name, weights=model.sha256, digest=digest, precision="fp32", dimension=original.get_embedding_dimension(),
-        tokens=original.max_seq_length, inputs=list(inputs), pad=original.tokenizer.pad_token_id or 0, prompts=_prompts(original),
-        modules=layers, pooling=pooled,
-    ))
-    with _quiet(): return check_vectors(original, Embedder(folder), model.name)
+    except Exception as error:                      # of one of four libraries
+        raise DataError(
+            f"The embedding model {model.name} cannot be converted: {_first_line(error)}. Choose another in `embedder_model`."
+        ) from None
+
+def _said(original, inputs):                        # what serving needs to know of a model, and what a reader wants to
+    return dict(
+        dimension=original.get_embedding_dimension(), tokens=original.max_seq_length, inputs=list(inputs),
+        pad=original.tokenizer.pad_token_id or 0, prompts=_prompts(original), modules=[type(part).__name__ for part in original],
+        pooling=[part.pooling_mode for part in original if hasattr(part, "pooling_mode")],
+    )
 
 def _first_line(error): return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
