@@ -7,7 +7,7 @@ Reads an entry of the catalogue of kind embedder. Leaves an `Embedder` on ONNX R
 # %% auto #0
 __all__ = ['MODULES', 'ITS_OWN', 'PRECISIONS', 'TEXT_TOKENS', 'PARTS', 'FORMAT', 'TOLERANCE', 'SAMPLES', 'embedder_entry',
            'chosen_embedder', 'export_onnx', 'quantise_onnx', 'check_embedder', 'clean_text', 'Embedder',
-           'embedder_digest', 'check_vectors', 'embedder_folder', 'open_embedder']
+           'embedder_digest', 'check_vectors', 'prompts_of', 'embedder_folder', 'open_embedder']
 
 # %% ../../nbs/lib/models/embedding.ipynb #e70db2eb
 import contextlib, hashlib, io, json, logging, os, shutil, tempfile, warnings
@@ -88,8 +88,7 @@ def _quiet():                                       # progress bars, and advice 
         warnings.simplefilter("ignore")
         yield
 
-def _open_original(model, folder):                  # a SentenceTransformer that cuts where we do
-    listed = _listed(model, folder)
+def _open_original(model, folder, listed):          # a SentenceTransformer that cuts where we do
     from sentence_transformers import SentenceTransformer
     eager = dict(attn_implementation="eager", dtype="float32", use_safetensors=model.file.endswith(".safetensors"))
     original = SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs=eager)
@@ -237,7 +236,8 @@ def check_vectors(
     texts = [text for text in SAMPLES if len(embedder.tokenizer.encode(text))]
     found = 0.0
     for of, encode in dict(query=original.encode_query, document=original.encode_document).items():
-        theirs = np.asarray(encode(texts, normalize_embeddings=True, show_progress_bar=False))
+        prompt = embedder.manifest["prompts"][of]
+        theirs = np.asarray(encode(texts, prompt=prompt, normalize_embeddings=True, show_progress_bar=False))
         difference = float(np.abs(theirs - embedder.embed(texts, of)).max()) if theirs.shape[1] == embedder.dimension else np.inf
         if not difference <= TOLERANCE:
             raise DataError(
@@ -262,16 +262,21 @@ def _inputs(original):                              # of an example of two texts
     return {name: both[name] for name in names}
 
 # %% ../../nbs/lib/models/embedding.ipynb #a5fa3ab3
-def _prompts(original):                             # what is put before a query and a document, as `encode_query` and `encode_document` do
-    said, otherwise = original.prompts, original.prompts.get(original.default_prompt_name)
-    document = next((name for name in ("document", "passage", "corpus") if said.get(name) is not None), None)
-    return dict(query=said["query"] if said.get("query") is not None else otherwise or "", document=said.get(document, otherwise) or "")
+def prompts_of(
+    original, # A SentenceTransformer
+) -> dict[str, str]: # For query and document
+    "What a model wants before a question and before a document; its default prompt for both if it names neither."
+    said = original.prompts
+    query, document = said.get("query") or "", next((said[name] for name in ("document", "passage", "corpus") if said.get(name)), "")
+    if query or document: return dict(query=query, document=document)
+    return dict.fromkeys(("query", "document"), said.get(original.default_prompt_name) or "")
 
 # %% ../../nbs/lib/models/embedding.ipynb #f9b39a21
 def _convert(ws, model, digest, folder):            # fp32, into an empty folder
     try:
-        with _quiet(), _named_files(_weights(ws, model), model) as named:
-            original = _open_original(model, named)
+        listed = _listed(model, (file := _weights(ws, model)).parent)
+        with _quiet(), _named_files(file, model) as named:
+            original = _open_original(model, named, listed)
             inputs = _inputs(original)
             _save_tokenizer(original, folder / "tokenizer.json")
             export_onnx(original, inputs, folder / "model.onnx")
@@ -286,7 +291,7 @@ def _convert(ws, model, digest, folder):            # fp32, into an empty folder
 def _said(original, inputs):                        # what serving needs to know of a model, and what a reader wants to
     return dict(
         dimension=original.get_embedding_dimension(), tokens=original.max_seq_length, inputs=list(inputs),
-        pad=original.tokenizer.pad_token_id or 0, prompts=_prompts(original), modules=[type(part).__name__ for part in original],
+        pad=original.tokenizer.pad_token_id or 0, prompts=prompts_of(original), modules=[type(part).__name__ for part in original],
         pooling=[part.pooling_mode for part in original if hasattr(part, "pooling_mode")],
     )
 
