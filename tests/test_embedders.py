@@ -19,7 +19,9 @@ from llmops_ref.search.vector_index import Index
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:?!'",
          *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"), "log", "metric", "query", "passage", "valve", "adapter", "cluster", "שלום"]
-TEXTS = ["Log a metric.", "", "Which VALVE opens at 7 bar?", "valve " * 300, "🙂 שלום", "delete a cluster, and then another: all of them!"]
+TEXTS = [
+    "Log a metric.", "", "Which VALVE opens at 7 bar?", "valve " * 300, "🙂 שלום", "delete a cluster, and then another: all of them!",
+]
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 
 
