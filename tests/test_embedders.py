@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import ROOT
+from conftest import Project, ROOT
 from llmops_ref.assistant.versions import assistant_parts
 from llmops_ref.core.config import SettingsError, load_config
 from llmops_ref.core.files import DataError, file_digest
@@ -319,3 +319,29 @@ def test_altered_weights_and_another_model_are_refused(two, tmp_path):
     shutil.copy(two / "other" / "model.safetensors", weights_file)
     assert embedder_digest(ws, chosen_embedder(ws), "fp32") == before
     with pytest.raises(SettingsError, match="There is no model 'minilm'"): open_embedder(workspace(tmp_path, embedder_model="minilm"))
+
+
+@pytest.mark.slow(reason="runs two stages twice")
+def test_a_run_embeds_with_the_model_that_the_settings_name(two, tmp_path):
+    "The catalogue gets two entries more; the setting names one, then the other, and only what it changes is made anew."
+    project = Project(
+        tmp_path / "project", CORPUS="documents", QUESTIONS="questions.jsonl", CORPUS_MIN_WORDS="1", CACHE=str(tmp_path / "cache")
+    )
+    catalogue = project.root / "data" / "models.toml"
+    catalogue.write_text(catalogue.read_text() + (two / "models.toml").read_text())
+    (project.root / "documents").mkdir()
+    for name, text in {"valve": "The valve opens at 7 bar.", "filter": "Clean the filter on Fridays."}.items():
+        (project.root / "documents" / f"{name}.md").write_text(f"# {name}\n\n{text}\n")
+    asked = [dict(id=f"q{n}", question=f"What of the {name}?", type="howto", gold=[f"{name}.md"], answer="See there.", split=split)
+             for n, (name, split) in enumerate((("valve", "train"), ("filter", "test")))]
+    (project.root / "questions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in asked))
+    for model in ("ours", "other"):
+        more = dict(EMBEDDER_MODEL=model, EMBEDDER="fp32")
+        two_stages = ("run", "--env", "dev", "--from", "corpus", "--to", "retrieval")
+        before, done = project.llmops(*two_stages, "--dry-run", **more).stdout, project.llmops(*two_stages, **more)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert model == "ours" or "embedder_model: ours → other" in before, before
+        stages = project.root / "stores" / "dev" / "stages"
+        assert json.loads((stages / "retrieval.json").read_text())["metrics"]["embedded"] > 0
+        ws = open_workspace(load_config("dev", project.root, cache=str(tmp_path / "cache"), embedder_model="minilm"))
+        assert index_maker(ws)[0].name == model and open_faiss(ws).embedder.manifest["model"] == model

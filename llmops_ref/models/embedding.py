@@ -333,7 +333,9 @@ def embedder_folder(
         (temporary := folder.with_name(f".embedder.{os.getpid()}")).mkdir(exist_ok=True)
         try:
             (_convert if precision == "fp32" else _quantise)(ws, model, digest, temporary)
-            with contextlib.suppress(OSError): os.rename(temporary, folder)     # another process may have been faster
+            try: os.rename(temporary, folder)
+            except OSError:
+                if not folder.is_dir(): raise       # else another process was faster
         finally: shutil.rmtree(temporary, ignore_errors=True)
     manifest = folder / "manifest.json"
     verify_digest(manifest, (folder / "SHA256").read_text(), f"Delete the folder {folder}; the next run makes it again.")
