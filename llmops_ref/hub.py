@@ -50,7 +50,8 @@ def _source(model): return model.sources[0].kind if model.sources else "nowhere"
 def _called(model): return next((source.endpoint for source in model.sources if source.endpoint), model.model)      # where it is asked
 
 def _program(model, encoding):                      # who runs it, and what the format is called
-    if model.pinned: return PROGRAMS.get(encoding) or ("llama.cpp", f"GGUF {encoding.upper()}")
+    otherwise = PROGRAMS["st"] if model.kind == "embedder" else ("llama.cpp", f"GGUF {encoding.upper()}")
+    if model.pinned: return PROGRAMS.get(encoding, otherwise)
     return "endpoint" if model.kind == "chat" and _source(model) == "databricks" else "none", encoding
 
 def list_candidates(
@@ -100,11 +101,12 @@ def reachability(
 
 # %% ../nbs/01_hub.ipynb #b3a3f240
 def passed_over(ws: Workspace, shortlist: list[Candidate]) -> dict[str, str]: # Name -> why
-    "The candidates with pinned weights that are not probed: others than `chat_model` names, and what is not on this machine."
-    asked, why = ws.config.chat_model, {}
+    "The candidates with pinned weights that are not probed: others than the settings name, and what is not on this machine."
+    asked, why = dict(chat=("chat_model", ws.config.chat_model), embedder=("embedder_model", ws.config.embedder_model)), {}
     for c in (c for c in shortlist if c.source != "gateway"):
         model, _ = of_variant(ws.config, c.name)
-        if c.kind == "chat" and asked not in ("auto", model.name): why[c.name] = f"not meant: `chat_model` is {asked}"
+        setting, name = asked[c.kind]
+        if name not in ("auto", model.name): why[c.name] = f"not meant: `{setting}` is {name}"
         elif model.pinned and not _is_here(ws, model):
             why[c.name] = f"not on this machine: `llmops models fetch {model.name}` gets it ({model.bytes / 1e6:,.0f} MB)"
     return why

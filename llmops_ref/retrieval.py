@@ -15,7 +15,8 @@ import pandas as pd
 
 from .core.scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from .core.workspace import Workspace
-from .models.embedding import DIMENSION, PRECISIONS, open_embedder
+from .models.catalog import Model
+from .models.embedding import PRECISIONS, open_embedder
 from .search.vector_index import Index, METHODS, terms
 
 # %% ../nbs/03_retrieval.ipynb #01a3f178
@@ -24,22 +25,24 @@ def compare_precisions(
     chunks: pd.DataFrame, # Columns `document_id text`
     questions: pd.DataFrame, # Columns `question gold split type`
     sample: int = 96, # Chunks; those of gold documents first
+    model: Model | None = None, # The chosen one by default
 ) -> pd.DataFrame: # One row a precision: `precision texts_s mrr chosen`
     "Measure each precision on train questions and apply the rule."
     asked = questions[(questions.split == "train") & (questions.type != "unanswerable")]
     gold = chunks.document_id.isin({g for golds in asked.gold for g in golds})
     part = pd.concat([chunks[gold].drop_duplicates("document_id"), chunks[~gold]]).head(sample)
-    texts, documents, embedders = part.text.tolist(), part.document_id.to_numpy(), {p: open_embedder(ws, p) for p in PRECISIONS}
-    vectors, speed = {p: np.zeros((len(texts), DIMENSION), np.float32) for p in PRECISIONS}, {p: 0.0 for p in PRECISIONS}
-    for embedder in embedders.values(): embedder.embed(texts[:2])       # the first call is slower
+    texts, documents, embedders = part.text.tolist(), part.document_id.to_numpy(), {p: open_embedder(ws, p, model) for p in PRECISIONS}
+    vectors, speed = {p: np.zeros((len(texts), e.dimension), np.float32) for p, e in embedders.items()}, {p: 0.0 for p in PRECISIONS}
+    for embedder in embedders.values(): embedder.embed(texts[:2], "document")       # the first call is slower
     by_length = np.argsort([len(text) for text in texts])
     for some in (by_length[::3], by_length[1::3], by_length[2::3]):     # in turns: a machine that is busy for a second is so for all
         for precision, embedder in embedders.items():
             start = time.perf_counter()
-            vectors[precision][some] = embedder.embed([texts[i] for i in some])
+            vectors[precision][some] = embedder.embed([texts[i] for i in some], "document")
             speed[precision] = max(speed[precision], len(some) / (time.perf_counter() - start))
     def mrr(precision):
-        found = documents[np.argsort(-embedders[precision].embed(asked.question.tolist()) @ vectors[precision].T, axis=1)[:, :30]]
+        cosines = embedders[precision].embed(asked.question.tolist(), "query") @ vectors[precision].T
+        found = documents[np.argsort(-cosines, axis=1)[:, :30]]
         return float(np.mean([mrr_at_k(list(f), set(g)) for f, g in zip(found, asked.gold)]))
     table = pd.DataFrame([dict(precision=p, texts_s=speed[p], mrr=mrr(p)) for p in PRECISIONS])
     good = table[(table.mrr >= table.mrr.max() - 0.02) & ((table.texts_s >= 1.1 * table.texts_s[0]) | (table.index == 0))]
@@ -54,7 +57,7 @@ def evaluate_index(
 ) -> pd.DataFrame: # One row a question and method: `id type split method recall@1 recall@3 recall@5 recall@10 mrr@10 ndcg@10 found`
     "Search all answerable questions by all methods."
     asked = questions[questions.type != "unanswerable"]
-    vectors = index.embedder.embed(asked.question.tolist())
+    vectors = index.embedder.embed(asked.question.tolist(), "query")
     rows = []
     for vector, q in zip(vectors, asked.itertuples()):
         for method in METHODS:

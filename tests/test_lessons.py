@@ -16,6 +16,7 @@ OTHER = dict(
     hub_retired="smollm2-torch", corpus="nbs/guides", corpus_packages="mlflow, peft", corpus_exclude="mlflow.store.*",
     questions="data/other.jsonl", ai_search_endpoint="desk", ai_search_embedding="other", reranker="cross-encoder/desk",
     chat_url=NOWHERE, chat_name="desk", models="data/other.toml", chat_model="qwen2.5-coder-0.5b",
+    embedder_model="bge-small-en",
     finetune_start="auto", prices="smollm2-q8_0 0.03/0.09", gateway_models="acme/large",
     gateway_fallbacks="local/smollm2-q8_0", gateway_providers=f"acme={NOWHERE}", gateway_guardrail="The request must be polite.",
     gateway_judge="acme/large", gateway_url=NOWHERE, prompts="data/other_prompts", judge_model="openai:/large", judge_url=NOWHERE,

@@ -215,8 +215,8 @@ def make_chain(
 # what makes vectors for the index behind a retriever, if there is one: quotes compare sentences by it
 def _embed_of(retriever):
     index = getattr(retriever, "index", None)
-    embedder = getattr(index, "embedder", None)
-    return getattr(embedder, "embed", None)
+    embed = getattr(getattr(index, "embedder", None), "embed", None)
+    return embed and functools.partial(embed, of="query")           # a question and sentences, as two of a kind
 
 class _Shown:                                       # what `passage_block` wants of a passage
     def __init__(self, text): self.text = text

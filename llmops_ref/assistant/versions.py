@@ -19,11 +19,10 @@ from .chain import check_template, lowest_cosine
 from .examples import wants_examples, write_examples
 from ..core.files import DataError, file_digest, known_digest, write_atomic
 from ..core.workspace import Workspace
-from ..models.embedding import minilm_folder, minilm_onnx
 from ..models.gateway import destinations, gateway_endpoint, gateway_of, route_settings
 from ..models.llm import read_prices
 from ..models.weights import chosen_gguf
-from ..search.published import index_folder, index_precision
+from ..search.published import index_embedder, index_folder
 from ..search.vector_index import Passage
 
 # %% ../../nbs/lib/assistant/versions.ipynb #07e1e5a8
@@ -46,8 +45,8 @@ def assistant_parts(
     config, files = ws.config, {}
     settings = dict(
         app=config.app, template=check_template(template, passages=config.retrieval != "off"), prompt=prompt,
-        retrieval=config.retrieval, precision=index_precision(ws) or "fp32", reranker=config.reranker, k=config.retrieval_k,
-        candidates=config.retrieval_candidates, max_words=config.passage_words, question_words=config.question_words,
+        retrieval=config.retrieval, reranker=config.reranker, k=config.retrieval_k, candidates=config.retrieval_candidates,
+        max_words=config.passage_words, question_words=config.question_words,
         refuse_below=lowest_cosine(config), max_tokens=config.chat_max_tokens, slots=config.chat_slots,
         timeout=config.chat_timeout, retries=config.chat_retries,
     )
@@ -70,11 +69,13 @@ def assistant_parts(
                 dict(ai_search_embedding=config.ai_search_embedding) if config.vector_index == "delta_sync" else {}
             )
         if config.vector_index != "delta_sync":     # there, Databricks embeds the questions
-            files |= dict(tokenizer=minilm_folder() / "tokenizer.json", embedder=minilm_onnx(ws, settings["precision"]))
+            embedder = index_embedder(ws)
+            settings["embedder"] = {key: embedder.manifest[key] for key in ("model", "precision", "digest")}
+            files["embedder"] = embedder.folder
     settings["packages"] = _pinned()
     settings["digests"] = {
         name: known_digest(path / "manifest.json" if path.is_dir() else path) for name, path in files.items()
-    }  # the manifest of an index names its files by theirs
+    }  # the manifest of an index, and of an embedder, names its files by theirs
     return settings, files
 
 # %% ../../nbs/lib/assistant/versions.ipynb #99a4d84f
@@ -143,8 +144,9 @@ def find_version(ws: Workspace, digest: str) -> str | None:
 # %% ../../nbs/lib/assistant/versions.ipynb #403c12d2
 def _share(copies, files: dict[str, Path]):
     "Replace fresh copies of large files on the same disk by hard links; nobody writes through one."
+    large = [file for path in files.values() for file in ([path] if path.is_file() else path.glob("*.onnx"))]
     for copy in copies:
-        for original in files.values():
+        for original in large:
             if copy.name == original.name and original.is_file() and copy.is_file() and copy.stat().st_size == original.stat().st_size:
                 with contextlib.suppress(OSError):                  # another disk: the copy stays
                     os.link(original, temporary := copy.with_name(f".{copy.name}.link"))
@@ -198,7 +200,7 @@ def log_assistant(
         code_paths=[str(_package())], pip_requirements=_pinned(), resources=_resources(settings),
         prompts=[f"prompts:/{prompt}"] if prompt else None,
     )
-    if ws.config.platform == "local": _share(ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/artifacts/*"), files)
+    if ws.config.platform == "local": _share(ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/artifacts/**/*"), files)
     tags["model_validation_status"] = "PENDING"     # there with the version: whoever sees one sees that it has no verdict yet
     return str(mlflow.register_model(info.model_uri, name, tags=tags).version)
 
@@ -231,7 +233,7 @@ def log_chain(
             pip_requirements=_pinned() + [f"langchain=={importlib.metadata.version('langchain')}"],
             resources=_resources(settings), prompts=[f"prompts:/{prompt}"] if prompt else None,
         )
-    if ws.config.platform == "local": _share(ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/code/files/*/*"), files)
+    if ws.config.platform == "local": _share(ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/code/files/**/*"), files)
     return str(mlflow.register_model(info.model_uri, ws.registered("assistant_chain")).version)
 
 # %% ../../nbs/lib/assistant/versions.ipynb #8d4f7d2e

@@ -21,10 +21,11 @@ from ..core.config import SettingsError, load_config
 from ..core.scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from ..core.workspace import Workspace, open_workspace
 from ..documents.chunking import CHUNKERS, make_chunks
-from ..models.embedding import PRECISIONS, TEXT_TOKENS, minilm_folder, open_embedder
+from ..models.embedding import PRECISIONS, TEXT_TOKENS, chosen_embedder, open_embedder, prompts_of
 from ..models.probes import fastest_dtype, run_probes
 from ..models.weights import checkpoint, chosen_model, weights
-from ..search.published import embed_chunks, index_precision, open_faiss, with_prominence
+from ..models.weights import shipped
+from ..search.published import embed_chunks, index_embedder, open_faiss, with_prominence
 from ..search.vector_index import Index, KINDS, build_index, choose_kind, fuse, make_faiss
 
 # %% ../../nbs/lib/bench/choices.ipynb #1e88c5d0
@@ -62,6 +63,7 @@ def test_questions(ws: Workspace, split: str = "test") -> pd.DataFrame:
 # %% ../../nbs/lib/bench/choices.ipynb #9a53c659
 def tutorial_search(
     documents: pd.DataFrame, # Columns `id signature text`
+    folder: Path, # Of the embedding model, as its publisher ships it
 ): # A function from a question to document ids
     "Build the usual retrieval pipeline of LangChain."
     warnings.filterwarnings(
@@ -72,12 +74,12 @@ def tutorial_search(
     from langchain_core.embeddings import Embeddings
     from langchain_text_splitters import RecursiveCharacterTextSplitter
     from sentence_transformers import SentenceTransformer
-    class MiniLM(Embeddings):
-        model = SentenceTransformer(str(minilm_folder()), device="cpu")
+    class Published(Embeddings):
+        model = SentenceTransformer(str(folder), device="cpu")
         def embed_documents(self, texts): return self.model.encode(texts, batch_size=32, show_progress_bar=False).tolist()
         def embed_query(self, text): return self.embed_documents([text])[0]
     pages = [Document(f"{d.id}{d.signature}\n{d.text}", metadata=dict(document_id=d.id)) for d in documents.itertuples()]
-    store = FAISS.from_documents(RecursiveCharacterTextSplitter(chunk_size=1000, chunk_overlap=100).split_documents(pages), MiniLM())
+    store = FAISS.from_documents(RecursiveCharacterTextSplitter(chunk_size=1000, chunk_overlap=100).split_documents(pages), Published())
     return lambda question: list(dict.fromkeys(d.metadata["document_id"] for d in store.similarity_search(question, k=50)))[:10]
 
 # %% ../../nbs/lib/bench/choices.ipynb #e4ef7070
@@ -92,16 +94,20 @@ def our_search(
     "Build our index over the same documents, in memory's own folder; a function from a question to document ids."
     embedder, chunks = open_embedder(ws, precision), with_prominence(make_chunks(documents, ws.config.chunk_words, chunker), documents)
     with tempfile.TemporaryDirectory() as folder:
-        build_index(Path(folder), chunks, embedder.embed(chunks.text.tolist()), "bench", embedder.digest, kind)
+        build_index(Path(folder), chunks, embedder.embed(chunks.text.tolist(), "document"), "bench", embedder.digest, kind)
         index = Index(Path(folder), embedder)
     return lambda question: [p.document_id for p in index.search(question, 10, method)]
 
 # %% ../../nbs/lib/bench/choices.ipynb #a97c8c20
+def _as_shipped(ws): return shipped(ws, chosen_embedder(ws)).parent         # the embedding model before we converted it
+
 def bench_retrieval(ws: Workspace) -> pd.DataFrame: # One row a pipeline, and one with what ours does better
     "Ours against the recipe of most tutorials: the same documents, questions and weights, in one process."
     documents, questions, rows = ws.read("documents"), test_questions(ws), {}
-    open_embedder(ws, precision := index_precision(ws) or "int8")       # conversions are made once in a machine's life, and not counted
-    for name, make in (("ours", lambda: our_search(ws, documents, precision)), ("tutorial", lambda: tutorial_search(documents))):
+    precision = index_embedder(ws, "int8").manifest["precision"]        # conversions are made once in a machine's life, and not counted
+    for name, make in (
+        ("ours", lambda: our_search(ws, documents, precision)), ("tutorial", lambda: tutorial_search(documents, _as_shipped(ws))),
+    ):
         ws.progress(len(rows), 2, f"building {name}")
         with Meter() as meter: search = make()
         rows[name] = score_search(search, questions) | dict(build_s=meter.seconds, memory_mb=meter.mb)
@@ -116,12 +122,12 @@ def bench_retrieval(ws: Workspace) -> pd.DataFrame: # One row a pipeline, and on
 def bench_chunkers(ws: Workspace) -> pd.DataFrame: # One row a chunker
     "Recall by chunker, with everything else the same."
     documents, questions, rows = ws.read("documents"), test_questions(ws), []
-    embedder = open_embedder(ws, index_precision(ws) or "int8")
+    embedder = index_embedder(ws, "int8")
     for number, chunker in enumerate(CHUNKERS):
         ws.progress(number, len(CHUNKERS), f"chunks by {chunker}")
         chunks = with_prominence(make_chunks(documents, ws.config.chunk_words, chunker), documents)
         with tempfile.TemporaryDirectory() as folder:
-            build_index(Path(folder), chunks, embedder.embed(chunks.text.tolist()), "bench", embedder.digest)
+            build_index(Path(folder), chunks, embedder.embed(chunks.text.tolist(), "document"), "bench", embedder.digest)
             index = Index(Path(folder), embedder)
         row = dict(chunker=chunker, chunks=len(chunks), words=float(chunks.words.mean()))
         for method in ("dense", "hybrid"):
@@ -138,7 +144,7 @@ def bench_fusion(
     "MRR@10 and recall@5 of both splits for constants of the fusion."
     index, questions = open_faiss(ws), ws.read("questions").query("type != 'unanswerable'")
     names, found = index.chunks["document_id"].to_pylist(), []
-    for q, vector in zip(questions.question, index.embedder.embed(questions.question.tolist())):
+    for q, vector in zip(questions.question, index.embedder.embed(questions.question.tolist(), "query")):
         rows = index._dense(vector, min(candidates, len(index)), None), index._lexical(q, min(candidates, len(index)), None)
         found.append([list(dict.fromkeys(names[row] for row in method)) for method in rows])
     table = []
@@ -160,20 +166,20 @@ def bench_fusion(
     return pd.DataFrame(table).sort_values("train mrr@10", ascending=False).set_index(["k", "dense_weight"])
 
 # %% ../../nbs/lib/bench/choices.ipynb #c7f5ae32
-def _torch_embedder(dtype):
+def _torch_embedder(folder, dtype):
     import torch
     from sentence_transformers import SentenceTransformer
-    model = SentenceTransformer(str(minilm_folder()), device="cpu", model_kwargs=dict(dtype=dtype))
-    model.max_seq_length = TEXT_TOKENS
-    return lambda texts: np.asarray(
-        torch.as_tensor(model.encode(texts, normalize_embeddings=True, show_progress_bar=False, convert_to_tensor=True)).float()
-    )
+    model = SentenceTransformer(str(folder), device="cpu", model_kwargs=dict(dtype=dtype))
+    model.max_seq_length = min(TEXT_TOKENS, model.max_seq_length or TEXT_TOKENS)
+    prompts, encode = prompts_of(model), dict(query=model.encode_query, document=model.encode_document)
+    more = dict(normalize_embeddings=True, show_progress_bar=False, convert_to_tensor=True)
+    return lambda texts, of: np.asarray(torch.as_tensor(encode[of](texts, prompt=prompts[of], **more)).float())
 
 # %% ../../nbs/lib/bench/choices.ipynb #caffbcab
-def _static_embedder():
+def _static_embedder(folder):
     from model2vec.distill import distill
-    with warnings.catch_warnings(action="ignore"): model = distill(str(minilm_folder()), device="cpu", pca_dims=256)
-    def embed(texts):
+    with warnings.catch_warnings(action="ignore"): model = distill(str(folder), device="cpu", pca_dims=256)
+    def embed(texts, of):
         vectors = model.encode(texts)
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return embed
@@ -191,9 +197,9 @@ def bench_embedders(
     texts, documents, rows = part.text.tolist(), part.document_id.to_numpy(), []
     makers = {f"onnx {p}": lambda p=p: open_embedder(ws, p).embed for p in PRECISIONS}
     makers |= {
-        "torch fp32": lambda: _torch_embedder(torch.float32),
-        "torch bf16": lambda: _torch_embedder(torch.bfloat16),
-        "static": _static_embedder,
+        "torch fp32": lambda: _torch_embedder(_as_shipped(ws), torch.float32),
+        "torch bf16": lambda: _torch_embedder(_as_shipped(ws), torch.bfloat16),
+        "static": lambda: _static_embedder(_as_shipped(ws)),
     }
     if fastest_dtype() != torch.bfloat16: makers["torch bf16"] = None
     for number, (name, make) in enumerate(makers.items()):
@@ -203,13 +209,13 @@ def bench_embedders(
             continue
         start = time.perf_counter()
         embed = make()
-        embed(texts[:8])
+        embed(texts[:8], "document")
         load, start = time.perf_counter() - start, time.perf_counter()
-        vectors = embed(texts)
+        vectors = embed(texts, "document")
         seconds, start = time.perf_counter() - start, time.perf_counter()
-        for q in questions.question.head(30): embed([q])
+        for q in questions.question.head(30): embed([q], "query")
         single = 1000 * (time.perf_counter() - start) / 30
-        ranked = documents[np.argsort(-embed(questions.question.tolist()) @ vectors.T, axis=1)[:, :50]]
+        ranked = documents[np.argsort(-embed(questions.question.tolist(), "query") @ vectors.T, axis=1)[:, :50]]
         mrr = np.mean([mrr_at_k(list(r), set(g)) for r, g in zip(ranked, questions.gold)])
         rows.append(dict(embedder=name, load_s=load, texts_s=len(texts) / seconds, question_ms=single, mrr=float(mrr), note=""))
     table = pd.DataFrame(rows).set_index("embedder")
@@ -356,5 +362,5 @@ def run_bench(
     if name == "embedders": return bench_embedders(ws)
     if name == "backends": return bench_backends(ws)
     if name != "kinds": raise SettingsError(f"There is no benchmark {name!r}. There are {', '.join(BENCHES)}.")
-    vectors, _ = embed_chunks(ws, ws.read("chunks"), open_embedder(ws, index_precision(ws) or "int8"))
+    vectors, _ = embed_chunks(ws, ws.read("chunks"), index_embedder(ws, "int8"))
     return bench_kinds(vectors, progress=ws.progress).set_index(["vectors", "kind"])

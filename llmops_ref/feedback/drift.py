@@ -109,7 +109,7 @@ def find_drift(
     place, when = dict(zip(unique := list(dict.fromkeys(texts)), range(len(unique)))), np.repeat(
         np.arange(len(judged) + 1), [len(before), *(len(days[day]) for day in judged)]
     )
-    vectors = embedder.embed(unique)[[place[q] for q in texts]]
+    vectors = embedder.embed(unique, "query")[[place[q] for q in texts]]
     groups = KMeans(min(topics, len(unique)), n_init=3, random_state=seed).fit_predict(vectors)
     names, bound = name_topics(texts, groups), false_alarms / (2 * len(judged))
     shares = pd.DataFrame(

@@ -16,7 +16,7 @@ import psutil
 
 from ..core.config import sleep_while_waiting
 from ..core.services import Patience
-from .embedding import TEXT_TOKENS
+from .embedding import TEXT_TOKENS, prompts_of
 from .llm import Endpoint, openai_client, serve_gguf
 
 # %% ../../nbs/lib/models/probes.ipynb #8a52578d
@@ -101,16 +101,17 @@ def _transformers(job):
 # %% ../../nbs/lib/models/probes.ipynb #690eb21f
 @contextlib.contextmanager
 def _onnx(job):
-    from llmops_ref.models.embedding import Embedder, minilm_folder
-    yield Embedder(Path(job["file"]), minilm_folder() / "tokenizer.json").embed
+    from llmops_ref.models.embedding import Embedder
+    yield Embedder(Path(job["folder"])).embed
 
 # %% ../../nbs/lib/models/probes.ipynb #35463f5a
 @contextlib.contextmanager
 def _sentence_transformers(job):
     from sentence_transformers import SentenceTransformer
     model = SentenceTransformer(job["folder"], device="cpu")
-    model.max_seq_length = TEXT_TOKENS              # as the other runner
-    yield lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    model.max_seq_length = min(TEXT_TOKENS, model.max_seq_length or TEXT_TOKENS)        # as the other runner
+    prompts, encode = prompts_of(model), dict(query=model.encode_query, document=model.encode_document)
+    yield lambda texts, of: encode[of](texts, prompt=prompts[of], normalize_embeddings=True, show_progress_bar=False)
 
 # %% ../../nbs/lib/models/probes.ipynb #90f96934
 RUNNERS = {
@@ -126,11 +127,11 @@ SLOW_IMPORTS = {
 def _search(embed, pairs):
     passages = [passage for _, *both in pairs for passage in both]
     texts, start = [" ".join(passages[i:i + 8]) for i in range(16)] * 2, time.perf_counter()
-    embed(texts)
-    texts_s, vectors, answers = len(texts) / (time.perf_counter() - start), np.asarray(embed(passages)), []
+    embed(texts, "document")
+    texts_s, vectors, answers = len(texts) / (time.perf_counter() - start), np.asarray(embed(passages, "document")), []
     for query, gold, _ in pairs:
         start = time.perf_counter()
-        order = np.argsort(-vectors @ np.asarray(embed([query]))[0])
+        order = np.argsort(-vectors @ np.asarray(embed([query], "query"))[0])
         answers.append(dict(found=[passages[i] for i in order[:10]], gold=gold, seconds=time.perf_counter() - start, texts_s=texts_s))
     return answers
 
@@ -150,7 +151,7 @@ def measure(
     for module in SLOW_IMPORTS.get(job["runner"], []): importlib.import_module(module)
     import_s, _, start = time.perf_counter() - start, turn(), time.perf_counter()
     with RUNNERS[job["runner"]](job) as ask:
-        ask("Hello", 1) if chat else ask(["Hello"])
+        ask("Hello", 1) if chat else ask(["Hello"], "query")
         load_s, cpu = import_s + time.perf_counter() - start, time.process_time()
         answers = [ask(prompt) for prompt in job["asks"]] if chat else _search(ask, job["asks"])
         return dict(load_s=load_s, peak_mb=peak_memory() - before, core_s=time.process_time() - cpu, answers=answers) | (

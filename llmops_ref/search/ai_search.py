@@ -432,7 +432,7 @@ def search(
 def _vector(self: AISearchIndex, question, vector):
     if vector is None and self.embedder is None:
         raise SettingsError(f"The index {self.name} holds vectors of our own. Open it with the embedder that made them.")
-    if vector is None: vector = self.embedder.embed([question])[0]
+    if vector is None: vector = self.embedder.embed([question], "query")[0]
     if len(vector) != self.shape["dimension"]:
         raise SettingsError(
             f"The index {self.name} holds vectors of dimension {self.shape['dimension']}, and the question's has {len(vector)}. Open it"

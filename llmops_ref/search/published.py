@@ -6,11 +6,11 @@ Reads `chunks` and an embedder. Leaves the table `embeddings` and the published 
 
 # %% auto #0
 __all__ = ['SPARK_ABOVE', 'VECTOR_SCHEMA', 'embed_chunks', 'embed_batches', 'embed_texts', 'with_prominence', 'publish_index',
-           'index_folder', 'index_precision', 'open_faiss', 'LiveIndex', 'open_index', 'open_ai_search',
+           'index_folder', 'index_maker', 'index_embedder', 'open_faiss', 'LiveIndex', 'open_index', 'open_ai_search',
            'publish_to_ai_search']
 
 # %% ../../nbs/lib/search/published.ipynb #daae3bea
-import functools, hashlib, json, os, shutil, threading, warnings
+import contextlib, functools, hashlib, json, os, shutil, threading, warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ import pandas as pd
 
 from ..core.files import DataError, file_digest, verify_digest, write_atomic
 from ..core.workspace import Changes, Workspace
-from ..models.embedding import Embedder, PRECISIONS, embedder_digest, minilm_folder, minilm_onnx, open_embedder
+from ..models.catalog import Model, read_models
+from ..models.embedding import Embedder, PRECISIONS, embedder_digest, open_embedder
 from .vector_index import Index, Passage, REBUILD, build_index, check_index, open_reranker
 
 # %% ../../nbs/lib/search/published.ipynb #4994f4a5
@@ -48,13 +49,11 @@ VECTOR_SCHEMA = "row long, vector array<float>"
 
 def embed_batches(
     frames, # Of Spark: batches with the columns `row text`
-    onnx: str, # Path of the model, which each worker can read
-    tokenizer: str, # Path of its tokenizer
-    precision: str, # One of `PRECISIONS`
+    folder: str, # Of the embedder, where each worker can read it
 ): # Batches with the columns `row vector`
     "The function for `mapInPandas`."
-    embedder = Embedder(Path(onnx), Path(tokenizer), precision, threads=1)     # Spark gives each core a task
-    for frame in frames: yield pd.DataFrame(dict(row=frame.row, vector=list(embedder.embed(frame.text.tolist()))))
+    embedder = Embedder(Path(folder), threads=1)    # Spark gives each core a task
+    for frame in frames: yield pd.DataFrame(dict(row=frame.row, vector=list(embedder.embed(frame.text.tolist(), "document"))))
 
 # %% ../../nbs/lib/search/published.ipynb #b3806dba
 def embed_texts(
@@ -64,13 +63,10 @@ def embed_texts(
     spark_above: int = SPARK_ABOVE, # More texts than this go to Spark
 ) -> np.ndarray: # float32, one row a text
     "Embed texts, here or by Spark."
-    if len(texts) <= spark_above: return embedder.embed(texts, on_done=lambda done, total: ws.progress(done, total, "embedding chunks"))
+    def told(done, total): ws.progress(done, total, "embedding chunks")
+    if len(texts) <= spark_above: return embedder.embed(texts, "document", on_done=told)
     ws.progress(0, 1, f"embedding {len(texts):,} texts on {ws.cores} cores")
-    tokenizer = ws.cache(embedder.digest, "tokenizer.json")        # where workers can read it
-    if not tokenizer.is_file(): write_atomic(tokenizer, (minilm_folder() / "tokenizer.json").read_bytes())
-    batches = functools.partial(
-        embed_batches, onnx=str(minilm_onnx(ws, embedder.precision)), tokenizer=str(tokenizer), precision=embedder.precision
-    )
+    batches = functools.partial(embed_batches, folder=str(embedder.folder))     # in the cache, where workers can read
     found = ws.map_batches(pd.DataFrame(dict(row=range(len(texts)), text=texts)), batches, VECTOR_SCHEMA).sort_values("row")
     return np.stack(found.vector.to_list()).astype(np.float32)
 
@@ -134,13 +130,29 @@ def index_folder(ws: Workspace) -> Path:
     return ws.store / "index" / published["folder"]
 
 # %% ../../nbs/lib/search/published.ipynb #a924ac49
-def index_precision(ws: Workspace) -> str | None:
-    "The precision of the embedder that made the published index; `None` if there is no index, or none that can be read."
+def index_maker(ws: Workspace) -> tuple[Model, str] | None: # And its precision
+    "The embedder that made the published index; `None` if there is no index, none that can be read, or none of a model that is here."
     before = dict(ws.reads)
     try: made_by = check_index(index_folder(ws))["embedder"]
     except DataError: return None
     finally: ws.reads = before                      # to ask is not to read
-    return next((p for p in PRECISIONS if embedder_digest(p) == made_by), None)
+    return _maker(ws, made_by)
+
+def _maker(ws, digest):
+    for model in read_models(ws.config).values():
+        if model.kind != "embedder" or not model.pinned: continue
+        with contextlib.suppress(DataError):        # it is not here, or altered
+            for precision in PRECISIONS:
+                if embedder_digest(ws, model, precision) == digest: return model, precision
+
+# %% ../../nbs/lib/search/published.ipynb #2184c951
+def index_embedder(
+    ws: Workspace,
+    otherwise: str = "fp32", # The precision of the chosen model, where no index says which one it was
+) -> Embedder:
+    "The embedder that made the published index; the chosen one if there is no index, or none that we could ask."
+    model, precision = index_maker(ws) or (None, otherwise)
+    return open_embedder(ws, precision, model)
 
 # %% ../../nbs/lib/search/published.ipynb #3ee3863d
 def open_faiss(
@@ -150,15 +162,14 @@ def open_faiss(
     "The published FAISS index, verified and loaded with its embedder; `DataError` if it cannot be used."
     if embedder is None:  # slow, and no index changes it: so it comes before the loop
         index_folder(ws)                            # `DataError` at once if there is none
-        embedder = open_embedder(ws, index_precision(ws) or "fp32")
+        embedder = index_embedder(ws)
     reranker = open_reranker(ws.config.reranker)
     for attempt in range(10):
         folder, published = index_folder(ws), _published(ws)
         try:
             verify_digest(folder / "manifest.json", published.get("manifest", ""), REBUILD)
             made_by = check_index(folder)["embedder"]
-            if made_by != embedder.digest:
-                embedder = open_embedder(ws, next((p for p in PRECISIONS if embedder_digest(p) == made_by), "fp32"))
+            if made_by != embedder.digest: embedder = index_embedder(ws)
             return Index(folder, embedder, reranker)
         except (DataError, OSError, RuntimeError):
             if (
@@ -201,7 +212,7 @@ def open_index(
     if ws.config.vector_index == "faiss": return open_faiss(ws)
     return open_ai_search(
         ws.registered("chunks_index"),
-        open_embedder(ws, index_precision(ws) or "fp32") if ws.config.vector_index == "direct_access" else None,
+        index_embedder(ws) if ws.config.vector_index == "direct_access" else None,
     )
 
 # %% ../../nbs/lib/search/published.ipynb #6b413e93

@@ -150,7 +150,7 @@ class Index:
     def __init__(
         self,
         folder: Path, # From `build_index`
-        embedder, # With `digest`, and `embed(texts)` -> float32, rows of length 1
+        embedder, # With `digest`, and `embed(texts, of)` -> float32, rows of length 1
         reranker=None, # From a question and passages to a score each
     ):
         import bm25s, faiss, pyarrow.parquet
@@ -288,7 +288,7 @@ def search(
     mask = self._allowed(filters)
     n = min(max(candidates, k), len(self) if mask is None else int(mask.sum()))
     if not question or k < 1 or n == 0: return []
-    if method != "bm25" and vector is None: vector = self.embedder.embed([question])[0]
+    if method != "bm25" and vector is None: vector = self.embedder.embed([question], "query")[0]
     dense = self._dense(vector, n, mask) if method != "bm25" else {}
     lexical = self._lexical(question, n, mask) if method != "dense" else {}
     rankings = [first for rows in (dense, lexical) if (first := self._first_chunks(rows))]      # document -> its best row, best first
