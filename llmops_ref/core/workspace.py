@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .charts import png
 from .config import Config, SettingsError, load_config
 from .files import DataError, NOTES, file_digest, folder_digest, verify_digest, visible_files, write_atomic
 
@@ -550,7 +551,7 @@ def finish(
     metrics = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}      # a mean of nothing is no metric
     mlflow.log_metrics({key.replace("@", "_at_"): value for key, value in metrics.items()})
     for name, figure in (figures or {}).items():
-        figure.savefig(self.path("figures", f"{stage}-{name}.png"), dpi=110, bbox_inches="tight")
+        self.path("figures", f"{stage}-{name}.png").write_bytes(png(figure))
         mlflow.log_artifact(str(self.path("figures", f"{stage}-{name}.png")))
     mlflow.end_run()
     result = dict(stage=stage, headline=headline, metrics=metrics, figures=[f"figures/{stage}-{n}.png" for n in figures or {}],
