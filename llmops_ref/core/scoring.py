@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .workspace import usable_cores
+from .machine import usable_cores
 
 # %% ../../nbs/lib/core/scoring.ipynb #ed28fee0
 def _first_rank(found, gold, k):

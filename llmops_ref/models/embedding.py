@@ -16,7 +16,8 @@ import numpy as np
 
 from ..core.config import SettingsError, load_config
 from ..core.files import DataError, file_digest, verify_digest, write_atomic
-from ..core.workspace import Workspace, open_workspace, usable_cores
+from ..core.machine import usable_cores
+from ..core.workspace import Workspace, open_workspace
 
 # %% ../../nbs/lib/models/embedding.ipynb #14f69969
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -17,7 +17,8 @@ import pandas as pd
 import yaml
 
 from ..core.config import Config, ENVIRONMENTS, SettingsError, load_config
-from ..core.workspace import Workspace, git_commit, open_workspace
+from ..core.machine import git_commit
+from ..core.workspace import Workspace, open_workspace
 from ..models.gateway import workspace_services
 from ..release.hosting import AppHost, ModelServingHost, asking_for, endpoint_name, open_client
 

@@ -18,7 +18,9 @@ from jupyter_core.utils import run_sync
 
 from ..core.config import explain, sleep_while_waiting
 from ..core.files import write_atomic
-from ..core.workspace import MLFLOW_SWITCHES, Workspace, git_commit, usable_cores
+from ..core.machine import git_commit, usable_cores
+from ..core.tracking import MLFLOW_SWITCHES
+from ..core.workspace import Workspace
 from .plan import STAGES, Stage, Step, _cells, _sets_env, lessons, manifest, reasons, stage_code, waits_for
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #9d1bcad8

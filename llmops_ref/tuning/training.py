@@ -20,7 +20,7 @@ import pandas as pd
 from ..core.charts import COLOURS, chart, panels
 from ..core.config import Config, SettingsError, load_config
 from ..core.files import DataError, file_digest, write_atomic
-from ..core.workspace import usable_cores
+from ..core.machine import usable_cores
 from ..models.probes import fastest_dtype
 
 # %% ../../nbs/lib/tuning/training.ipynb #1d19feb8
