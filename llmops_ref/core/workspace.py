@@ -46,9 +46,9 @@ class Card:
     "The result of one stage; shows itself as a table in a notebook."
     stage: str
     headline: str # One line, for the closing table of a run
-    metrics: dict[str, float]
-    reads: dict[str, str] = field(default_factory=dict)
-    writes: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(repr=False)
+    reads: dict[str, str] = field(default_factory=dict, repr=False)
+    writes: dict[str, str] = field(default_factory=dict, repr=False)
 
     def _repr_markdown_(self):
         rows = "".join(f"\n| {name} | {_shown(value)} |" for name, value in self.metrics.items())
