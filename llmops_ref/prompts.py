@@ -72,7 +72,10 @@ def choose_prompt(
 
 # %% ../nbs/04_prompts.ipynb #d80098fa
 def paired(
-    candidate: pd.DataFrame, base: pd.DataFrame, measure: str = "correct", confidence: float = 0.95
+    candidate: pd.DataFrame, # From `answer_all`
+    base: pd.DataFrame, # The same, of what we compare with
+    measure: str = "correct",
+    confidence: float = 0.95, # Of the interval
 ) -> Comparison | None: # `None` where no question has the score on both sides
     "Compare two sets of answers to the same questions; one that failed is not correct."
     a, b = _both(candidate, base, measure)
@@ -157,7 +160,12 @@ def promote(
     return verdict
 
 # %% ../nbs/04_prompts.ipynb #ba3a6c82
-def block_prompt(ws: Workspace, version: str, gates: list[Gate], noun: str = "answer_prompt") -> None:
+def block_prompt(
+    ws: Workspace,
+    version: str, # That asks to be the champion
+    gates: list[Gate],
+    noun: str = "answer_prompt", # What it is registered as
+) -> None:
     "Raise `DataError` when a gate does not hold and the environment's gates raise; it names what stays in use."
     if all(g.holds for g in gates) or ws.config.gate_mode != "raise": return
     stays = ws.prompt(noun, "champion", record=False)

@@ -59,7 +59,10 @@ def approve(
 # %% ../../nbs/lib/commands/operations.ipynb #9af017ed
 @operations_app.command()
 def reject(
-    env: Env = "prod", version: Version = None, by: By = None, reason: Annotated[str, typer.Option(help="What is wrong with it")] = ""
+    env: Env = "prod",
+    version: Version = None,
+    by: By = None,
+    reason: Annotated[str, typer.Option(help="What is wrong with it")] = "",
 ):
     "Say no to a validated version, and why; it is not deployed."
     with manners():

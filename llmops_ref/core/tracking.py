@@ -100,7 +100,12 @@ def deployed(self: Tracking) -> str: # Version of the registered assistant
 
 # %% ../../nbs/lib/core/tracking.ipynb #144615aa
 @patch
-def set_alias(self: Tracking, noun: str, alias: str, version: str) -> None:
+def set_alias(
+    self: Tracking,
+    noun: str, # Of a registered model, such as "assistant"
+    alias: str, # Such as champion
+    version: str,
+) -> None:
     "Point an alias at a version of a registered model."
     self.mlflow().MlflowClient().set_registered_model_alias(self.registered(noun), alias, version)
     self.writes[f"alias:{noun}@{alias}"] = str(version)
@@ -120,7 +125,12 @@ def prompt(
 
 # %% ../../nbs/lib/core/tracking.ipynb #c99f868c
 @patch
-def set_prompt_alias(self: Tracking, noun: str, alias: str, version: str) -> None:
+def set_prompt_alias(
+    self: Tracking,
+    noun: str, # Of a registered prompt, such as "answer"
+    alias: str, # Such as champion
+    version: str,
+) -> None:
     "Point an alias at a version of a registered prompt."
     self.mlflow().genai.set_prompt_alias(self.registered(noun), alias, int(version))
     self.writes[f"prompt:{noun}@{alias}"] = str(version)
