@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llmops_ref.feedback.chat import open_champion, serve_chat
+from llmops_ref.feedback.chat import champion_host, serve_chat
 from llmops_ref.core.config import SettingsError, load_config
 from llmops_ref.core.services import free_port
 from llmops_ref.core.files import DataError
@@ -20,7 +20,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what was started for the page ends with it, however politely we are asked
     free_port(port, "DATABRICKS_APP_PORT")                          # said now, not after the model has been loaded
     ws = open_workspace(load_config(os.environ.get("LLMOPS_ENV", "dev"), ROOT))
-    host = open_champion(ws)
+    host = champion_host(ws)
     print(f"The assistant of {ws.config.env} is at http://{host_name}:{port}", flush=True)
     serve_chat(ws, host, port, host_name)
 

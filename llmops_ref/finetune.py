@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .core.charts import GREEN, chart, panels
 from .core.workspace import Workspace
 from .models.weights import checkpoint, chosen_model
 from .tuning.start import Start
@@ -60,18 +61,16 @@ def train_share(
     return result, folder
 
 # %% ../nbs/05_finetune.ipynb #542ef925
+@chart
 def plot_scaling(
     table: pd.DataFrame, # Columns `pairs loss token_f1 refusal_accuracy`, one row a share
 ): # A matplotlib figure
     "What more pairs bought so far."
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
-    left.plot(table.pairs, table.loss, "o-", color="#e4572e")
+    figure, (left, right) = panels(2)
+    left.plot(table.pairs, table.loss, "o-", color=GREEN)
     left.set(xlabel="training pairs", ylabel="held-out loss", ylim=(0, None), xlim=(0, None))
-    for measure, colour, label in (("token_f1", "#5b8def", "token F1"), ("refusal_accuracy", "#6fb07f", "refusal accuracy")):
-        right.plot(table.pairs, table[measure], "o-", color=colour, label=label)
+    for measure, label in (("token_f1", "token F1"), ("refusal_accuracy", "refusal accuracy")):
+        right.plot(table.pairs, table[measure], "o-", label=label)
     right.set(xlabel="training pairs", ylim=(0, 1.05), xlim=(0, None))
-    right.legend(frameon=False, fontsize=8)
-    for axis in (left, right): axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    right.legend()
     return figure

@@ -16,6 +16,7 @@ import pandas as pd
 from .assistant.chain import check_template
 from .assistant.examples import open_examples, wants_examples
 from .assistant.quotes import may_quote, quotes
+from .core.charts import BLUE, GREEN, GREY, RED, chart, panels
 from .core.config import Config, SettingsError
 from .core.files import DataError
 from .core.significance import Comparison, Gate, compare
@@ -71,7 +72,10 @@ def choose_prompt(
 
 # %% ../nbs/04_prompts.ipynb #d80098fa
 def paired(
-    candidate: pd.DataFrame, base: pd.DataFrame, measure: str = "correct", confidence: float = 0.95
+    candidate: pd.DataFrame, # From `answer_all`
+    base: pd.DataFrame, # The same, of what we compare with
+    measure: str = "correct",
+    confidence: float = 0.95, # Of the interval
 ) -> Comparison | None: # `None` where no question has the score on both sides
     "Compare two sets of answers to the same questions; one that failed is not correct."
     a, b = _both(candidate, base, measure)
@@ -84,11 +88,11 @@ def _both(candidate, base, measure):                # the scores of the question
     return a[both], b[both]
 
 # %% ../nbs/04_prompts.ipynb #affef85c
+@chart
 def plot_prompts(table: pd.DataFrame): # From `choose_prompt`
     "Scores by design, as a matplotlib figure."
-    import matplotlib.pyplot as plt
-    shown = [("correct", "#e4572e"), ("citation_precision", "#5b8def"), ("grounded", "#76b041"), ("readable", "#b0b0b0")]
-    figure, axis = plt.subplots(figsize=(8, 0.62 * len(table) + 1.2))
+    shown = [("correct", RED), ("citation_precision", BLUE), ("grounded", GREEN), ("readable", GREY)]
+    figure, axis = panels(width=7.5, height=0.5 * len(table) + 1)
     for i, (measure, colour) in enumerate(shown):
         axis.barh(
             [y + 0.2 * (i - 1.5) for y in range(len(table))], table[measure].fillna(0) if measure in table else 0, height=0.18,
@@ -97,8 +101,7 @@ def plot_prompts(table: pd.DataFrame): # From `choose_prompt`
     axis.set_yticks(range(len(table)), table.design)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xlabel="train split: share of questions (grounded: share of words)")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+    axis.legend(ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
 
 # %% ../nbs/04_prompts.ipynb #dab237ee
@@ -157,7 +160,12 @@ def promote(
     return verdict
 
 # %% ../nbs/04_prompts.ipynb #ba3a6c82
-def block_prompt(ws: Workspace, version: str, gates: list[Gate], noun: str = "answer_prompt") -> None:
+def block_prompt(
+    ws: Workspace,
+    version: str, # That asks to be the champion
+    gates: list[Gate],
+    noun: str = "answer_prompt", # What it is registered as
+) -> None:
     "Raise `DataError` when a gate does not hold and the environment's gates raise; it names what stays in use."
     if all(g.holds for g in gates) or ws.config.gate_mode != "raise": return
     stays = ws.prompt(noun, "champion", record=False)

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pandas as pd
 
+from .core.charts import BLUE, GREY, RED, chart, panels
 from .core.scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from .core.workspace import Workspace
 from .models.catalog import Model
@@ -70,24 +71,21 @@ def evaluate_index(
 MEASURES = ["recall@1", "recall@3", "recall@5", "recall@10", "mrr@10", "ndcg@10"]
 
 # %% ../nbs/03_retrieval.ipynb #8c9d96ce
+@chart
 def plot_retrieval(
     results: pd.DataFrame, # From `evaluate_index`
 ): # A matplotlib figure
     "Measures per method, and recall@5 per type of question."
-    import matplotlib.pyplot as plt
-    colours = dict(zip(METHODS, ("#9aa5b1", "#5b8def", "#e4572e")))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(3, 2))
+    figure, (left, right) = panels(2, width_ratios=(3, 2))
     for axis, table in (
         (left, results.groupby("method")[MEASURES].mean().T),
         (right, results.pivot_table(index="type", columns="method", values="recall@5")),
     ):
-        table[list(METHODS)].plot.bar(ax=axis, color=colours, width=0.8, rot=0, legend=axis is left)
+        table[list(METHODS)].plot.bar(ax=axis, color=dict(zip(METHODS, (GREY, BLUE, RED))), width=0.8, rot=0, legend=False)
         axis.set(ylim=(0, 1), xlabel="")
-        axis.spines[["top", "right"]].set_visible(False)
-    left.set_title("by measure", loc="left", fontsize=10)
-    left.legend(frameon=False, ncols=3, loc="upper left", fontsize=8)
-    right.set_title("recall@5 by type of question", loc="left", fontsize=10)
-    figure.tight_layout()
+    left.set_title("by measure")
+    left.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    right.set_title("recall@5 by type of question")
     return figure
 
 # %% ../nbs/03_retrieval.ipynb #65cfb5c7

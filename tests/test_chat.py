@@ -8,7 +8,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from conftest import ROOT
-from llmops_ref.feedback.chat import AT_ONCE, HEADERS, PAGE, chat_app, example_questions, open_champion
+from llmops_ref.feedback.chat import AT_ONCE, HEADERS, PAGE, champion_host, chat_app, example_questions
 from llmops_ref.core.config import load_config
 from llmops_ref.core.services import stop_services
 from llmops_ref.core.workspace import open_workspace
@@ -526,7 +526,7 @@ def test_review(page, client, ws):
 def test_the_deployed_champion(finished, chromium):
     "The whole way: a browser asks the version that the life cycle deployed, and its vote is in the table."
     ws = open_workspace(load_config("staging", finished.root, cache=finished.environment["LLMOPS_CACHE"]))
-    host = open_champion(ws)
+    host = champion_host(ws)
     app = chat_app(ws, host, example_questions(ws))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
     threading.Thread(target=server.run, daemon=True).start()

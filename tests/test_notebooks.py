@@ -125,7 +125,7 @@ def test_a_wheel_holds_every_module(tmp_path):
     done = subprocess.run([BIN / "python", "-P", "-c", script, str(tmp_path / "installed")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == {p.relative_to(ROOT).as_posix() for p in (ROOT / "llmops_ref").rglob("*.py")}
-    beside = [p.relative_to(ROOT) for p in (ROOT / "llmops_ref").rglob("*") if p.suffix in (".css", ".html", ".svg", ".js")]
+    beside = [p.relative_to(ROOT) for p in (ROOT / "llmops_ref").rglob("*") if p.suffix in (".css", ".html", ".svg", ".js", ".mplstyle")]
     assert beside and not [name for name in beside if not (tmp_path / "installed" / name).is_file()], "a template is not in the wheel"
 
 

@@ -307,13 +307,23 @@ def open_chains(
 
 # %% ../../nbs/lib/assistant/chain.ipynb #6de75b01
 @contextlib.contextmanager
-def open_assistants(ws: Workspace, templates: dict[str, str | None], passages: bool = True, **options):
-    "The chains of several prompts by name, while the `with` block runs; `options` as for `open_chains`."
+def open_assistants(
+    ws: Workspace,
+    templates: dict[str, str | None], # Name -> prompt; `None` is our own
+    passages: bool = True, # Without them, the bare model
+    **options, # As for `open_chains`
+):
+    "The chains of several prompts by name, while the `with` block runs."
     with open_chains(ws, open_examples(ws, *templates.values()), passages, **options) as chain:
         yield {name: chain(template) for name, template in templates.items()}
 
 # %% ../../nbs/lib/assistant/chain.ipynb #533ca89f
 @contextlib.contextmanager
-def open_assistant(ws: Workspace, template: str | None = None, passages: bool = True, **options):
-    "The chain as the settings describe it, while the `with` block runs; `options` as for `open_chains`."
+def open_assistant(
+    ws: Workspace,
+    template: str | None = None, # The prompt; `None` is our own
+    passages: bool = True, # Without them, the bare model
+    **options, # As for `open_chains`
+):
+    "The chain as the settings describe it, while the `with` block runs."
     with open_assistants(ws, dict(one=template), passages, **options) as chains: yield chains["one"]

@@ -16,7 +16,8 @@ from .chain import check_template
 from .quotes import may_quote, quotes
 from ..core.config import SettingsError
 from ..core.files import DataError, folder_digest
-from ..core.workspace import Workspace, git_commit
+from ..core.machine import git_commit
+from ..core.workspace import Workspace
 
 # %% ../../nbs/lib/assistant/prompt_registry.ipynb #7c0a5a54
 def designs(

@@ -19,6 +19,7 @@ from ..assistant.chain import PLAIN_PROMPT, as_retriever, lowest_cosine, make_ch
 from ..assistant.examples import open_examples
 from ..assistant.prompt_registry import champion_prompt
 from ..assistant.quotes import quotes
+from ..core.charts import BLUE, RED, chart, panels
 from ..core.config import Config, load_config
 from ..core.services import running_services, start_service, stop_service
 from ..core.workspace import Workspace, open_workspace
@@ -152,24 +153,22 @@ def compare_applications(
     return pd.DataFrame(rows).set_index("system"), answers
 
 # %% ../../nbs/lib/bench/applications.ipynb #1e302afd
+@chart
 def plot_applications(
     table: pd.DataFrame, # From `compare_applications`
     config: Config,
 ): # A matplotlib figure
     "Quality against time, and what 1,000 questions cost as traffic grows."
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
-    colours = dict(third_party="#5b8def", self_hosted="#e4572e")
+    figure, (left, right) = panels(2)
+    colours = dict(third_party=BLUE, self_hosted=RED)
     for number, (name, row) in enumerate(table.iterrows()):
-        left.scatter(row.p50_seconds, row.correct, s=40, color=colours[row.app], zorder=3)
-        left.annotate(name, (row.p50_seconds, row.correct), xytext=(6, (5, -12)[number % 2]), textcoords="offset points", fontsize=8)
+        left.scatter(row.p50_seconds, row.correct, color=colours[row.app], zorder=3)
+        left.annotate(name, (row.p50_seconds, row.correct), xytext=(6, (5, -12)[number % 2]), textcoords="offset points")
     left.set(xlabel="seconds an answer (median)", ylabel="correct", ylim=(-0.12, 1), xlim=(0, table.p50_seconds.max() * 1.6))
     hourly = np.geomspace(1, 3600 / max(table[table.app == "self_hosted"].p50_seconds.min(), 1e-3), 80)
     right.plot(hourly, 1000 * config.machine_price / hourly, color=colours["self_hosted"], label="our own machine")
     for name, row in table[(table.app == "third_party") & (table.usd_per_1000 > 0)].iterrows():
         right.axhline(row.usd_per_1000, color=colours["third_party"], linestyle="-" if "passages" in name else ":", label=name)
     right.set(xscale="log", yscale="log", xlabel="questions an hour", ylabel="US dollars for 1,000 questions")
-    right.legend(frameon=False, fontsize=8)
-    for axis in (left, right): axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    right.legend()
     return figure

@@ -13,6 +13,7 @@ import asyncio, itertools, os, time
 import httpx
 import pandas as pd
 
+from ..core.charts import BLUE, GREEN, OCHRE, RED, chart, panels
 from ..core.config import SettingsError, load_config
 from ..core.files import DataError
 from ..core.services import Service, stop_services
@@ -71,22 +72,19 @@ def load_table(
     return pd.DataFrame(rows, columns=["askers", "answers", "errors", "per_second", "p50", "p95", "p99"])
 
 # %% ../../nbs/lib/bench/load.ipynb #80eca23c
+@chart
 def plot_load(
     table: pd.DataFrame, # From `load_table`
 ): # A matplotlib figure
     "Answers a second, and waiting, over the number of askers."
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
-    left.plot(table.askers, table.per_second, "o-", color="#5b8def")
+    figure, (left, right) = panels(2)
+    left.plot(table.askers, table.per_second, "o-", color=BLUE)
     left.set(xlabel="askers at the same time", ylabel="answers a second", ylim=(0, None))
-    for q, colour in ((50, "#6fb07f"), (95, "#e0a030"), (99, "#e4572e")):
+    for q, colour in ((50, GREEN), (95, OCHRE), (99, RED)):
         right.plot(table.askers, table[f"p{q}"], "o-", color=colour, label=f"p{q}")
     right.set(xlabel="askers at the same time", ylabel="seconds an answer", ylim=(0, None))
-    right.legend(frameon=False, fontsize=8)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xticks(table.askers)
-    figure.tight_layout()
+    right.legend()
+    for axis in (left, right): axis.set_xticks(table.askers)
     return figure
 
 # %% ../../nbs/lib/bench/load.ipynb #2760ca91

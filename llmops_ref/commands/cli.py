@@ -69,7 +69,7 @@ def run(
 WAITING = 3                                         # exit code of a run that ends at a person: nothing failed, and nothing was deployed
 
 def _show_plan(env, steps):
-    from llmops_ref.runner.pipeline import duration
+    from llmops_ref.core.page import duration
     typer.echo(f"Plan for {env}:")
     for step in steps:
         last = f"last {duration(step.seconds)}" if step.seconds else ""
@@ -94,7 +94,8 @@ def _report(ws):
 
 # %% ../../nbs/lib/commands/cli.ipynb #1cf087e1
 def _run(ws, env, steps, force, kept):
-    from llmops_ref.runner.pipeline import Screen, StageFailed, duration, run_pipeline
+    from llmops_ref.core.page import duration
+    from llmops_ref.runner.pipeline import Screen, StageFailed, run_pipeline
     command = "llmops " + " ".join(sys.argv[1:])
     typer.echo("\nRunning:")
     try: record = run_pipeline(ws, steps, force, Screen(), command)
@@ -129,7 +130,7 @@ def status(env: Env = "dev", as_json: Json = False):
     "Show every stage: up to date or not, how long it took, its headline."
     with manners():
         from llmops_ref.runner.plan import STAGES, manifest, not_needed, reasons
-        from llmops_ref.runner.pipeline import duration
+        from llmops_ref.core.page import duration
         ws, rows = workspace_of(env), []
         for stage in STAGES:
             last, why, idle = manifest(ws, stage) or {}, reasons(ws, stage), not_needed(ws.config, stage)
@@ -143,7 +144,8 @@ def status(env: Env = "dev", as_json: Json = False):
             )
         if as_json: return out(dict(env=env, stages=rows, report=_report(ws)))
         for row in rows:
-            typer.echo(f"  {row['stage']:14} {row['state']:11} {duration(row['seconds']):>10}   {row['headline'] or '; '.join(row['why'])}")
+            took = duration(row["seconds"]) or "–"
+            typer.echo(f"  {row['stage']:14} {row['state']:11} {took:>10}   {row['headline'] or '; '.join(row['why'])}")
         typer.echo(f"\nReport: {_report(ws)}")
 
 # %% ../../nbs/lib/commands/cli.ipynb #86c1f8eb
@@ -164,7 +166,11 @@ def summary(
 
 # %% ../../nbs/lib/commands/cli.ipynb #a63dedae
 @app.command()
-def why(stage: Annotated[str, typer.Argument(help="Such as 03 or retrieval")], env: Env = "dev", as_json: Json = False):
+def why(
+    stage: Annotated[str, typer.Argument(help="Such as 03 or retrieval")],
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "Say why a stage would run, or that it would not."
     with manners():
         from llmops_ref.runner.plan import find_stage, manifest, reasons
@@ -387,7 +393,11 @@ def _named_values(texts):
 
 # %% ../../nbs/lib/commands/cli.ipynb #2f23504f
 @bundle_app.command("plan")
-def plan(env: Env = "dev", var: Vars = None, as_json: Json = False):
+def plan(
+    env: Env = "dev",
+    var: Vars = None,
+    as_json: Json = False,
+):
     "List what would be on the workspace: size, price class in use and idle, and how each is removed."
     with manners():
         from llmops_ref.runner.bundle import load_bundle, plan_bundle

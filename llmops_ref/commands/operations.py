@@ -59,7 +59,10 @@ def approve(
 # %% ../../nbs/lib/commands/operations.ipynb #9af017ed
 @operations_app.command()
 def reject(
-    env: Env = "prod", version: Version = None, by: By = None, reason: Annotated[str, typer.Option(help="What is wrong with it")] = ""
+    env: Env = "prod",
+    version: Version = None,
+    by: By = None,
+    reason: Annotated[str, typer.Option(help="What is wrong with it")] = "",
 ):
     "Say no to a validated version, and why; it is not deployed."
     with manners():
@@ -273,11 +276,13 @@ def load(
     "Load the deployed champion: answers a second and waiting by concurrency; a plot, and a soak."
     with manners():
         from llmops_ref.bench.load import load_champion, plot_load
+        from llmops_ref.core.charts import png
         try: numbers = [int(n) for n in askers.split(",")]
         except ValueError: raise SettingsError(f"--askers takes numbers with commas, such as 1,2,4, not {askers!r}.") from None
         ws = watched(workspace_of(env))
         table, lasting = load_champion(ws, numbers, seconds, soak)
-        plot_load(table).savefig(figure := ws.path("figures", "load.png"), dpi=110)
+        figure = ws.path("figures", "load.png")
+        figure.write_bytes(png(plot_load(table)))
         if as_json:
             return out(dict(load=table.to_dict("records"), soak=[] if lasting is None else lasting.to_dict("records"), figure=str(figure)))
         typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))

@@ -24,14 +24,14 @@ people_app = typer.Typer()
 def chat(env: Env = "dev", port: Annotated[int, typer.Option(help="0 = a free one")] = 8080):
     "Open the chat page: ask, read the passages, vote, review. Ctrl-C ends it."
     with manners():
-        from llmops_ref.feedback.chat import open_champion, serve_chat
+        from llmops_ref.feedback.chat import champion_host, serve_chat
         from llmops_ref.core.services import free_port, stop_leftovers, stop_services
         ws = workspace_of(env)
         stop_leftovers(ws)
         port = free_port(port, "--port")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
-            host = open_champion(ws)
+            host = champion_host(ws)
             typer.echo(f"The assistant of {env} is at http://127.0.0.1:{port}\nCtrl-C ends it.")
             serve_chat(ws, host, port, "127.0.0.1")
         except KeyboardInterrupt: typer.echo("")

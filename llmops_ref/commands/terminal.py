@@ -64,12 +64,22 @@ def who(by):
     )
 
 # %% ../../nbs/lib/commands/terminal.ipynb #848ff17e
-def one_of(value, option, known):
+def one_of(
+    value: str | None, # What was typed; nothing is allowed
+    option: str, # As it is typed, such as `--format`
+    known: list[str], # What it takes
+) -> str | None:
+    "The value of an option that takes a few; `SettingsError` for another."
     if value is not None and value not in known: raise SettingsError(f"{option} takes {', '.join(known)}, not {value!r}.")
     return value
 
 # %% ../../nbs/lib/commands/terminal.ipynb #1bc42d92
-def given(value, option, text):                    # asks a person, never a script
+def given(
+    value: str | None, # What was typed
+    option: str, # As it is typed, such as `--reason`
+    text: str, # What to ask for
+) -> str:
+    "The value, or what a person answers; `SettingsError` where nobody sits at a terminal."
     if value: return value
     if not sys.stdin.isatty(): raise SettingsError(f"Give {option}: {text}.")
     return typer.prompt(text)

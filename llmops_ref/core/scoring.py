@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .workspace import usable_cores
+from .machine import usable_cores
 
 # %% ../../nbs/lib/core/scoring.ipynb #ed28fee0
 def _first_rank(found, gold, k):
@@ -37,13 +37,21 @@ def recall_at_k(
     return float(_first_rank(found, gold, k) is not None)
 
 # %% ../../nbs/lib/core/scoring.ipynb #d93c0426
-def mrr_at_k(found: list[str], gold: set[str], k: int = 10) -> float:
+def mrr_at_k(
+    found: list[str], # Ids of documents, the best first
+    gold: set[str], # Those that answer the question
+    k: int = 10, # How far down we look
+) -> float:
     "Reciprocal rank of the first gold document, 0 if it is not among the first k."
     rank = _first_rank(found, gold, k)
     return 1 / rank if rank else 0.0
 
 # %% ../../nbs/lib/core/scoring.ipynb #6a93c21f
-def ndcg_at_k(found: list[str], gold: set[str], k: int = 10) -> float:
+def ndcg_at_k(
+    found: list[str], # Ids of documents, the best first
+    gold: set[str], # Those that answer the question
+    k: int = 10, # How far down we look
+) -> float:
     "Discounted gain of the first gold document; alternatives count as one, so the ideal gain is 1."
     rank = _first_rank(found, gold, k)
     return 1 / math.log2(rank + 1) if rank else 0.0
@@ -158,7 +166,11 @@ def citation_precision(
     return sum(n <= len(shown) and shown[n - 1] in gold for n in cited if n) / len(cited) if cited else 0.0
 
 # %% ../../nbs/lib/core/scoring.ipynb #eba4a46e
-def citation_recall(answer: str, shown: list[str], gold: list[str]) -> float: # Share of the gold passages shown that are cited
+def citation_recall(
+    answer: str, # With citations such as [1]
+    shown: list[str], # Document of each passage, in the order of their numbers
+    gold: list[str], # Documents that answer the question
+) -> float: # Share of the gold passages shown that are cited
     "How many of the passages that answer the question are cited; `ValueError` if none was shown."
     right = [n for n, document in enumerate(shown, 1) if document in gold]
     if not right: raise ValueError("No gold passage was shown, so there is nothing to cite.")
@@ -233,7 +245,11 @@ _NOT = re.compile(r"\b(not|never|no|none|nobody|cannot|without|neither|nor)\b|n'
 def _numbers(text):  # a citation is no number, and 1,000 is 1000
     return set(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"\[[\d,\s]+\]", "", text))))
 
-def says_reference(answer: str, reference: str, question: str = "") -> float: # 1.0 or 0.0
+def says_reference(
+    answer: str,
+    reference: str, # The right answer, in a person's words
+    question: str = "", # Its words count for nothing
+) -> float: # 1.0 or 0.0
     "Whether an answer says what the reference does: `SAID` of its words, each number that the question had not, a *not* where it has one."
     if (is_refusal(answer) and not is_refusal(reference)
             or _content_words(reference) and reference_recall(answer, reference, question) < SAID): return 0.0

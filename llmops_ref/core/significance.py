@@ -15,7 +15,11 @@ from statistics import NormalDist
 import numpy as np
 
 # %% ../../nbs/lib/core/significance.ipynb #bf4e7af6
-def wilson(passed: int, n: int, confidence: float = 0.95) -> tuple[float, float]: # Lower and upper bound of the share
+def wilson(
+    passed: int,
+    n: int, # Of so many
+    confidence: float = 0.95,
+) -> tuple[float, float]: # Lower and upper bound of the share
     "Score interval of a share (Wilson, 1927)."
     z, p = NormalDist().inv_cdf((1 + confidence) / 2), passed / n
     centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5

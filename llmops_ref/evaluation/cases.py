@@ -135,7 +135,11 @@ def load_regressions(
     return pd.DataFrame(rows, columns=["id", "question", "must", "what", "why"])
 
 # %% ../../nbs/lib/evaluation/cases.ipynb #9bcaa9d8
-def holds(must: str, what: list[str], reply: dict) -> bool: # of the answer dictionary of `make_chain`
+def holds(
+    must: str, # show, cite, name, refuse or avoid
+    what: list[str], # Documents, or texts
+    reply: dict, # What `make_chain` answers
+) -> bool:
     "Whether an answer is as a regression demands; of several documents any will do, of several texts none may be said."
     answer = reply["answer"]
     if must == "show": return bool({p["document_id"] for p in reply["passages"]} & set(what))

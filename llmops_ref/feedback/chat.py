@@ -8,7 +8,7 @@ Reads whoever serves the assistant. Leaves a web application: answers as they ar
 __all__ = ['log', 'FACTS', 'BROKEN', 'HEADERS', 'STEPS', 'PAGE', 'QUESTION', 'AT_ONCE', 'REMEMBERED', 'PATIENCE', 'as_json',
            'event', 'answer_events', 'EventStream', 'WithHeaders', 'Refused', 'is_app', 'check_origin', 'read_body',
            'text_of', 'user_of', 'steps_of', 'find_trace', 'in_words', 'Chat', 'chat_app', 'example_questions',
-           'open_champion', 'serve_chat']
+           'champion_host', 'serve_chat']
 
 # %% ../../nbs/lib/feedback/chat.ipynb #903f963b
 import contextlib, json, logging, os, re, threading, time
@@ -148,7 +148,11 @@ async def read_body(
     return data
 
 # %% ../../nbs/lib/feedback/chat.ipynb #f95b2ee5
-def text_of(data: dict, key: str, limit: int = 2000) -> str:
+def text_of(
+    data: dict, # The body of a request
+    key: str,
+    limit: int = 2000, # In characters
+) -> str:
     "A text in a request, without half characters; `Refused` if it is no text, or too long."
     if not isinstance(value := data.get(key) or "", str): raise Refused(400, f"{key} must be text.")
     if len(value) > limit: raise Refused(400, f"Your {key} has {len(value):,} characters; at most {limit:,} are possible.")
@@ -296,7 +300,17 @@ async def vote(self: Chat, request):
     return JSONResponse(as_json(dict(feedback_id=row["feedback_id"], good=row["good"])))
 
 @patch
-def record(self: Chat, trace_id, good, comment, correction, user, reason, event_id):
+def record(
+    self: Chat,
+    trace_id: str, # Of the answer
+    good: bool, # Thumb up or down
+    comment: str,
+    correction: str, # What would have been right
+    user: str, # Who votes
+    reason: str,
+    event_id: str | None, # Of the vote, so that one that is sent twice counts once
+):
+    "Keep a vote; one at a time."
     if trace_id in self.given: find_trace(self.ws, trace_id, PATIENCE)
     with self.voting: return record_feedback(self.ws, trace_id, good, comment, correction, source=user, reason=reason, event_id=event_id)
 
@@ -379,7 +393,7 @@ def _found_first(ws):                               # the first questions whose 
     return [q for q in asked if q["right"]]
 
 # %% ../../nbs/lib/feedback/chat.ipynb #972b2664
-def open_champion(
+def champion_host(
     ws: Workspace,
 ): # A host that can be asked
     "The host of an environment, its champion up; `DataError` if nothing is deployed."
@@ -390,7 +404,7 @@ def open_champion(
 # %% ../../nbs/lib/feedback/chat.ipynb #469a22f7
 def serve_chat(
     ws: Workspace,
-    host, # From `open_champion`
+    host, # From `champion_host`
     port: int = 8080,
     host_name: str = "127.0.0.1", # 0.0.0.0 = also for others; there should be a proxy that knows them
     reviewers=None, # Names that may review; by default those of the setting `reviewers`, and everybody if there are none

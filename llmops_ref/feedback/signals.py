@@ -76,7 +76,12 @@ def binomial_tail(
     return float(binom.sf(bad - 1, n, bound)) if n and bad else 1.0
 
 # %% ../../nbs/lib/feedback/signals.ipynb #eac0c118
-def judge(bad: int, n: int, bound: float, level: float) -> str: # breach, watch, ok, or "no data"
+def judge(
+    bad: int, # So many
+    n: int, # Of so many
+    bound: float, # The share that is allowed
+    level: float, # A breach by chance must be rarer than this
+) -> str: # breach, watch, ok, or "no data"
     "The verdict on one share."
     if not n: return "no data"
     if bad / n <= bound: return "ok"

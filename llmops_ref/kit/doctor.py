@@ -19,7 +19,8 @@ import psutil
 
 from ..core.config import Config, SettingsError, load_config
 from ..core.files import DataError
-from ..core.workspace import open_workspace, usable_cores
+from ..core.machine import usable_cores
+from ..core.workspace import open_workspace
 from .fork import FIRST_PAGE, git, read_identity, read_upstream
 from ..runner.plan import STAGES, check_parameters
 

@@ -98,7 +98,11 @@ def _renamer(old, new):
     return lambda text: pattern.subn(lambda m: values[m.lastindex - 1], text)
 
 # %% ../../nbs/lib/kit/fork.ipynb #2007e757
-def rename_text(text: str, old: Identity, new: Identity) -> str:
+def rename_text(
+    text: str,
+    old: Identity, # What it is called in the text
+    new: Identity, # What it is called from now on
+) -> str:
     "A text in which a project is called otherwise."
     return _renamer(old, new)(text)[0]
 

@@ -18,7 +18,8 @@ from fastcore.basics import patch
 
 from ..core.config import SettingsError
 from ..core.files import DataError, file_digest, known_digest, verify_digest, write_atomic
-from ..core.workspace import Workspace, usable_cores
+from ..core.machine import usable_cores
+from ..core.workspace import Workspace
 from .catalog import Model, find_model, of_variant, read_models
 from .fetch import here
 

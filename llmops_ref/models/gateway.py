@@ -19,7 +19,9 @@ from pathlib import Path
 from ..core.config import Config, SettingsError, load_config
 from ..core.files import DataError, write_atomic
 from ..core.services import find_service, owner, running_services, start_service, stop_service, stop_services
-from ..core.workspace import MLFLOW_SWITCHES, Workspace, hush_pyspark, open_workspace
+from ..core.tables import hush_pyspark
+from ..core.tracking import MLFLOW_SWITCHES
+from ..core.workspace import Workspace, open_workspace
 from .llm import Endpoint, chat_client, read_prices, serve_command, server_key
 from .catalog import read_models
 from .weights import weights

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ..core.config import Config, SettingsError, sleep_while_waiting
 from ..core.files import DataError
-from ..core.workspace import Workspace, usable_cores
+from ..core.machine import usable_cores
+from ..core.workspace import Workspace
 
 # %% ../../nbs/lib/models/llm.ipynb #222c9e70
 @dataclass(frozen=True)

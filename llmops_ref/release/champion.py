@@ -14,8 +14,9 @@ import contextlib, functools, json, time
 from ..assistant.prompt_registry import champion_prompt
 from ..assistant.versions import OUR_FACTS, load_assistant, log_assistant, version_facts
 from ..core.files import DataError, write_atomic
+from ..core.machine import git_commit
 from ..core.scoring import score_answer
-from ..core.workspace import Workspace, git_commit
+from ..core.workspace import Workspace
 from .approval import check_approved, read_evidence, recorded_digest
 from .hosting import open_host
 from ..tuning.registry import model_facts, tuned_files

@@ -17,12 +17,18 @@ import pandas as pd
 import yaml
 
 from ..core.config import Config, ENVIRONMENTS, SettingsError, load_config
-from ..core.workspace import Workspace, git_commit, open_workspace
+from ..core.machine import git_commit
+from ..core.workspace import Workspace, open_workspace
 from ..models.gateway import workspace_services
 from ..release.hosting import AppHost, ModelServingHost, asking_for, endpoint_name, open_client
 
 # %% ../../nbs/lib/runner/bundle.ipynb #523075a8
-def alert(config: Config, where: str, warehouse: str, notify: str = "") -> dict:
+def alert(
+    config: Config,
+    where: str, # WHERE
+    warehouse: str, # Id of the SQL warehouse that asks
+    notify: str = "", # NOTIFY
+) -> dict:
     "A SQL alert on the table `signals`, for whoever is to be woken; it also rings when nothing has been looked at for three hours."
     return dict(
         display_name=f"llmops-ref monitoring {config.env}",

@@ -14,7 +14,8 @@ import os, sys
 from ..assistant.versions import version_facts
 from ..core.config import SettingsError, load_config
 from ..core.files import DataError
-from ..core.workspace import Workspace, on_databricks, open_workspace
+from ..core.machine import on_databricks
+from ..core.workspace import Workspace, open_workspace
 from ..release.champion import check_deployable, log_candidate
 from ..release.hosting import asking_for, open_client
 from .pipeline import Lines, StageFailed, run_pipeline

@@ -6,8 +6,8 @@ Reads the notebooks, the settings and the books of each stage. Leaves executed n
 
 # %% auto #0
 __all__ = ['ALONE', 'USUAL_IMPORTS', 'MORE_IMPORTS', 'OURS', 'MOST_LINES', 'SKIPPED', 'StageKernel', 'explain_error',
-           'StageFailed', 'stage_notebook', 'put_back', 'run_stage', 'Quiet', 'duration', 'Lines', 'progress_text',
-           'last_words', 'run_pipeline', 'Screen', 'notebook_title', 'machine', 'notebook_html']
+           'StageFailed', 'stage_notebook', 'put_back', 'run_stage', 'Quiet', 'Lines', 'progress_text', 'last_words',
+           'run_pipeline', 'Screen', 'notebook_title', 'machine', 'notebook_html']
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #25457c87
 import contextlib, copy, json, os, platform, re, sys, tempfile, threading, time
@@ -18,7 +18,10 @@ from jupyter_core.utils import run_sync
 
 from ..core.config import explain, sleep_while_waiting
 from ..core.files import write_atomic
-from ..core.workspace import MLFLOW_SWITCHES, Workspace, git_commit, usable_cores
+from ..core.machine import git_commit, usable_cores
+from ..core.page import duration
+from ..core.tracking import MLFLOW_SWITCHES
+from ..core.workspace import Workspace
 from .plan import STAGES, Stage, Step, _cells, _sets_env, lessons, manifest, reasons, stage_code, waits_for
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #9d1bcad8
@@ -193,12 +196,6 @@ class Quiet:
     def stage_progress(self, stage, progress, seconds): pass
     def stage_ended(self, stage, state, done): pass
 
-# %% ../../nbs/lib/runner/pipeline.ipynb #5dada976
-def duration(seconds: float | None) -> str:
-    "Seconds as people say them."
-    if seconds is None: return "–"
-    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
-
 # %% ../../nbs/lib/runner/pipeline.ipynb #02ce0d72
 class Lines(Quiet):
     "Prints a line when a stage starts and ends, and every half minute between; for a log."
@@ -214,7 +211,7 @@ class Lines(Quiet):
             print(f"  ...     {stage.notebook:14} {duration(seconds):>10}   {progress_text(progress)}", flush=True)
 
     def stage_ended(self, stage, state, done):
-        print(f"  {state:7} {stage.notebook:14} {duration((done or {}).get('seconds')):>10}   {last_words(done)}", flush=True)
+        print(f"  {state:7} {stage.notebook:14} {duration((done or {}).get('seconds')) or '–':>10}   {last_words(done)}", flush=True)
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #ae94d066
 def progress_text(progress: dict) -> str:

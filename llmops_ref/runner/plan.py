@@ -17,7 +17,8 @@ from pathlib import Path
 import llmops_ref
 from ..core.config import Config, SettingsError, read_shares
 from ..core.files import DataError
-from ..core.workspace import Workspace, on_databricks, open_workspace
+from ..core.machine import on_databricks
+from ..core.workspace import Workspace, open_workspace
 
 # %% ../../nbs/lib/runner/plan.ipynb #fd4431c8
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import DataError, file_digest, verify_digest, write_atomic
-from ..core.workspace import Changes, Workspace
+from ..core.tables import Changes
+from ..core.workspace import Workspace
 from ..models.catalog import Model, read_models
 from ..models.embedding import Embedder, PRECISIONS, embedder_digest, open_embedder
 from .vector_index import Index, Passage, REBUILD, build_index, check_index, open_reranker

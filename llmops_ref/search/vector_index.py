@@ -20,8 +20,8 @@ from fastcore.basics import patch
 
 from ..core.config import SettingsError
 from ..core.files import DataError, file_digest, verify_digest, write_atomic
+from ..core.machine import usable_cores
 from ..core.scoring import words
-from ..core.workspace import usable_cores
 from ..documents.chunking import PAGES
 from ..models.embedding import clean_text
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..core.config import load_config
 from ..core.files import DataError, file_digest
-from ..core.workspace import Workspace, git_commit, open_workspace
+from ..core.machine import git_commit
+from ..core.workspace import Workspace, open_workspace
 from ..models.catalog import pinned_digests
 from .registry import same_content
 

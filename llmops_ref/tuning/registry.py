@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import DataError, file_digest, verify_digest, write_atomic
-from ..core.workspace import Workspace, git_commit
+from ..core.machine import git_commit
+from ..core.workspace import Workspace
 from ..evaluation.reviewed import LEARNED
 from ..models.catalog import Model
 from ..models.weights import chosen_gguf, chosen_model

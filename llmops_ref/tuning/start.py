@@ -67,7 +67,11 @@ def save_start(
     return read_start(target)
 
 # %% ../../nbs/lib/tuning/start.ipynb #ab57131d
-def misfit(start: Start, recipe: Recipe, base: Model) -> str: # Empty if it fits
+def misfit(
+    start: Start,
+    recipe: Recipe, # Of the training that would go on from it
+    base: Model, # Whose weights are trained
+) -> str: # Empty if it fits
     "What is wrong with a start, in words."
     if start.base_sha256 != base.sha256: return f"it was trained beside other weights than those of {base.name}"
     if start.rank != recipe.rank: return f"its matrices have the rank {start.rank}, and `finetune_rank` is {recipe.rank}"
@@ -75,7 +79,11 @@ def misfit(start: Start, recipe: Recipe, base: Model) -> str: # Empty if it fits
     return ""
 
 # %% ../../nbs/lib/tuning/start.ipynb #75ffddaf
-def find_start(config: Config, recipe: Recipe, base: Model) -> Start | None:
+def find_start(
+    config: Config,
+    recipe: Recipe, # Of the training that would go on from it
+    base: Model, # Whose weights are trained
+) -> Start | None:
     "The adapter that `finetune_start` means (none, auto or a folder); `SettingsError` if one that is named does not fit."
     asked = config.finetune_start
     if asked == "none" or asked == "auto" and not (base.start and config.corpus == "packages"): return None

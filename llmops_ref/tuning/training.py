@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core.charts import COLOURS, chart, panels
 from ..core.config import Config, SettingsError, load_config
 from ..core.files import DataError, file_digest, write_atomic
-from ..core.workspace import usable_cores
+from ..core.machine import usable_cores
 from ..models.probes import fastest_dtype
 
 # %% ../../nbs/lib/tuning/training.ipynb #1d19feb8
@@ -517,23 +518,20 @@ def history_frame(result: dict) -> pd.DataFrame: # One row a step: `step loss va
     return pd.DataFrame(result["history"]).astype({"loss": float, "validation": float, "lr": float}).groupby("step", as_index=False).first()
 
 # %% ../../nbs/lib/tuning/training.ipynb #7dba0a25
+@chart
 def plot_loss(
     results: dict[str, dict], # Name -> result of `fit`
 ): # A matplotlib figure
     "Loss over the training tokens: thin for each step, thick for held-out pairs."
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7, 3))
-    for (name, result), colour in zip(results.items(), ("#e4572e", "#5b8def", "#6fb07f", "#9aa5b1")):
+    figure, axis = panels(width=7)
+    for (name, result), colour in zip(results.items(), COLOURS):
         history = history_frame(result)
-        axis.plot(
-            history.tokens, history.loss.rolling(8, min_periods=1).mean(), color=colour, lw=1, alpha=0.5,
-            label=f"{name}: training, mean of eight steps",
-        )
+        smooth = history.loss.rolling(8, min_periods=1).mean()
+        axis.plot(history.tokens, smooth, color=colour, lw=1, alpha=0.5, label=f"{name}: training, mean of eight steps")
         points = history.dropna(subset="validation")
-        axis.plot(points.tokens, points.validation, "o-", color=colour, ms=4, label=f"{name}: held-out pairs")
+        axis.plot(points.tokens, points.validation, "o-", color=colour, label=f"{name}: held-out pairs")
     axis.set(xlabel="tokens", ylabel="loss of answer tokens", ylim=(0, None))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend()
     return figure
 
 # %% ../../nbs/lib/tuning/training.ipynb #dd7f7d89

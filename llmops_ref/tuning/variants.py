@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..core.charts import BLUE, GREEN, GREY, OCHRE, RED, chart, panels
 from ..core.config import SettingsError
 from ..core.files import DataError, file_digest
 from ..core.scoring import is_refusal, score_answer
@@ -202,13 +203,13 @@ def against_base(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/tuning/variants.ipynb #9fef8f80
+@chart
 def plot_variants(
     table: pd.DataFrame, # From `ask_variants`
 ): # A matplotlib figure
     "Quality of each variant over the time of an answer; the area of a dot is its memory."
-    import matplotlib.pyplot as plt
-    colours = dict(zip(VARIANTS, ("#9aa5b1", "#e4572e", "#5b8def", "#6fb07f", "#e4a03a")))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharex=True)
+    colours = dict(zip(VARIANTS, (GREY, RED, BLUE, GREEN, OCHRE)))
+    figure, axes = panels(2, sharex=True)
     for axis, measure, label in zip(
         axes, ("token_f1", "refusal_accuracy"), ("token F1 with the wanted answer", "refusal accuracy (0.5: a coin)")
     ):
@@ -218,9 +219,5 @@ def plot_variants(
                 label=f"{name}: {row.size_mb:,.0f} MB of files, {row.memory_mb:,.0f} MB in memory",
             )
         axis.set(xlabel="seconds an answer (median)", ylabel=label, ylim=(-0.05, 1.1), xlim=(0, table.seconds.max() * 1.2))
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, markerscale=0.5
-    )
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, markerscale=0.5)
     return figure
