@@ -81,19 +81,21 @@ def _unpack(archive, folder):                       # the converter alone
     return folder
 
 # %% ../../nbs/lib/models/convert.ipynb #bb50d694
-def _cleared(folder):                               # an empty folder to work in; what a killed process left there is gone
+def _cleared(folder):                               # an empty one in it, of a new name: what a killed process has left goes on nowhere
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    return folder
+    return Path(tempfile.mkdtemp(dir=folder))
 
 def converter(ws: Workspace) -> Path: # Holds `convert_hf_to_gguf.py`
     "llama.cpp's converter in the version that serves here, fetched on first use; `DataError` says why it cannot be had."
     local = ws.config.platform == "databricks"      # where a Volume takes no locks
     folder = ws.here("converter", served_by()) if local else ws.cache("converter", served_by())
     if (folder / SCRIPT).is_file(): return folder
-    with alone(part := folder.with_name(f".{folder.name}"), lambda: None):
+    part = folder.with_name(f".{folder.name}")
+    with alone(part, lambda: None):
         if (folder / SCRIPT).is_file(): return folder
-        made = _unpack(_archive(folder.name, _cleared(part)), part / "made")
+        room = _cleared(part)
+        made = _unpack(_archive(folder.name, room), room / "made")
         if not (made / SCRIPT).is_file(): raise DataError(f"The source archive of {PACKAGE} {folder.name} holds no {SCRIPT}.")
         os.replace(made, folder)
         shutil.rmtree(part)
@@ -134,9 +136,9 @@ def _reason(said, code):                            # one line
 
 # %% ../../nbs/lib/models/convert.ipynb #c06cc00b
 def _run(ws, folder, part, name, *options):         # the file that the converter made in the folder `part`
-    seen = _shown(folder, _cleared(part) / name, "--vocab-only" not in options)
+    seen = _shown(folder, (room := _cleared(part)) / name, "--vocab-only" not in options)
     done = subprocess.run(
-        [sys.executable, converter(ws) / SCRIPT, seen, "--outfile", made := part / "made.gguf", *options],
+        [sys.executable, converter(ws) / SCRIPT, seen, "--outfile", made := room / "made.gguf", *options],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
         env=os.environ | dict(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1"),
     )

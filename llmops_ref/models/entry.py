@@ -82,9 +82,9 @@ def offer_of_repository(
     def look(address, token):
         info = HfApi(endpoint=address, token=token).model_info(repo, revision=revision or None, files_metadata=True, timeout=30)
         names = {sibling.rfilename: sibling for sibling in info.siblings or ()}
-        first = file or next((name for name in ("config.json", *names) if name in names), "")
+        first = next((name for name in (file, "config.json", *names) if name in names), "config.json")
         where = hf_hub_url(repo, first, revision=info.sha, endpoint=address)
-        if first: get_hf_file_metadata(where, token=token, endpoint=address)            # one that is gated shows its list, and no file
+        if names: get_hf_file_metadata(where, token=token, endpoint=address)            # one that is gated shows its list, and no file
         if not file:
             for name in (name for name in (*WORDS, CHECKPOINTS[1]) if name in names):
                 hf_hub_download(repo, name, revision=info.sha, local_dir=room, endpoint=address, token=token)
