@@ -1420,6 +1420,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'llmops_ref/models/convert.py'),
                                            'llmops_ref.models.convert._shown': ( 'lib/models/convert.html#_shown',
                                                                                  'llmops_ref/models/convert.py'),
+                                           'llmops_ref.models.convert._stamp': ( 'lib/models/convert.html#_stamp',
+                                                                                 'llmops_ref/models/convert.py'),
                                            'llmops_ref.models.convert._stand_in': ( 'lib/models/convert.html#_stand_in',
                                                                                     'llmops_ref/models/convert.py'),
                                            'llmops_ref.models.convert._unpack': ( 'lib/models/convert.html#_unpack',

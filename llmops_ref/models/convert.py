@@ -167,8 +167,12 @@ def to_gguf(
     if outtype not in OUTTYPES: raise DataError(f"llama.cpp's converter makes no {outtype}. It makes {', '.join(OUTTYPES)}.")
     if not any(folder.glob("*.safetensors")): raise DataError(f"{folder} holds no weights in safetensors. Save it by `save_pretrained`.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _bench(ws, target) as part: move(_run(ws, folder, part, Path(target.stem).stem, "--outtype", outtype), target)
-    return target
+    before = _stamp(target)
+    with _bench(ws, target) as part:
+        if _stamp(target) == before: move(_run(ws, folder, part, Path(target.stem).stem, "--outtype", outtype), target)
+    return target                                   # by another process, if we had to wait for one
+
+def _stamp(path): return path.stat().st_mtime_ns if path.is_file() else 0
 
 # %% ../../nbs/lib/models/convert.ipynb #c6bb0f2e
 def check_words(ws: Workspace, folder: Path) -> None:
