@@ -1,4 +1,4 @@
-"""An entry for a model of your own, or why it cannot be one
+"""An entry for your model, or why there is none
 
 Reads a folder of yours, or a repository on Hugging Face. Leaves an entry in the catalogue, with every file of the model pinned."""
 
