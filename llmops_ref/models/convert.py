@@ -109,11 +109,17 @@ def read_json(path: Path) -> dict:
     if not isinstance(found, dict): raise DataError(f"{path} holds no table of keys. Save the model again.")
     return found
 
+_LEFT_OUT = {                                       # file -> keys that the converter does not see
+    "config.json": {"auto_map"}, "tokenizer_config.json": {"auto_map"},
+    "generation_config.json": {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "penalty_repeat", "sequence"},
+}
+
 def _shown(folder, seen, weights):                  # a folder of links to what may be read
     seen.mkdir()
     for path in Path(folder).iterdir():
-        asks = path.name in ("config.json", "tokenizer_config.json") and (table := read_json(path)).pop("auto_map", None)
-        if asks: (seen / path.name).write_text(json.dumps(table))
+        left_out = _LEFT_OUT.get(path.name, set())
+        if left_out and left_out & (table := read_json(path)).keys():
+            (seen / path.name).write_text(json.dumps({key: value for key, value in table.items() if key not in left_out}))
         elif path.is_file() and (path.suffix in (".json", ".jinja", ".txt", ".model") or weights and path.suffix == ".safetensors"):
             if weights or not path.name.endswith(".index.json"): (seen / path.name).symlink_to(path.resolve())
     return seen
