@@ -68,7 +68,7 @@ def list_models(env: Env = "dev", as_json: Json = False):
         wide = max(len(row["name"]) for row in rows)
         for row in rows:
             size = f"{row['mb']:6,} MB" if row["mb"] else " " * 9
-            minutes = f", a training of {row['train_minutes']:.0f} min" if row["train_minutes"] else ""
+            minutes = f", a training of {max(1, row['train_minutes']):.0f} min" if row["train_minutes"] else ""
             typer.echo(f"  {row['name']:{wide}}  {row['kind']:8}  {row['place']:10}  {size}  {row['licence']:10}  {row['memory']}{minutes}")
         typer.echo(f"\nAdd yours:   {me()} models add NAME ./FOLDER, or hf:OWNER/NAME\nFetch one:   {me()} models fetch NAME")
         typer.echo(f"Tune it:     {me()} run --env {env} --set chat_model=NAME")
