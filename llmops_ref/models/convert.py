@@ -94,11 +94,11 @@ def converter(ws: Workspace) -> Path: # Holds `convert_hf_to_gguf.py`
     part = folder.with_name(f".{folder.name}")
     with alone(part, lambda: None):
         if (folder / SCRIPT).is_file(): return folder
-        room = _cleared(part)
-        made = _unpack(_archive(folder.name, room), room / "made")
-        if not (made / SCRIPT).is_file(): raise DataError(f"The source archive of {PACKAGE} {folder.name} holds no {SCRIPT}.")
-        os.replace(made, folder)
-        shutil.rmtree(part)
+        try:
+            made = _unpack(_archive(folder.name, room := _cleared(part)), room / "made")
+            if not (made / SCRIPT).is_file(): raise DataError(f"The source archive of {PACKAGE} {folder.name} holds no {SCRIPT}.")
+            os.replace(made, folder)
+        finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
 # %% ../../nbs/lib/models/convert.ipynb #0ac41d83
