@@ -1,5 +1,5 @@
 "A team's own model: a folder of `save_pretrained` or a repository, added by one command, converted by llama.cpp's own converter, served."
-import hashlib, json, os, re, shutil, signal, struct, subprocess, sys
+import hashlib, json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,7 +83,8 @@ to_gguf(open_workspace(load_config("dev", root, cache=cache, store="store", plat
 def kill_in_the_middle(ws, folder, target):
     "A conversion that is killed leaves nothing that looks like a model."
     arguments = [str(ws.config.root), CACHE, str(folder), str(target)]
-    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], env=os.environ | dict(PYTHONPATH=str(ROOT)), start_new_session=True)
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], env=environment, start_new_session=True)
     until(lambda: list(target.parent.glob(f".{target.name}.part/*/mine")))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -101,7 +102,8 @@ def test_added_converted_and_served(ws, mine):
     assert here(ws, model) == mine / model.file and checkpoint(ws, model) == mine
     kill_in_the_middle(ws, mine, ws.cache(model.sha256, "mine.gguf"))
     made = encoded(ws, model, "q4_1")
-    assert made.parent == ws.cached(model.sha256, "") and sorted(path.name for path in made.parent.glob("*.gguf")) == ["mine.Q4_1.gguf", "mine.gguf"]
+    assert made.parent == ws.cached(model.sha256, "")
+    assert sorted(path.name for path in made.parent.glob("*.gguf")) == ["mine.Q4_1.gguf", "mine.gguf"]
     assert not list(made.parent.glob(".*.part")) and made.stat().st_size < base_gguf(ws, model).stat().st_size / 2
     with serve_gguf(made) as endpoint: answer = chat_client(endpoint, max_tokens=4).invoke("Which is it?")
     assert answer.usage_metadata["output_tokens"] == 4 and answer.response_metadata["model_name"] == "mine.Q4_1"
@@ -137,7 +139,7 @@ def refused(ws, source="mine", **more) -> str:
 
 
 def test_what_cannot_be_used_is_said_in_one_line(ws, mine, monkeypatch):
-    "Each reason with its remedy, before anything is written; the architectures and words that llama.cpp does not know by its own converter."
+    "Each reason with its remedy, before anything is written; what llama.cpp does not know, by its own converter."
     whole = (mine / "config.json").read_text()
     altered(mine, "config.json", model_type="gptj", architectures=["GPTJForCausalLM"])
     assert "llama.cpp has no decoder for GPTJForCausalLM." in refused(ws)
@@ -164,7 +166,7 @@ def test_what_cannot_be_used_is_said_in_one_line(ws, mine, monkeypatch):
 
 
 class Hub(Served):
-    "Hugging Face as its library asks it: lists of files at a commit, and the files. `gguf` and `card` are what a repository states of itself."
+    "Hugging Face as its library asks it: the list of files at a commit, with what the repository states of itself, and the files."
     def __init__(self, folder: Path, **stated):
         super().__init__()
         self.folder, self.stated, self.flipped = folder, stated, ""
@@ -200,7 +202,8 @@ class Hub(Served):
 def hub(tiny, monkeypatch):
     for name in list(os.environ):
         if name.startswith("HF_"): monkeypatch.delenv(name)
-    with Hub(tiny, cardData=dict(license="other", license_name="acme-open"), safetensors=dict(parameters=dict(F32=6_365_504), total=6_365_504)) as hub:
+    card, weights = dict(license="other", license_name="acme-open"), dict(parameters=dict(F32=6_365_504), total=6_365_504)
+    with Hub(tiny, cardData=card, safetensors=weights) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("no_proxy", "*")
         yield hub
@@ -229,7 +232,7 @@ def test_a_repository_that_cannot_be_had(ws, hub, words, monkeypatch):
     hub.stated["cardData"] = {}
     assert "huggingface acme/tiny states no licence" in refused(ws, "hf:acme/tiny")
     assert add(ws, "licensed", f"hf:acme/tiny@{COMMIT}", licence="mit").licence == "mit"
-    assert "There is a model 'licensed' in models.toml already" in str(pytest.raises(SettingsError, add, ws, "licensed", "hf:acme/tiny").value)
+    with pytest.raises(SettingsError, match="There is a model 'licensed' in models.toml already"): add(ws, "licensed", "hf:acme/tiny")
     hub.close()
     assert "acme/tiny cannot be looked at: it cannot be reached: [Errno 111] Connection refused" in refused(ws, "hf:acme/tiny")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -268,7 +271,8 @@ def test_the_life_cycle_of_a_model_of_ones_own(tiny, tmp_path):
     assert added.returncode == 0 and "run --env dev --set chat_model=mine" in added.stderr, added.stderr
     done = project.llmops("run", "--env", "dev", "--set", "chat_model=mine")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    states = {s["stage"]: s["state"] for s in json.loads(project.inside("status", "--env", "dev", "--json", CHAT_MODEL="mine").stdout)["stages"]}
+    said = project.inside("status", "--env", "dev", "--json", CHAT_MODEL="mine").stdout
+    states = {stage["stage"]: stage["state"] for stage in json.loads(said)["stages"]}
     assert set(states.values()) == {"up to date"}, states
     asked = project.llmops("ask", "--env", "dev", "How do I log a metric?", CHAT_MODEL="mine")
     assert asked.returncode == 0, asked.stderr

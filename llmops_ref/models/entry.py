@@ -68,6 +68,7 @@ def _ask_hub(source, name, ask):                    # what the library brings, o
     except Exception as error: why = hub_says(error, source, name)
     raise DataError(f"{source.repo} cannot be looked at: {why}. Hugging Face is asked at HF_ENDPOINT, if that is set.")
 
+# %% ../../nbs/lib/models/entry.ipynb #059ed353
 def offer_of_repository(
     repo: str, # owner/name, perhaps with @ and a revision
     room: Path, # An empty folder
@@ -181,6 +182,7 @@ def _licence(offer, licence):
     if licence or offer.licence: return licence or offer.licence
     raise DataError(f"{offer} states no licence. Find out which holds, and name it: --licence mit.")
 
+# %% ../../nbs/lib/models/entry.ipynb #69d2e1b5
 def checkpoint_entry(
     ws: Workspace,
     name: str,
@@ -217,6 +219,7 @@ def _read_gguf(path):                               # as the repository would st
         total=sum(int(tensor.n_elements) for tensor in reader.tensors),
     )
 
+# %% ../../nbs/lib/models/entry.ipynb #c43707ad
 def _check_gguf(offer, file):                       # what it says of itself
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
     about = offer.gguf or (_read_gguf(offer.folder / file) if (offer.folder / file).is_file() else {})
@@ -228,6 +231,7 @@ def _check_gguf(offer, file):                       # what it says of itself
         raise DataError(f"{file} has no chat template, so it was never taught to answer. Take an Instruct version.")
     return about
 
+# %% ../../nbs/lib/models/entry.ipynb #a7f58240
 def gguf_entry(
     name: str,
     offer: Offer,
