@@ -69,6 +69,8 @@ ELSEWHERE = {
     r"nbdev-test .*": "test_kit.py::test_the_two_commands_of_the_renamed_project=make(acme, \"test\"",
     r"llmops rollback --prompt": "test_prompts.py::test_going_back_to_the_previous_prompt",
     r"llmops chat.*": "test_docs.py::test_the_chat_command",
+    r"llmops models add mine .*": "test_own_models.py::test_the_life_cycle_of_a_model_of_ones_own",
+    r"llmops run --env dev --set chat_model=mine": "test_own_models.py::test_the_life_cycle_of_a_model_of_ones_own",
 }
 NOT_HERE = {
     r"databricks .*": "takes a workspace",

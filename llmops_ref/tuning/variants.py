@@ -22,7 +22,7 @@ from ..core.scoring import is_refusal, score_answer
 from ..core.significance import compare
 from ..core.workspace import Workspace
 from ..models.probes import run_probes
-from ..models.weights import ENCODINGS, chosen_gguf, chosen_model, reencode, shipped
+from ..models.weights import ENCODINGS, base_gguf, chosen_gguf, chosen_model, reencode
 
 # %% ../../nbs/lib/tuning/variants.ipynb #eb7440a8
 CALLED = dict(mistral="llama", gemma3_text="gemma3")                         # where llama.cpp has another name than transformers
@@ -123,7 +123,7 @@ def variant_files(
     if variant == "adapter": return chosen_gguf(ws), adapter
     encoding = variant.removeprefix("merged-")
     target = ws.cache(file_digest(adapter), f"merged.{encoding.upper()}.gguf")
-    return (target if target.is_file() else merge_adapter(shipped(ws, chosen_model(ws)), adapter, target, encoding)), None
+    return (target if target.is_file() else merge_adapter(base_gguf(ws, chosen_model(ws)), adapter, target, encoding)), None
 
 # %% ../../nbs/lib/tuning/variants.ipynb #88e009f5
 def decision(answer: str, refuse: bool) -> float: # 1.0 or 0.0
