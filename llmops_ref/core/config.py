@@ -38,6 +38,7 @@ class _Place:
 class _Documents(_Place):
     models: str
     chat_model: str
+    licences: list[str]
     hub_probe_questions: int
     hub_max_seconds_per_answer: float
     hub_retired: list[str]
