@@ -9,7 +9,7 @@ __all__ = ['CLASSIFIED', 'SBOM', 'Part', 'version_parts', 'parts_table', 'forbid
            'make_sbom', 'write_sbom', 'read_sbom', 'embedder_facts']
 
 # %% ../../nbs/lib/release/sbom.ipynb #33dcca83
-import hashlib, importlib.metadata, re, tempfile, uuid
+import hashlib, importlib.metadata, re, uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,10 +125,9 @@ def licence_of(package: str) -> str: # An SPDX expression where there is one; em
     if len(classified) == 1 and classified[0] in CLASSIFIED: return CLASSIFIED[classified[0]]
     return written if written and len(written.splitlines()[0]) == len(written) < 60 else classified[0] if classified else ""
 
-def pinned(text: str) -> list[tuple[str, str]]: # Name and version
-    "What a list of requirements pins; lines that pin nothing are left out."
-    found = [re.match(r"([A-Za-z0-9][\w.-]*)(?:\[[^]]*])?==([^\s;]+)", line.strip()) for line in text.splitlines()]
-    return [(match[1], match[2]) for match in found if match]
+def pinned(requirement: str) -> tuple[str, str]: # Name and version
+    "What a line of requirements pins."
+    return re.match(r"([A-Za-z0-9][\w.-]*)(?:\[[^]]*])?==([^\s;]+)", requirement).groups()
 
 # %% ../../nbs/lib/release/sbom.ipynb #1860488e
 def _url(part):                                     # a package URL, or None
@@ -136,7 +135,7 @@ def _url(part):                                     # a package URL, or None
     kind, _, where = part.source.partition(" ")
     owner, _, name = where.partition("@")[0].rpartition("/")
     if kind == "huggingface": return PackageURL("huggingface", owner, name, where.partition("@")[2] or None)
-    if kind == "wheels" and (found := pinned(where)): return PackageURL("pypi", None, found[0][0].lower(), found[0][1])
+    if kind == "wheels": return PackageURL("pypi", None, pinned(where)[0].lower(), pinned(where)[1])
 
 def _component(part):
     from cyclonedx.contrib.license.factories import LicenseFactory
@@ -161,21 +160,21 @@ def _described(parts):                              # role -> component, with it
         if ancestors: found[part.role].pedigree = Pedigree(ancestors=ancestors)
     return found
 
-def _libraries(requirements):
+def _libraries(packages):
     from cyclonedx.contrib.license.factories import LicenseFactory
     from cyclonedx.model.component import Component
     from packageurl import PackageURL
     return [
         Component(name=name, version=version, purl=(url := PackageURL("pypi", None, re.sub(r"[-_.]+", "-", name).lower(), version)),
                   bom_ref=str(url), licenses=[LicenseFactory().make_from_string(licence)] if (licence := licence_of(name)) else None)
-        for name, version in pinned(requirements)
+        for name, version in map(pinned, packages)
     ]
 
 # %% ../../nbs/lib/release/sbom.ipynb #b6d0ad4e
 def make_sbom(
     facts: dict, # Of the version: `digest`, and what `version_parts` reads
     parts: list[Part],
-    requirements: str = "", # Text of its requirements.txt
+    packages: list[str] = (), # Pinned, as in its requirements.txt
     name: str = "assistant", # Of the registered model
 ) -> str: # JSON
     "The bill of materials of a version in CycloneDX 1.6; the same version gives the same text."
@@ -183,7 +182,7 @@ def make_sbom(
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.output.json import JsonV1Dot6
     root = Component(name=name, version=facts["digest"], type=ComponentType.APPLICATION, bom_ref="assistant")
-    described, libraries = _described(parts), _libraries(requirements)
+    described, libraries = _described(parts), _libraries(packages)
     bom = Bom(components=[*described.values(), *libraries], serial_number=uuid.uuid5(uuid.NAMESPACE_OID, facts["digest"]))
     bom.metadata.component, bom.metadata.timestamp = root, None
     bom.register_dependency(root, [*described.values(), *libraries])
@@ -199,12 +198,9 @@ def write_sbom(
     folder: Path,
 ) -> Path:
     "Write the bill of materials of what was logged, for `log_assistant`."
-    from mlflow.artifacts import download_artifacts
     from mlflow.models import Model as Logged
     settings = Logged.load(uri).flavors["python_function"]["config"]
-    with tempfile.TemporaryDirectory() as temporary:
-        requirements = Path(download_artifacts(f"{uri}/requirements.txt", dst_path=temporary)).read_text(encoding="utf-8")
-    return write_atomic(folder / SBOM, make_sbom(facts, version_parts(settings, facts), requirements))
+    return write_atomic(folder / SBOM, make_sbom(facts, version_parts(settings, facts), settings.get("packages", ())))
 
 def read_sbom(ws: Workspace, version: str) -> str: # JSON
     "The bill of materials of a registered version; `DataError` if it was logged before there were any."
