@@ -163,6 +163,9 @@ class _Release(_Gates):
     serving_timeout: int
     serving_target: Literal["model_serving", "databricks_app"]
     serving_size: Literal["Small", "Medium", "Large"]
+    serving_type: Literal[
+        "auto", "CPU", "CPU_MEDIUM", "CPU_LARGE", "GPU_SMALL", "GPU_MEDIUM", "GPU_LARGE", "GPU_XLARGE", "MULTIGPU_MEDIUM",
+    ]
     serving_scale_to_zero: bool
     serving_token: str
     smoke_questions: int
