@@ -1,4 +1,4 @@
-"""What a version is made of, in a form that machines read
+"""What a version is made of, for machines to read
 
 Reads the settings and the facts of a version. Leaves its parts, with digest, licence and source of each; as a CycloneDX file, and as reasons why it may not serve."""
 
