@@ -89,12 +89,15 @@ def workload_type(
     there = {name: memory for name, (memory, clouds) in WORKLOADS.items() if cloud in clouds}
     if asked != "auto":
         if need > there.get(asked, math.inf):
-            raise SettingsError(f"The version needs about {need:.1f} GB of memory, and `serving_type` = {asked} has {there[asked]}. Set it to auto.")
+            raise SettingsError(
+                f"The version needs about {need:.1f} GB of memory, and `serving_type` = {asked} has {there[asked]}. Set it to auto."
+            )
         return asked
     if fitting := [name for name, memory in there.items() if memory >= need]: return min(fitting, key=there.get)
+    largest = max(there, key=there.get)
     raise SettingsError(
-        f"The version needs about {need:.1f} GB of memory, and the largest type of Model Serving on {cloud}, {max(there, key=there.get)}, has"
-        f" {max(there.values())}. Serve its model by itself (`chat_url`), choose a smaller one, or name a type in `serving_type`."
+        f"The version needs about {need:.1f} GB of memory, and the largest type of Model Serving on {cloud}, {largest}, has"
+        f" {there[largest]}. Serve its model by itself (`chat_url`), choose a smaller one, or name a type in `serving_type`."
     )
 
 # %% ../../nbs/lib/release/hosting.ipynb #585aeaa9

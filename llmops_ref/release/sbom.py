@@ -53,14 +53,14 @@ def _chat_parts(settings, facts):
 # %% ../../nbs/lib/release/sbom.ipynb #abf9e838
 def _asked_parts(settings):
     asked = settings.get("destinations", {})
-    names = [*asked.get("gateway_models", []), *asked.get("gateway_fallbacks", [])]
+    names = [entry.split()[0] for key in ("gateway_models", "gateway_fallbacks") for entry in asked.get(key, [])]      # without its share
     parts = [Part(f"model of a provider {n}", name, "model", source="gateway") for n, name in enumerate(names, 1)]
     if served := settings.get("served"): parts.append(Part("served model", served["model"], "model", source=served["url"] or "workspace"))
     return parts
 
 # %% ../../nbs/lib/release/sbom.ipynb #43567901
 def _search_parts(settings, facts):
-    digests, parts = settings.get("digests", {}), []
+    digests, parts, chunks = settings.get("digests", {}), [], facts.get("data_version", "")
     if "embedder" in digests:
         if facts.get("embedder_sha256"):
             parts.append(Part("embedder", facts["embedder_model"], "model", facts.get("embedder_revision", ""), facts["embedder_sha256"],
@@ -68,8 +68,8 @@ def _search_parts(settings, facts):
         parts.append(Part("served embedder", f"{facts.get('embedder_model', 'embedder')} in ONNX, {settings.get('precision', 'fp32')}",
                           "model", "", digests["embedder"], facts.get("embedder_licence", ""), made_from=tuple(p.role for p in parts)))
     made_from = tuple(part.role for part in parts[:1])
-    if "index" in digests: parts.append(Part("index", "chunks_index", "data", facts.get("data_version", ""), digests["index"], made_from=made_from))
-    if "ai_search" in settings: parts.append(Part("index", settings["ai_search"], "data", facts.get("data_version", ""), source="AI Search"))
+    if "index" in digests: parts.append(Part("index", "chunks_index", "data", chunks, digests["index"], made_from=made_from))
+    if "ai_search" in settings: parts.append(Part("index", settings["ai_search"], "data", chunks, source="AI Search"))
     if "ai_search_embedding" in settings: parts.append(Part("embedder", settings["ai_search_embedding"], "model", source="workspace"))
     return parts
 
