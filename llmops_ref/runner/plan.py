@@ -267,6 +267,8 @@ def check_models(ws: Workspace) -> None:
             raise SettingsError(
                 f"`chat_model` names {name}, of which no weights are pinned in {ws.config.models}. Add a file and its sha256."
             )
+        if asked.licence.lower() not in [licence.lower() for licence in ws.config.licences]:
+            raise SettingsError(f"`chat_model` names {name}, whose licence {asked.licence!r} is not in `licences`. It could never serve.")
     found = {model.kind for model in pinned if here(ws, model)}
     if name == "auto" and "chat" not in found:
         raise DataError(
