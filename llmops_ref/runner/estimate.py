@@ -55,7 +55,8 @@ def _from_training(ws, model, last):
     row = _product(now, ROW) / _product(then, ROW)
     steps = measured.get("wanted_steps", measured["steps"]) * _product(now, STEPS) / _product(then, STEPS) / row
     step = measured["train_seconds"] / measured["steps"] * row * model.parameters_m / base.parameters_m
-    basis = f"measured in the last training of {base.name} here" + (", and scaled by parameters" if base.name != model.name else "")
+    basis = f"measured over {measured['steps']:.0f} steps of {base.name} here"
+    if base.name != model.name: basis += ", and scaled by parameters"
     return Estimate(model.name, step, math.ceil(steps), ws.config.finetune_seconds, basis)
 
 # %% ../../nbs/lib/runner/estimate.ipynb #1e93eaee
