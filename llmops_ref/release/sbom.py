@@ -65,8 +65,10 @@ def _search_parts(settings, facts):
         if facts.get("embedder_sha256"):
             parts.append(Part("embedder", facts["embedder_model"], "model", facts.get("embedder_revision", ""), facts["embedder_sha256"],
                               facts.get("embedder_licence", ""), facts.get("embedder_source", "")))
-        parts.append(Part("served embedder", f"{facts.get('embedder_model', 'embedder')} in ONNX, {settings.get('precision', 'fp32')}",
-                          "model", "", digests["embedder"], facts.get("embedder_licence", ""), made_from=tuple(p.role for p in parts)))
+        precision = (settings.get("embedder") or settings).get("precision", "fp32")
+        name = f"{facts.get('embedder_model', 'embedder')} in ONNX, {precision}"
+        parts.append(Part("served embedder", name, "model", "", digests["embedder"], facts.get("embedder_licence", ""),
+                          made_from=tuple(part.role for part in parts)))
     made_from = tuple(part.role for part in parts[:1])
     if "index" in digests: parts.append(Part("index", "chunks_index", "data", chunks, digests["index"], made_from=made_from))
     if "ai_search" in settings: parts.append(Part("index", settings["ai_search"], "data", chunks, source="AI Search"))
