@@ -162,11 +162,13 @@ def check_gates(
     problems: list[str] = (), # From `missing_facts`
     size_mb: float = 0.0,
     unasked: str = "", # From `ask_champion`: why there is no comparison
+    forbidden: list[str] = (), # From `forbidden_licences`
 ) -> list[Gate]:
     "The gates of this environment, with the candidate's values."
     gates = _answer_gates(config, scores)
     gates.append(Gate("size_mb", size_mb, config.gate_size_mb, at_least=False))
     gates.append(Gate("missing facts", len(problems), 0, at_least=False))
+    gates.append(Gate("forbidden licences" + (f" ({'; '.join(forbidden)})" if forbidden else ""), len(forbidden), 0, at_least=False))
     return gates + _case_gates(config, regressions, attacks) + _more_gates(config, scores) + _champion_gates(against, slices, unasked)
 
 # %% ../nbs/06_validation.ipynb #5f56fdee

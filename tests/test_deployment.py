@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 
 from conftest import copy_of
+from llmops_ref.assistant.versions import logged_settings, version_facts
 from llmops_ref.release.approval import ApprovalNeeded, check_approved, decide
+from llmops_ref.release.sbom import read_sbom
 from llmops_ref.core.config import load_config
 from llmops_ref.deployment import check_traffic, roll_out
 from llmops_ref.release.champion import one_at_a_time
@@ -59,6 +61,13 @@ def test_evidence_of_a_version(finished):
     assert found["attacks"][-1]["risk"] == "all" and found["attacks"][-1]["tried"] == 6
     page = (finished.root / "stores" / "staging" / "evidence" / f"version-{found['version']}.html").read_text()
     assert "llmops approve --env staging" in page and "<script" not in page and "http://" not in page
+    ws, version = workspace(finished), found["version"]
+    beside = finished.root / "stores" / "staging" / "evidence" / f"version-{version}.sbom.cdx.json"
+    assert beside.read_text() == read_sbom(ws, version) and beside.name in page
+    digests = {h["content"] for part in json.loads(beside.read_text())["components"] for h in part.get("hashes", [])}
+    assert {version_facts(ws, version)[key] for key in ("base_sha256", "adapter_sha256", "embedder_sha256")} <= digests
+    unnamed = [name for name, digest in logged_settings(ws, version)["digests"].items() if digest not in digests]
+    assert set(unnamed) <= {"tokenizer"}                                       # which belongs to its embedder
 
 
 def test_a_champion_is_asked_only_what_is_new(finished, monkeypatch):

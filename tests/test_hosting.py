@@ -185,7 +185,7 @@ def test_first_version_rollout_and_rollback(serving, ws):
     assert (
         entity["entity_name"] == "llmops_prod.reference.assistant"
         and entity["scale_to_zero_enabled"]
-        and entity["workload_size"] == "Small"
+        and (entity["workload_size"], entity["workload_type"]) == ("Small", "CPU")
     )
 
     table = deploy(host, ws, "2")
@@ -206,6 +206,29 @@ def test_first_version_rollout_and_rollback(serving, ws):
     serving.builds = 2
     deploy(host, ws, "3")
     assert host.traffic() == {"1": 0, "3": 100}, "what is two versions back is let go"
+
+
+def test_a_version_gets_a_machine_that_holds_it(serving, ws, monkeypatch):
+    "By its size; what is up keeps its own through every change; a version that fits nowhere is refused before anything is asked."
+    host, sizes = host_of(serving, ws), {"1": 310.0, "2": 9000.0, "3": 500_000.0}
+    monkeypatch.setattr(ModelServingHost, "_size_mb", lambda self, version: sizes[version])
+    host.start("1")
+    host.start("2")
+    sizes["1"] = 9000.0                                 # whatever it is said to be now: it is up
+    host.share({"1": 0.9, "2": 0.1})
+    entities = serving.endpoints[endpoint_name(ws.config)]["config"]["served_entities"]
+    assert {e["entity_version"]: e["workload_type"] for e in entities} == {"1": "CPU", "2": "GPU_SMALL"}
+    before = changes(serving)
+    with pytest.raises(SettingsError, match="needs about 601.0 GB of memory, and the largest type of Model Serving on aws"): host.start("3")
+    assert changes(serving) == before and host.traffic() == {"1": 90, "2": 10}
+
+
+def test_the_first_version_ever_that_fits_nowhere_makes_no_endpoint(serving, registry, monkeypatch):
+    monkeypatch.setattr(ModelServingHost, "_size_mb", lambda self, version: 9000.0)
+    with pytest.raises(SettingsError, match="`serving_type` = CPU has 4"): host_of(serving, workspace(registry, serving_type="CPU")).start("1")
+    assert not changes(serving)
+    host_of(serving, workspace(registry, serving_type="CPU_LARGE")).start("1")          # somebody knows better
+    assert serving.endpoints[endpoint_name(workspace(registry).config)]["config"]["served_entities"][0]["workload_type"] == "CPU_LARGE"
 
 
 def test_the_same_version_again_changes_nothing(serving, ws):

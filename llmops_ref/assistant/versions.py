@@ -171,6 +171,7 @@ def log_assistant(
     tags: dict[str, str] | None = None, # For the model version: what it is made of
     prompt: str = "", # Registered version of the prompt, as name/version
     model: Path | None = None, # GGUF; the chosen one by default
+    beside=None, # Called with the URI of what was logged and its tags: gives a file that is to lie in the version, too
 ) -> str: # Its version: a new one, unless one with the same digest is registered already
     "Log and register the assistant as a model version that holds all it needs; self-hosted or third-party by `app`."
     from llmops_ref.assistant import agent
@@ -201,6 +202,7 @@ def log_assistant(
         prompts=[f"prompts:/{prompt}"] if prompt else None,
     )
     if ws.config.platform == "local": _share(ws.path("artifacts").glob(f"models/{info.model_id}/artifacts/artifacts/**/*"), files)
+    if beside: client.log_model_artifact(info.model_id, str(beside(info.model_uri, tags)))
     tags["model_validation_status"] = "PENDING"     # there with the version: whoever sees one sees that it has no verdict yet
     return str(mlflow.register_model(info.model_uri, name, tags=tags).version)
 

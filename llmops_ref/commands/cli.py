@@ -54,7 +54,7 @@ def run(
         stages = [find_stage(s) if s else None for s in (start, end, only)]
         ws = workspace_of(env)
         steps = make_plan(ws, *stages, force)
-        _show_plan(env, steps)
+        _show_plan(ws, steps)
         if dry_run: return
         if all(step.state in ("cached", "skipped") for step in steps): return _nothing_to_do(ws, env)
         preflight(ws, [step.stage for step in steps])
@@ -68,12 +68,15 @@ def run(
 # %% ../../nbs/lib/commands/cli.ipynb #e6251c68
 WAITING = 3                                         # exit code of a run that ends at a person: nothing failed, and nothing was deployed
 
-def _show_plan(env, steps):
+def _show_plan(ws, steps):
     from llmops_ref.core.page import duration
-    typer.echo(f"Plan for {env}:")
+    from llmops_ref.runner.estimate import said_beforehand
+    typer.echo(f"Plan for {ws.config.env}:")
     for step in steps:
         last = f"last {duration(step.seconds)}" if step.seconds else ""
         typer.echo(f"  {step.state:7} {step.stage.notebook:14} {last:>16}   {step.why[:110]}")
+        if step.stage.name == "finetune" and step.state in ("run", "maybe"):
+            for line in said_beforehand(ws): typer.echo(f"  {'':22} {'':>16}   {line}")
 
 # %% ../../nbs/lib/commands/cli.ipynb #fa864efa
 def _nothing_to_do(ws, env):

@@ -27,15 +27,10 @@ def _place(ws, model):                              # where its file is, in a wo
     except DataError: return "damaged"
 
 # %% ../../nbs/lib/commands/models.ipynb #0fea74f5
-def _last_training(ws):                             # seconds and base parameters (millions) of the last one here, or None
-    from llmops_ref.models.catalog import read_models
-    from llmops_ref.runner.plan import find_stage, manifest
-    last = manifest(ws, find_stage("finetune"))
-    base = next((m for m in read_models(ws.config).values() if last and m.sha256 == last["details"].get("base_sha256")), None)
-    return (last["metrics"]["train_seconds"], base.parameters_m) if base else None
-
-def _training_minutes(model, last):                 # by how much more there is to compute for a token
-    return None if last is None or model.kind != "chat" else last[0] / 60 * model.parameters_m / last[1]
+def _training_minutes(ws, model):                   # of all its steps; None if nobody has measured a step here
+    from llmops_ref.runner.estimate import estimate_training
+    seconds = estimate_training(ws, model).whole if model.kind == "chat" and model.pinned else None
+    return seconds and seconds / 60
 
 # %% ../../nbs/lib/commands/models.ipynb #267e1a2b
 def _served_mb(model):                              # what it takes in memory, in the largest encoding that is served
@@ -47,13 +42,13 @@ def model_rows(ws) -> list[dict]: # One a model: `name kind place licence mb par
     "What each model of the catalogue is, and what it would take on this machine."
     import psutil
     from llmops_ref.models.catalog import read_models
-    free, last, rows = psutil.virtual_memory().available / 1e6, _last_training(ws), []
+    free, rows = psutil.virtual_memory().available / 1e6, []
     for model in read_models(ws.config).values():
         mb, served = model.bytes / 1e6, 1.2 * _served_mb(model)
         rows.append(dict(
             name=model.name, kind=model.kind, place=_place(ws, model), licence=model.licence, mb=round(mb), parameters_m=model.parameters_m,
             memory="" if not mb else "fits" if served < free else f"needs {served:,.0f} MB, {free:,.0f} are free",
-            train_minutes=_training_minutes(model, last) if model.pinned else None, sources=[str(source) for source in model.sources],
+            train_minutes=_training_minutes(ws, model), sources=[str(source) for source in model.sources],
         ))
     return rows
 

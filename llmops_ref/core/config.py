@@ -39,6 +39,7 @@ class _Documents(_Place):
     models: str
     chat_model: str
     embedder_model: str
+    licences: list[str]
     hub_probe_questions: int
     hub_max_seconds_per_answer: float
     hub_retired: list[str]
@@ -163,6 +164,9 @@ class _Release(_Gates):
     serving_timeout: int
     serving_target: Literal["model_serving", "databricks_app"]
     serving_size: Literal["Small", "Medium", "Large"]
+    serving_type: Literal[
+        "auto", "CPU", "CPU_MEDIUM", "CPU_LARGE", "GPU_SMALL", "GPU_MEDIUM", "GPU_LARGE", "GPU_XLARGE", "MULTIGPU_MEDIUM",
+    ]
     serving_scale_to_zero: bool
     serving_token: str
     smoke_questions: int

