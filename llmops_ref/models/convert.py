@@ -55,7 +55,7 @@ def _archive(version, folder):                      # the source archive, as pip
     paths = [str(_stand_in(folder / "build")), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--no-binary=:all:", "--no-build-isolation", "--no-input",
-         "--quiet", "-d", folder / "got", "-r", wanted],
+         "--no-color", "--quiet", "-d", folder / "got", "-r", wanted],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
         env=os.environ | dict(TMPDIR=str(folder), PYTHONPATH=os.pathsep.join(paths)),
     )

