@@ -170,13 +170,16 @@ def encode(
     context: int, # Tokens that the model can read
 ) -> list[list[tuple[list[int], list[int]]]]: # Conversations of each group: token ids of prompt and answer
     "Turn pairs into token ids; `DataError` names one that is malformed or longer than the context."
-    def tokens(text): return tokenizer(text, add_special_tokens=False).input_ids
+    begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]     # llama.cpp adds what the tokenizer adds, where the template has none
+    def tokens(text):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        return [tokenizer.bos_token_id] * (begins and ids[:1] != [tokenizer.bos_token_id]) + ids
     ends = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
     groups = {}
     for id, group, messages in zip(pairs.id, pairs.group, pairs.messages):
         before, after = render(id, tokenizer, read_messages(id, messages))
         asked, whole = tokens(before), tokens(before + after)
-        said = whole[len(asked):] if whole[:len(asked)] == asked else tokens(after)
+        said = whole[len(asked):] if whole[:len(asked)] == asked else tokenizer(after, add_special_tokens=False).input_ids
         if not ends & set(said): said += [_end(tokenizer)]
         if (length := len(asked) + len(said)) > context:
             raise DataError(
