@@ -27,7 +27,8 @@ from ..models.weights import ENCODINGS, chosen_gguf, chosen_model, reencode, shi
 
 # %% ../../nbs/lib/tuning/variants.ipynb #eb7440a8
 OURS = dict(                                        # transformers' name -> llama.cpp's: their adapters we write ourselves
-    llama="llama", mistral="llama", qwen2="qwen2", qwen3="qwen3", gemma3_text="gemma3", phi3="phi3", olmo2="olmo2",
+    llama="llama", mistral="llama", qwen2="qwen2", qwen3="qwen3", gemma2="gemma2", gemma3_text="gemma3",
+    phi3="phi3", olmo2="olmo2",
 )
 
 def gguf_names(shape: dict): # A function from the name of a matrix to that in GGUF, or `None`
