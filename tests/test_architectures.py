@@ -20,9 +20,9 @@ from llmops_ref.tuning.variants import OURS, adapter_to_gguf, merge_adapter
 
 from conftest import CACHE
 
-TOLERANCE = dict(gemma2=0.005, gemma3_text=0.005)                 # of a log-probability: llama.cpp looks up Gemma's GELU in a table of 16 bits
+TOLERANCE = dict(gemma2=0.005, gemma3_text=0.005)        # of a log-probability: llama.cpp looks up Gemma's GELU in a table of 16 bits
 EXACT = 1e-4                                        # of all others, in float32 throughout: 0.000007 was seen
-AS_SERVED = 0.03                                    # with llama.cpp's usual 16 bits in attention: 0.009 was seen. Adapters move them by 1 to 7
+AS_SERVED = 0.03                        # with llama.cpp's usual 16 bits in attention: 0.009 was seen. Adapters move them by 1 to 7
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -33,8 +33,8 @@ TEMPLATES = dict(
     qwen="{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + CHATML,
     thinks=CHATML.replace("+ m.content", "+ ('<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last else '') + m.content"),
     llama=(
-        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim }}"
+        "{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
     mistral=(
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
@@ -67,13 +67,13 @@ KINDS = dict(   # template, the name that llama.cpp has for the tokenizer, does 
     gemma2=("gemma", None, True, dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16)),                # and SentencePiece
     phi3=("phi", "gpt-2", False, dict(tie_word_embeddings=False)),                      # three matrices of attention in one
     olmo2=("chatml", "gpt-2", True, dict(tie_word_embeddings=False)),                   # a beginning that its template does not write
-    granite=("chatml", "gpt-2", False, dict(embedding_multiplier=2.0, residual_multiplier=0.7, attention_multiplier=0.2, logits_scaling=0.5)),
+    granite=("chatml", "gpt-2", False, dict(embedding_multiplier=2.0, residual_multiplier=0.7, attention_multiplier=0.2)),
 )   # granite is rotated like llama; its adapter is written by llama.cpp
 SHAPE = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
     initializer_range=0.15,
 )
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"     # as Qwen cuts them
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEXT = """
     The ship lay still where the river ends, and there were three men on her deck who had never been there before. One of them,
     the eldest, was reading the weather. "Here it comes," he said, "and where it comes from there is more." The others heard him,
@@ -83,7 +83,7 @@ TEXT = """
 """.split("\n")                                     # whatever it says: short pieces that differ in how they are joined
 PROMPTS = [
     [dict(role="user", content="How do I load it?")],
-    [dict(role="user", content="x = f(1)"), dict(role="assistant", content="Yes."), dict(role="user", content="And then, why and where to?")],
+    [dict(role="user", content="x = f(1)"), dict(role="assistant", content="Yes."), dict(role="user", content="And then, where to?")],
 ]
 PAIRS = pd.DataFrame(
     [
@@ -184,7 +184,8 @@ def made(ws, tmp_path_factory):
         shape = json.loads((folder / "model" / "config.json").read_text())
         adapter_to_gguf(folder / "adapter", folder / "adapter.gguf", shape, lambda: root)
         adapters.append(
-            ("convert_lora_to_gguf.py", [str(folder / "adapter"), "--base", str(folder / "model"), "--outfile", str(folder / "theirs.gguf")], "")
+            ("convert_lora_to_gguf.py",
+             [str(folder / "adapter"), "--base", str(folder / "model"), "--outfile", str(folder / "theirs.gguf")], "")
         )
     run_converter(root, jobs + adapters)
     return parent
@@ -291,7 +292,8 @@ def test_a_request_is_never_longer_than_the_model_reads(made):
     "The model reads 256 tokens, our serving offers 2,048."
     from langchain_core.exceptions import ModelInvalidRequestError
     with serve_gguf(made / "qwen2" / "base.gguf") as endpoint:
-        with pytest.raises(ModelInvalidRequestError, match="If the prompt is too long, lower"): chat_client(endpoint, retries=0).invoke("x " * 300)
+        with pytest.raises(ModelInvalidRequestError, match="If the prompt is too long, lower"):
+            chat_client(endpoint, retries=0).invoke("x " * 300)
     tokenizer, model = models_of(made / "qwen2")
     pair = PAIRS.head(1).assign(messages=[[dict(role="user", content="x " * 300), dict(role="assistant", content="So.")]])
     with pytest.raises(DataError, match="the model reads 256 at most"): encode(tokenizer, pair, model.config.max_position_embeddings)
@@ -326,7 +328,7 @@ def test_a_template_that_differs_is_found_before_the_training(made, tmp_path):
 def test_matrices_that_a_model_has_not_are_named(made, tmp_path):
     "Phi-3 has one matrix in the place of three, and PEFT's other kinds of adapter have no place in a GGUF."
     trained = prepare_training(tmp_path, made / "phi3" / "model", PAIRS, Recipe())
-    with pytest.raises(SettingsError, match="names gate_proj, k_proj, q_proj, up_proj, v_proj, which this model has not.*gate_up_proj, o_proj"):
+    with pytest.raises(SettingsError, match="names gate_proj, k_proj, q_proj, up_proj, v_proj, which this model has not.*gate_up_proj"):
         fit(trained)
     adapter = shutil.copytree(made / "granite" / "adapter", tmp_path / "adapter")
     config, shape = adapter / "adapter_config.json", json.loads((made / "granite" / "model" / "config.json").read_text())
@@ -352,5 +354,6 @@ def test_a_vocabulary_that_lost_its_order_is_found_before_the_training(ws, tmp_p
     )
     save_model("mistral", tmp_path / "model", tokenizer, dict(sliding_window=None))
     base = to_gguf(ws, tmp_path / "model", tmp_path / "base.gguf", "f32")
+    asked = dict(role="user", content=" ".join(" ".join(TEXT).split()))
     with pytest.raises(DataError, match="otherwise than it would be learned.*with all files of its tokenizer"):
-        check_served(base, tmp_path / "model", PAIRS.assign(messages=[[dict(role="user", content=" ".join(" ".join(TEXT).split())), PAIRS.messages[0][1]]] * 4))
+        check_served(base, tmp_path / "model", PAIRS.assign(messages=[[asked, PAIRS.messages[0][1]]] * 4))

@@ -151,7 +151,7 @@ def render(
 ) -> tuple[str, str]: # The prompt, and what follows it: the answer and the end of the turn
     "A conversation as the model's own chat template writes it; `DataError` if it has none, or refuses."
     if not tokenizer.chat_template:
-        raise DataError("The base model has no chat template, so nobody knows how it is asked. Take one that was tuned to follow instructions.")
+        raise DataError("The base model has no chat template, so nobody knows how it is asked. Take one that was tuned for chat.")
     try:
         asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -170,7 +170,7 @@ def encode(
     context: int, # Tokens that the model can read
 ) -> list[list[tuple[list[int], list[int]]]]: # Conversations of each group: token ids of prompt and answer
     "Turn pairs into token ids; `DataError` names one that is malformed or longer than the context."
-    begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]     # llama.cpp adds what the tokenizer adds, where the template has none
+    begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]     # then llama.cpp adds it where the template has none
     def tokens(text):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         return [tokenizer.bos_token_id] * (begins and ids[:1] != [tokenizer.bos_token_id]) + ids
@@ -209,7 +209,9 @@ def check_served(
     tokenizer = AutoTokenizer.from_pretrained(base)
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
     with serve_gguf(model, slots=1) as endpoint:
-        def stops(id): return ask_llama(endpoint, "/completion", prompt=asked[:2], n_predict=2, logit_bias=[[id, 1e4]])["stop_type"] == "eos"
+        def stops(id):
+            said = ask_llama(endpoint, "/completion", prompt=asked[:2], n_predict=2, logit_bias=[[id, 1e4]])
+            return said["stop_type"] == "eos"
         for number in range(len(pairs)):
             pair = pairs.iloc[[number]]
             ((asked, said),), = encode(tokenizer, pair, CONTEXT)
@@ -218,14 +220,15 @@ def check_served(
             read = ask_llama(endpoint, "/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
             if read != asked: raise _parted(pair.id.item(), tokenizer, asked, read)
         if not any(stops(id) for id in said if id in special):
-            raise DataError(f"llama.cpp does not stop at {tokenizer.decode(said[-1:])!r}, with which the base model's answers end. Take another.")
+            end = tokenizer.decode(said[-1:])
+            raise DataError(f"llama.cpp does not stop at {end!r}, with which the base model's answers end. Take another.")
 
 def _parted(id, tokenizer, asked, read):
     same = len(os.path.commonprefix([asked, read]))
     ours, theirs = (tokenizer.convert_ids_to_tokens(tokens[same:same + 3]) for tokens in (asked, read))
     return DataError(
-        f"llama.cpp reads the prompt of training pair {id} otherwise than it would be learned: token {same} is the first of {theirs}, and not"
-        f" of {ours}. Convert the base model again, with all files of its tokenizer (`tokenizer.model`, if it has one), or choose another."
+        f"llama.cpp reads the prompt of training pair {id} otherwise than it would be learned: token {same} is the first of {theirs}, and"
+        f" not of {ours}. Convert the base model again, with all files of its tokenizer (`tokenizer.model`, if it has one), or choose another."
     )
 
 # %% ../../nbs/lib/tuning/training.ipynb #de117f50
