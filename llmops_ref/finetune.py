@@ -16,9 +16,10 @@ import pandas as pd
 
 from .core.charts import GREEN, chart, panels
 from .core.workspace import Workspace
-from .models.weights import checkpoint, chosen_model
+from .models.convert import converter
+from .models.weights import checkpoint, chosen_gguf, chosen_model
 from .tuning.start import Start
-from .tuning.training import launch, prepare_training, recipe_of
+from .tuning.training import check_served, launch, prepare_training, recipe_of
 from .tuning.variants import adapter_to_gguf
 
 # %% ../nbs/05_finetune.ipynb #6b586962
@@ -56,8 +57,9 @@ def train_share(
         replace(recipe := recipe_of(ws.config), seconds=recipe.seconds * share), model.sha256,
         (start.folder, start.adapter_sha256) if start else None,
     )
+    if share == 1: check_served(chosen_gguf(ws), base, pairs.head(4))
     result, shape = launch(folder, on_step=ws.progress), json.loads((base / "config.json").read_text())
-    adapter_to_gguf(folder / "adapter", folder / "adapter" / "adapter.gguf", shape)
+    adapter_to_gguf(folder / "adapter", folder / "adapter" / "adapter.gguf", shape, lambda: converter(ws))
     return result, folder
 
 # %% ../nbs/05_finetune.ipynb #542ef925
