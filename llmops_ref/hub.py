@@ -50,7 +50,8 @@ def _source(model): return model.sources[0].kind if model.sources else "nowhere"
 def _called(model): return next((source.endpoint for source in model.sources if source.endpoint), model.model)      # where it is asked
 
 def _program(model, encoding):                      # who runs it, and what the format is called
-    if model.pinned: return PROGRAMS.get(encoding) or (PROGRAMS["st"] if model.kind == "embedder" else ("llama.cpp", f"GGUF {encoding.upper()}"))
+    otherwise = PROGRAMS["st"] if model.kind == "embedder" else ("llama.cpp", f"GGUF {encoding.upper()}")
+    if model.pinned: return PROGRAMS.get(encoding, otherwise)
     return "endpoint" if model.kind == "chat" and _source(model) == "databricks" else "none", encoding
 
 def list_candidates(

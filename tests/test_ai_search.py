@@ -318,7 +318,7 @@ def test_methods_and_what_they_send(service):
 def test_the_embedder_is_used_and_checked(service):
     existing(service, **OWN)
     class Embedder:
-        def embed(self, texts): return np.ones((len(texts), size))
+        def embed(self, texts, of): return np.ones((len(texts), size))
     service.rows, size = [row("a")], 4
     index = AISearchIndex(service.client, NAME, Embedder())
     assert index.search("q", method="dense")[0].document_id == "a" and service.requests("/query")[0]["query_vector"] == [1, 1, 1, 1]

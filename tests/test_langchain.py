@@ -10,7 +10,7 @@ from llmops_ref.core.config import load_config
 from llmops_ref.models.embedding import open_embedder
 from llmops_ref.search.published import publish_index
 from llmops_ref.search.vector_index import Index, build_index
-from llmops_ref.search.vectorstore import IndexStore, MiniLMEmbeddings, log_retriever
+from llmops_ref.search.vectorstore import IndexStore, OnnxEmbeddings, log_retriever
 from llmops_ref.core.workspace import open_workspace
 
 CHUNKS = pd.DataFrame(
@@ -37,19 +37,19 @@ class TestRetriever(RetrieversIntegrationTests):
 
     @pytest.fixture(autouse=True)
     def index(self, tmp_path, embedder):
-        build_index(tmp_path / "index", CHUNKS, embedder.embed(CHUNKS.text.tolist()), "0", embedder.digest)
+        build_index(tmp_path / "index", CHUNKS, embedder.embed(CHUNKS.text.tolist(), "document"), "0", embedder.digest)
         type(self).retriever_constructor_params = dict(index=Index(tmp_path / "index", embedder), k=4)
 
 
 class TestEmbeddings(EmbeddingsIntegrationTests):
-    embeddings_class = MiniLMEmbeddings
+    embeddings_class = OnnxEmbeddings
 
     @property
     def embedding_model_params(self): return dict(embedder=open_embedder(open_workspace(load_config("dev"))))
 
 
 def test_a_store_over_a_published_index_is_its_own(tmp_path, embedder):
-    build_index(tmp_path / "index", CHUNKS, embedder.embed(CHUNKS.text.tolist()), "0", embedder.digest)
+    build_index(tmp_path / "index", CHUNKS, embedder.embed(CHUNKS.text.tolist(), "document"), "0", embedder.digest)
     index = Index(tmp_path / "index", embedder)
     store = IndexStore.from_index(index)
     store.add_documents([Document("Rotate a secret.", id="new")])
@@ -61,7 +61,7 @@ def test_a_store_over_a_published_index_is_its_own(tmp_path, embedder):
 def test_the_index_as_a_logged_model(tmp_path, embedder):
     "Logged from code, loaded by its registered name, asked for JSON; without a pickle."
     ws = open_workspace(load_config("dev", store=str(tmp_path / "dev")))
-    publish_index(ws, CHUNKS, embedder.embed(CHUNKS.text.tolist()), "0", embedder.digest)
+    publish_index(ws, CHUNKS, embedder.embed(CHUNKS.text.tolist(), "document"), "0", embedder.digest)
     version = log_retriever(ws)
     model = ws.mlflow().pyfunc.load_model(f"models:/{ws.registered('retriever')}/{version}")
     found = model.predict(pd.DataFrame({"question": ["How do I log a metric?", "remove a cluster"]}), params=dict(k=2))

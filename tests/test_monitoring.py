@@ -26,9 +26,9 @@ class Kept:
     "An embedder that embeds a text once."
     def __init__(self, embedder): self.embedder, self.known = embedder, {}
 
-    def embed(self, texts):
+    def embed(self, texts, of):
         new = [t for t in dict.fromkeys(texts) if t not in self.known]
-        if new: self.known |= dict(zip(new, self.embedder.embed(new)))
+        if new: self.known |= dict(zip(new, self.embedder.embed(new, of)))
         return np.stack([self.known[t] for t in texts])
 
 

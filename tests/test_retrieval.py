@@ -7,7 +7,8 @@ import numpy as np, pandas as pd, pytest
 from conftest import Project
 from llmops_ref.assistant.chain import as_retriever, make_chain
 from llmops_ref.core.config import load_config
-from llmops_ref.models.embedding import minilm_folder, open_embedder
+from llmops_ref.models.embedding import chosen_embedder, open_embedder
+from llmops_ref.models.weights import shipped
 from llmops_ref.search.published import LiveIndex, embed_texts, open_index, publish_index
 from llmops_ref.search.vector_index import Index, build_index, open_reranker
 from llmops_ref.core.workspace import open_workspace
@@ -145,7 +146,7 @@ def ask_live(store, count):
 
 def test_a_thousand_queries_while_an_index_is_published(lesson):
     ws, chunks, embedder = lesson
-    vectors = embedder.embed(chunks.text.tolist())
+    vectors = embedder.embed(chunks.text.tolist(), "document")
     def publish(n): publish_index(ws, chunks.assign(text=chunks.text + f" Since v{n}"), vectors, str(n), embedder.digest)
     publish(0)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
@@ -159,7 +160,7 @@ def test_a_thousand_queries_while_an_index_is_published(lesson):
 def test_spark_embeds_the_same(lesson):
     ws, chunks, embedder = lesson
     texts = chunks.text.tolist()
-    assert np.allclose(embed_texts(ws, texts, embedder, spark_above=10), embedder.embed(texts), atol=1e-4)
+    assert np.allclose(embed_texts(ws, texts, embedder, spark_above=10), embedder.embed(texts, "document"), atol=1e-4)
 
 
 def test_a_cross_encoder_decides_the_order(lesson, tmp_path):
@@ -169,9 +170,9 @@ def test_a_cross_encoder_decides_the_order(lesson, tmp_path):
     BertForSequenceClassification(
         BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=1)
     ).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(folder)
     ws, chunks, embedder = lesson
-    build_index(tmp_path / "index", chunks, embedder.embed(chunks.text.tolist()), "0", embedder.digest)
+    AutoTokenizer.from_pretrained(shipped(ws, chosen_embedder(ws)).parent).save_pretrained(folder)
+    build_index(tmp_path / "index", chunks, embedder.embed(chunks.text.tolist(), "document"), "0", embedder.digest)
     reranker = open_reranker(str(folder))
     index, question = Index(tmp_path / "index", embedder, reranker), "Which valve opens at 7 bar?"
     passages = index.search(question, 5)
@@ -186,7 +187,7 @@ def test_filters_hold_in_every_kind_of_index(lesson, tmp_path, kind):
     chunks = pd.concat([chunks] * 30, ignore_index=True)
     chunks["id"], chunks["package"] = [f"c{n}" for n in range(len(chunks))], ["mill" if n % 7 else "silo" for n in range(len(chunks))]
     chunks["document_id"] = chunks.id
-    vectors = np.tile(embedder.embed(chunks.text.tolist()[:40]), (30, 1)) + np.random.default_rng(0).normal(
+    vectors = np.tile(embedder.embed(chunks.text.tolist()[:40], "document"), (30, 1)) + np.random.default_rng(0).normal(
         0, 0.01, (len(chunks), 384)
     ).astype(np.float32)
     build_index(tmp_path / kind, chunks, vectors, "0", embedder.digest, kind)
@@ -201,7 +202,7 @@ def test_a_gpu_finds_the_same(lesson, tmp_path):
     if not getattr(faiss, "get_num_gpus", int)():
         pytest.skip("needs an NVIDIA GPU and faiss-gpu in the place of faiss-cpu: FAISS sees no GPU")
     _, chunks, embedder = lesson
-    vectors = embedder.embed(chunks.text.tolist())
+    vectors = embedder.embed(chunks.text.tolist(), "document")
     build_index(tmp_path / "index", chunks, vectors, "0", embedder.digest)
     index = Index(tmp_path / "index", embedder)
     assert index.gpu is not None

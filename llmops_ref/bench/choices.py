@@ -21,7 +21,7 @@ from ..core.config import SettingsError, load_config
 from ..core.scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from ..core.workspace import Workspace, open_workspace
 from ..documents.chunking import CHUNKERS, make_chunks
-from ..models.embedding import PRECISIONS, TEXT_TOKENS, chosen_embedder, open_embedder
+from ..models.embedding import PRECISIONS, TEXT_TOKENS, chosen_embedder, open_embedder, prompts_of
 from ..models.probes import fastest_dtype, run_probes
 from ..models.weights import checkpoint, chosen_model, weights
 from ..models.weights import shipped
@@ -171,10 +171,9 @@ def _torch_embedder(folder, dtype):
     from sentence_transformers import SentenceTransformer
     model = SentenceTransformer(str(folder), device="cpu", model_kwargs=dict(dtype=dtype))
     model.max_seq_length = min(TEXT_TOKENS, model.max_seq_length or TEXT_TOKENS)
-    encode = dict(query=model.encode_query, document=model.encode_document)
-    return lambda texts, of: np.asarray(
-        torch.as_tensor(encode[of](texts, normalize_embeddings=True, show_progress_bar=False, convert_to_tensor=True)).float()
-    )
+    prompts, encode = prompts_of(model), dict(query=model.encode_query, document=model.encode_document)
+    more = dict(normalize_embeddings=True, show_progress_bar=False, convert_to_tensor=True)
+    return lambda texts, of: np.asarray(torch.as_tensor(encode[of](texts, prompt=prompts[of], **more)).float())
 
 # %% ../../nbs/lib/bench/choices.ipynb #caffbcab
 def _static_embedder(folder):

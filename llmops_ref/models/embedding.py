@@ -7,13 +7,14 @@ Reads an entry of the catalogue of kind embedder. Leaves an `Embedder` on ONNX R
 # %% auto #0
 __all__ = ['MODULES', 'ITS_OWN', 'PRECISIONS', 'TEXT_TOKENS', 'PARTS', 'FORMAT', 'TOLERANCE', 'SAMPLES', 'embedder_entry',
            'chosen_embedder', 'export_onnx', 'quantise_onnx', 'check_embedder', 'clean_text', 'Embedder',
-           'embedder_digest', 'check_vectors', 'embedder_folder', 'open_embedder']
+           'embedder_digest', 'check_vectors', 'prompts_of', 'embedder_folder', 'open_embedder']
 
 # %% ../../nbs/lib/models/embedding.ipynb #e70db2eb
 import contextlib, hashlib, io, json, logging, os, shutil, tempfile, warnings
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.config import SettingsError
 from ..core.files import DataError, file_digest, known_digest, verify_digest, write_atomic
@@ -88,16 +89,6 @@ def _quiet():                                       # progress bars, and advice 
         warnings.simplefilter("ignore")
         yield
 
-def _open_original(model, folder):                  # a SentenceTransformer that cuts where we do
-    listed = _listed(model, folder)
-    from sentence_transformers import SentenceTransformer
-    eager = dict(attn_implementation="eager", dtype="float32", use_safetensors=model.file.endswith(".safetensors"))
-    original = SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs=eager)
-    original.max_seq_length = min(TEXT_TOKENS, original.max_seq_length or TEXT_TOKENS)
-    original.unit = bool(listed) and listed[-1] == "Normalize" and not original.truncate_dim
-    _check_comparable(model, original)
-    return original.eval()
-
 # %% ../../nbs/lib/models/embedding.ipynb #820d4ded
 def _check_comparable(model, original):
     if original.similarity_fn_name not in (("cosine", "dot", "euclidean") if original.unit else ("cosine",)):
@@ -108,6 +99,16 @@ def _check_comparable(model, original):
     pooling = next((part for part in original if hasattr(part, "include_prompt")), None)
     if pooling is not None and not pooling.include_prompt and any(original.prompts.values()):
         raise DataError(f"The embedding model {model.name} leaves its prompt out of the pooling, which we cannot. Choose another.")
+
+# %% ../../nbs/lib/models/embedding.ipynb #6535a67c
+def _open_original(model, folder, listed):          # a SentenceTransformer that cuts where we do
+    from sentence_transformers import SentenceTransformer
+    eager = dict(attn_implementation="eager", dtype="float32", use_safetensors=model.file.endswith(".safetensors"))
+    original = SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs=eager)
+    original.max_seq_length = min(TEXT_TOKENS, original.max_seq_length or TEXT_TOKENS)
+    original.unit = bool(listed) and listed[-1] == "Normalize" and not original.truncate_dim
+    _check_comparable(model, original)
+    return original.eval()
 
 # %% ../../nbs/lib/models/embedding.ipynb #6497457b
 def export_onnx(
@@ -182,32 +183,36 @@ class Embedder:
         self.session = onnxruntime.InferenceSession(str(self.folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
         self.tokenizer = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))       # it cuts, and does not pad
 
-    def embed(
-        self,
-        texts: list[str],
-        of: str, # query or document: what the texts are decides what the model wants before them
-        batch: int = 16, # Texts at a time; they are sorted by length, so little is padded
-        on_done=None, # Called with (done, total)
-    ) -> np.ndarray: # float32, shape (len(texts), dimension), rows of length 1
-        "Embed texts; an empty text gets the vector of the empty string."
-        out, prompt = np.zeros((len(texts), self.dimension), dtype=np.float32), self.manifest["prompts"][of]
-        encoded = self.tokenizer.encode_batch([clean_text(prompt + text) for text in texts])
-        order = np.argsort([len(e) for e in encoded])
-        for start in range(0, len(order), batch):
-            rows = [row for row in order[start:start + batch] if len(encoded[row])]     # without a token there is no direction
-            if rows: out[rows] = self.session.run(None, self._padded([encoded[row] for row in rows]))[0]
-            if on_done: on_done(min(start + batch, len(order)), len(order))
-        return out
+# %% ../../nbs/lib/models/embedding.ipynb #ab507690
+@patch
+def _padded(self: Embedder, encoded):               # name -> int64, shape (texts, tokens of the longest)
+    width, pads = max(len(e) for e in encoded), dict(input_ids=self.manifest["pad"], attention_mask=0, token_type_ids=0)
+    values = dict(
+        input_ids=[e.ids for e in encoded], attention_mask=[[1] * len(e) for e in encoded], token_type_ids=[e.type_ids for e in encoded],
+    )
+    return {
+        name: np.array([row + [pads[name]] * (width - len(row)) for row in values[name]], dtype=np.int64)
+        for name in self.manifest["inputs"]
+    }
 
-    def _padded(self, encoded):                     # name -> int64, shape (texts, tokens of the longest)
-        width, pads = max(len(e) for e in encoded), dict(input_ids=self.manifest["pad"], attention_mask=0, token_type_ids=0)
-        values = dict(
-            input_ids=[e.ids for e in encoded], attention_mask=[[1] * len(e) for e in encoded], token_type_ids=[e.type_ids for e in encoded],
-        )
-        return {
-            name: np.array([row + [pads[name]] * (width - len(row)) for row in values[name]], dtype=np.int64)
-            for name in self.manifest["inputs"]
-        }
+# %% ../../nbs/lib/models/embedding.ipynb #b4d141fe
+@patch
+def embed(
+    self: Embedder,
+    texts: list[str],
+    of: str, # query or document: what the texts are decides what the model wants before them
+    batch: int = 16, # Texts at a time; they are sorted by length, so little is padded
+    on_done=None, # Called with (done, total)
+) -> np.ndarray: # float32, shape (len(texts), dimension), rows of length 1
+    "Embed texts; an empty text gets the vector of the empty string."
+    out, prompt = np.zeros((len(texts), self.dimension), dtype=np.float32), self.manifest["prompts"][of]
+    encoded = self.tokenizer.encode_batch([clean_text(prompt + text) for text in texts])
+    order = np.argsort([len(e) for e in encoded])
+    for start in range(0, len(order), batch):
+        rows = [row for row in order[start:start + batch] if len(encoded[row])]     # without a token there is no direction
+        if rows: out[rows] = self.session.run(None, self._padded([encoded[row] for row in rows]))[0]
+        if on_done: on_done(min(start + batch, len(order)), len(order))
+    return out
 
 # %% ../../nbs/lib/models/embedding.ipynb #939d81c7
 FORMAT = 1                                          # of what is made here: raise it when a conversion comes out otherwise
@@ -237,7 +242,8 @@ def check_vectors(
     texts = [text for text in SAMPLES if len(embedder.tokenizer.encode(text))]
     found = 0.0
     for of, encode in dict(query=original.encode_query, document=original.encode_document).items():
-        theirs = np.asarray(encode(texts, normalize_embeddings=True, show_progress_bar=False))
+        prompt = embedder.manifest["prompts"][of]
+        theirs = np.asarray(encode(texts, prompt=prompt, normalize_embeddings=True, show_progress_bar=False))
         difference = float(np.abs(theirs - embedder.embed(texts, of)).max()) if theirs.shape[1] == embedder.dimension else np.inf
         if not difference <= TOLERANCE:
             raise DataError(
@@ -262,16 +268,31 @@ def _inputs(original):                              # of an example of two texts
     return {name: both[name] for name in names}
 
 # %% ../../nbs/lib/models/embedding.ipynb #a5fa3ab3
-def _prompts(original):                             # what is put before a query and a document, as `encode_query` and `encode_document` do
-    said, otherwise = original.prompts, original.prompts.get(original.default_prompt_name)
-    document = next((name for name in ("document", "passage", "corpus") if said.get(name) is not None), None)
-    return dict(query=said["query"] if said.get("query") is not None else otherwise or "", document=said.get(document, otherwise) or "")
+def prompts_of(
+    original, # A SentenceTransformer
+) -> dict[str, str]: # For query and document
+    "What a model wants before a question and before a document; its default prompt for both if it names neither."
+    said = original.prompts
+    query, document = said.get("query") or "", next((said[name] for name in ("document", "passage", "corpus") if said.get(name)), "")
+    if query or document: return dict(query=query, document=document)
+    return dict.fromkeys(("query", "document"), said.get(original.default_prompt_name) or "")
+
+# %% ../../nbs/lib/models/embedding.ipynb #497d4f8e
+def _said(original, inputs):                        # what serving needs to know of a model, and what a reader wants to
+    return dict(
+        dimension=original.get_embedding_dimension(), tokens=original.max_seq_length, inputs=list(inputs),
+        pad=original.tokenizer.pad_token_id or 0, prompts=prompts_of(original), modules=[type(part).__name__ for part in original],
+        pooling=[part.pooling_mode for part in original if hasattr(part, "pooling_mode")],
+    )
+
+def _first_line(error): return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 # %% ../../nbs/lib/models/embedding.ipynb #f9b39a21
 def _convert(ws, model, digest, folder):            # fp32, into an empty folder
     try:
-        with _quiet(), _named_files(_weights(ws, model), model) as named:
-            original = _open_original(model, named)
+        listed = _listed(model, (file := _weights(ws, model)).parent)
+        with _quiet(), _named_files(file, model) as named:
+            original = _open_original(model, named, listed)
             inputs = _inputs(original)
             _save_tokenizer(original, folder / "tokenizer.json")
             export_onnx(original, inputs, folder / "model.onnx")
@@ -282,15 +303,6 @@ def _convert(ws, model, digest, folder):            # fp32, into an empty folder
         raise DataError(
             f"The embedding model {model.name} cannot be converted: {_first_line(error)}. Choose another in `embedder_model`."
         ) from None
-
-def _said(original, inputs):                        # what serving needs to know of a model, and what a reader wants to
-    return dict(
-        dimension=original.get_embedding_dimension(), tokens=original.max_seq_length, inputs=list(inputs),
-        pad=original.tokenizer.pad_token_id or 0, prompts=_prompts(original), modules=[type(part).__name__ for part in original],
-        pooling=[part.pooling_mode for part in original if hasattr(part, "pooling_mode")],
-    )
-
-def _first_line(error): return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 # %% ../../nbs/lib/models/embedding.ipynb #ac176bf3
 def _write_manifest(folder, said):

@@ -16,7 +16,7 @@ import psutil
 
 from ..core.config import sleep_while_waiting
 from ..core.services import Patience
-from .embedding import TEXT_TOKENS
+from .embedding import TEXT_TOKENS, prompts_of
 from .llm import Endpoint, openai_client, serve_gguf
 
 # %% ../../nbs/lib/models/probes.ipynb #8a52578d
@@ -110,8 +110,8 @@ def _sentence_transformers(job):
     from sentence_transformers import SentenceTransformer
     model = SentenceTransformer(job["folder"], device="cpu")
     model.max_seq_length = min(TEXT_TOKENS, model.max_seq_length or TEXT_TOKENS)        # as the other runner
-    encode = dict(query=model.encode_query, document=model.encode_document)
-    yield lambda texts, of: encode[of](texts, normalize_embeddings=True, show_progress_bar=False)
+    prompts, encode = prompts_of(model), dict(query=model.encode_query, document=model.encode_document)
+    yield lambda texts, of: encode[of](texts, prompt=prompts[of], normalize_embeddings=True, show_progress_bar=False)
 
 # %% ../../nbs/lib/models/probes.ipynb #90f96934
 RUNNERS = {
