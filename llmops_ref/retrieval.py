@@ -14,11 +14,10 @@ import numpy as np
 import pandas as pd
 
 from .core.config import SettingsError
-from .core.files import DataError
 from .core.scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from .core.significance import Comparison, compare
 from .core.workspace import Workspace
-from .documents.expansion import read_written, write_more, WRITTEN
+from .documents.expansion import kept_written, read_all_written, write_more, WRITTEN
 from .models.catalog import Model
 from .models.embedding import PRECISIONS, open_embedder
 from .search.vector_index import Index, METHODS, terms
@@ -125,17 +124,12 @@ def written_questions(
     things: pd.DataFrame, # From `askable`
 ) -> pd.DataFrame: # Columns `id digest question`
     "Questions from the file, from the table, and new ones of a teacher; `SettingsError` if it is to write and there is none."
-    config, written = ws.config, pd.DataFrame(columns=WRITTEN)
-    if config.index_questions: written = read_written(ws.read_file(config.index_questions))
-    try: kept = ws.read("index_questions")
-    except DataError: kept = written.head(0)
-    ws.reads.pop("table:index_questions", None)     # our own notebook, no input
-    written = pd.concat([written, kept[WRITTEN]], ignore_index=True)
-    if not config.index_questions_teacher: return written
+    written, most = read_all_written(ws), ws.config.index_questions_teacher
+    if not most: return written
     if not (teacher := open_teacher(ws)):
         raise SettingsError("`index_questions_teacher` is above 0, and no teacher is named. Name one in `teacher_url` and `teacher_model`, or set it to 0.")
-    new = write_more(things, written, teacher, config.index_questions_teacher)
-    if len(new): ws.write("index_questions", pd.concat([kept[WRITTEN], new], ignore_index=True))
+    new = write_more(things, written, teacher, most)
+    if len(new): ws.write("index_questions", pd.concat([kept_written(ws), new], ignore_index=True))
     return pd.concat([written, new], ignore_index=True)
 
 # %% ../nbs/03_retrieval.ipynb #5c1d7c05
