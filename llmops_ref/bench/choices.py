@@ -21,6 +21,7 @@ from ..core.config import SettingsError, load_config
 from ..core.scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from ..core.workspace import Workspace, open_workspace
 from ..documents.chunking import CHUNKERS, make_chunks
+from ..documents.expansion import askable, expand, read_all_written
 from ..models.embedding import PRECISIONS, TEXT_TOKENS, chosen_embedder, open_embedder, prompts_of
 from ..models.probes import fastest_dtype, run_probes
 from ..models.weights import checkpoint, chosen_model, weights
@@ -90,11 +91,15 @@ def our_search(
     chunker: str = "structure",
     method: str = "hybrid",
     kind: str = "auto",
+    written: pd.DataFrame | None = None, # Columns `id digest question`: what documents answer
 ):
     "Build our index over the same documents, in memory's own folder; a function from a question to document ids."
     embedder, chunks = open_embedder(ws, precision), with_prominence(make_chunks(documents, ws.config.chunk_words, chunker), documents)
+    vectors, asked, asked_vectors = embedder.embed(chunks.text.tolist(), "document"), None, None
+    if written is not None and len(asked := expand(askable(chunks, documents), written)):
+        asked_vectors = embedder.embed(asked.question.tolist(), "query")
     with tempfile.TemporaryDirectory() as folder:
-        build_index(Path(folder), chunks, embedder.embed(chunks.text.tolist(), "document"), "bench", embedder.digest, kind)
+        build_index(Path(folder), chunks, vectors, "bench", embedder.digest, kind, asked, asked_vectors)
         index = Index(Path(folder), embedder)
     return lambda question: [p.document_id for p in index.search(question, 10, method)]
 
@@ -105,10 +110,13 @@ def bench_retrieval(ws: Workspace) -> pd.DataFrame: # One row a pipeline, and on
     "Ours against the recipe of most tutorials: the same documents, questions and weights, in one process."
     documents, questions, rows = ws.read("documents"), test_questions(ws), {}
     precision = index_embedder(ws, "int8").manifest["precision"]        # conversions are made once in a machine's life, and not counted
+    written = read_all_written(ws)
     for name, make in (
-        ("ours", lambda: our_search(ws, documents, precision)), ("tutorial", lambda: tutorial_search(documents, _as_shipped(ws))),
+        ("ours", lambda: our_search(ws, documents, precision, written=written)),
+        ("without questions", lambda: our_search(ws, documents, precision)),
+        ("tutorial", lambda: tutorial_search(documents, _as_shipped(ws))),
     ):
-        ws.progress(len(rows), 2, f"building {name}")
+        ws.progress(len(rows), 3, f"building {name}")
         with Meter() as meter: search = make()
         rows[name] = score_search(search, questions) | dict(build_s=meter.seconds, memory_mb=meter.mb)
     table = pd.DataFrame(rows).T

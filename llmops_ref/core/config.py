@@ -67,6 +67,8 @@ class _Search(_Documents):
     retrieval: Literal["hybrid", "dense", "bm25", "off"]
     retrieval_k: int
     retrieval_candidates: int
+    index_questions: str
+    index_questions_teacher: int
     refuse_below: float
     passage_words: int
 

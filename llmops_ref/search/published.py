@@ -28,21 +28,23 @@ def embed_chunks(
     ws: Workspace,
     chunks: pd.DataFrame, # Columns `text digest`
     embedder: Embedder,
+    table: str = "embeddings", # Where vectors are kept
+    of: str = "document", # What the texts are: document or query
 ) -> tuple[np.ndarray, int]: # float32, one row a chunk; and how many texts had to be embedded
-    "Vectors of all chunks, from the table `embeddings` where it has them; the table is brought up to date."
-    try: known = ws.read("embeddings").query("embedder == @embedder.digest")
+    "Vectors of all chunks, from the table where it has them; it is brought up to date."
+    try: known = ws.read(table).query("embedder == @embedder.digest")
     except DataError: known = pd.DataFrame(columns=["digest", "embedder", "vector"])
-    ws.reads.pop("table:embeddings", None)          # our own notebook, no input
+    ws.reads.pop(f"table:{table}", None)            # our own notebook, no input
     needed = chunks.drop_duplicates("digest")
     missing = needed[~needed.digest.isin(known.digest)]
     fresh = pd.DataFrame(
-        dict(digest=missing.digest, embedder=embedder.digest, vector=list(embed_texts(ws, missing.text.tolist(), embedder)))
+        dict(digest=missing.digest, embedder=embedder.digest, vector=list(embed_texts(ws, missing.text.tolist(), embedder, of=of)))
     )
-    table = pd.concat([known[known.digest.isin(needed.digest)], fresh], ignore_index=True) if len(known) else fresh
-    if len(known): ws.merge("embeddings", table, key="digest")
-    else: ws.write("embeddings", table)             # the first ones, or those of another model: the same texts, other vectors
-    place = pd.Series(range(len(table)), index=table.digest)
-    return np.stack(table.vector.to_list()).astype(np.float32)[place[chunks.digest].to_numpy()], len(missing)
+    rows = pd.concat([known[known.digest.isin(needed.digest)], fresh], ignore_index=True) if len(known) else fresh
+    if len(known): ws.merge(table, rows, key="digest")
+    else: ws.write(table, rows)                     # the first ones, or those of another model: the same texts, other vectors
+    place = pd.Series(range(len(rows)), index=rows.digest)
+    return np.stack(rows.vector.to_list()).astype(np.float32)[place[chunks.digest].to_numpy()], len(missing)
 
 # %% ../../nbs/lib/search/published.ipynb #14e608df
 SPARK_ABOVE = 20_000
@@ -51,10 +53,11 @@ VECTOR_SCHEMA = "row long, vector array<float>"
 def embed_batches(
     frames, # Of Spark: batches with the columns `row text`
     folder: str, # Of the embedder, where each worker can read it
+    of: str = "document", # What the texts are: document or query
 ): # Batches with the columns `row vector`
     "The function for `mapInPandas`."
     embedder = Embedder(Path(folder), threads=1)    # Spark gives each core a task
-    for frame in frames: yield pd.DataFrame(dict(row=frame.row, vector=list(embedder.embed(frame.text.tolist(), "document"))))
+    for frame in frames: yield pd.DataFrame(dict(row=frame.row, vector=list(embedder.embed(frame.text.tolist(), of))))
 
 # %% ../../nbs/lib/search/published.ipynb #b3806dba
 def embed_texts(
@@ -62,12 +65,14 @@ def embed_texts(
     texts: list[str],
     embedder: Embedder,
     spark_above: int = SPARK_ABOVE, # More texts than this go to Spark
+    of: str = "document", # What the texts are: document or query
 ) -> np.ndarray: # float32, one row a text
     "Embed texts, here or by Spark."
-    def told(done, total): ws.progress(done, total, "embedding chunks")
-    if len(texts) <= spark_above: return embedder.embed(texts, "document", on_done=told)
-    ws.progress(0, 1, f"embedding {len(texts):,} texts on {ws.cores} cores")
-    batches = functools.partial(embed_batches, folder=str(embedder.folder))     # in the cache, where workers can read
+    what = "chunks" if of == "document" else "questions"
+    def told(done, total): ws.progress(done, total, f"embedding {what}")
+    if len(texts) <= spark_above: return embedder.embed(texts, of, on_done=told)
+    ws.progress(0, 1, f"embedding {len(texts):,} {what} on {ws.cores} cores")
+    batches = functools.partial(embed_batches, folder=str(embedder.folder), of=of)     # in the cache, where workers can read
     found = ws.map_batches(pd.DataFrame(dict(row=range(len(texts)), text=texts)), batches, VECTOR_SCHEMA).sort_values("row")
     return np.stack(found.vector.to_list()).astype(np.float32)
 
@@ -88,12 +93,14 @@ def publish_index(
     table_version: str, # Of the table `chunks`
     embedder: str, # Digest of what made the vectors
     kind: str = "auto",
+    asked: pd.DataFrame | None = None, # Columns `chunk_id question`, from `expand`
+    asked_vectors: np.ndarray | None = None, # float32, one row a question
 ) -> Path: # The published folder
     "Build an index beside the current one, then switch to it in one step."
     pointer, building = ws.path("index", "current.json"), ws.path("index", f".building-{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
-    files = build_index(building, chunks, vectors, table_version, embedder, kind)["files"]
-    content = [files["vectors.faiss"], files["chunks.parquet"], table_version, embedder]    # bm25s numbers its words anew in each process
+    files = build_index(building, chunks, vectors, table_version, embedder, kind, asked, asked_vectors)["files"]
+    content = [files["vectors.faiss"], files["chunks.parquet"], files.get("asked.parquet"), table_version, embedder]    # bm25s numbers its words anew in each process
     name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
     folder = ws.path("index", name)
     try:

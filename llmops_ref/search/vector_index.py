@@ -84,7 +84,7 @@ def terms(text: str) -> list[str]:
 
 # %% ../../nbs/lib/search/vector_index.ipynb #beeafc28
 COLUMNS = ["id", "document_id", "package", "kind", "heading", "text"]
-FORMATS = (2, 3)                                        # that can be read; 3 has the column `prominence`
+FORMATS = (2, 3, 4)                                     # that can be read; 3 has the column `prominence`, 4 may have questions
 FILTERS = ("package", "kind", "document_id")            # columns that a search can be narrowed by
 
 def build_index(
@@ -94,6 +94,8 @@ def build_index(
     table_version: str, # Version of the `chunks` table that this holds
     embedder: str, # Digest of the embedding model
     kind: str = "auto",
+    asked: pd.DataFrame | None = None, # Columns `chunk_id question`: what chunks answer, and are found by, too
+    asked_vectors: np.ndarray | None = None, # float32, one row a question
 ) -> dict: # The manifest
     "Write an index folder; the manifest comes last. `DataError` if there is nothing to index, or a vector is not one."
     import bm25s, faiss
@@ -107,16 +109,18 @@ def build_index(
             f"{len(bad)} chunks have vectors that are not numbers, the first {bad.iloc[0]!r}. The embedding model is damaged: reinstall it."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    kind = choose_kind(len(chunks), kind)
+    texts = chunks.text
+    if asked is not None and len(asked): texts, vectors = _with_questions(folder, chunks, vectors, asked, asked_vectors)
+    kind = choose_kind(len(vectors), kind)
     faiss.write_index(make_faiss(vectors, kind), str(folder / "vectors.faiss"))
     bm25 = bm25s.BM25(method="lucene", k1=BM25_K1, b=BM25_B)
-    bm25.index([terms(text) for text in chunks.text], show_progress=False)
+    bm25.index([terms(text) for text in texts], show_progress=False)
     bm25.save(str(folder / "bm25"))
     if "prominence" not in chunks: chunks = chunks.assign(prominence=0.0)
     chunks[[*COLUMNS, "prominence"]].to_parquet(folder / "chunks.parquet", index=False)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
     manifest = dict(
-        format=FORMATS[-1], kind=kind, count=len(chunks), dimension=int(vectors.shape[1]), embedder=embedder,
+        format=FORMATS[-1], kind=kind, count=len(chunks), asked=len(vectors) - len(chunks), dimension=int(vectors.shape[1]), embedder=embedder,
         chunks_version=table_version, files={p.relative_to(folder).as_posix(): file_digest(p) for p in files},
     )
     write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1))
@@ -144,6 +148,16 @@ def check_index(
         )
     return manifest
 
+# %% ../../nbs/lib/search/vector_index.ipynb #5c1d7a02
+def _with_questions(folder, chunks, vectors, asked, asked_vectors):                 # texts for BM25, and all vectors
+    if len(asked) != len(asked_vectors): raise DataError(f"There are {len(asked_vectors):,} vectors for {len(asked):,} questions.")
+    if len(unknown := asked.chunk_id[~asked.chunk_id.isin(chunks.id)]):
+        raise DataError(f"{len(unknown)} questions belong to chunks that are not there, the first to {unknown.iloc[0]!r}.")
+    asked[["chunk_id", "question"]].to_parquet(folder / "asked.parquet", index=False)
+    words = asked.groupby("chunk_id").question.agg(" ".join)
+    texts = [f"{text} {words.get(id, '')}" for id, text in zip(chunks.id, chunks.text)]
+    return texts, np.concatenate([vectors, asked_vectors])
+
 # %% ../../nbs/lib/search/vector_index.ipynb #4758f957
 class Index:
     "An index folder, verified and loaded, with the embedder that made it."
@@ -163,13 +177,14 @@ class Index:
         ours = known.document_id.mask(known.kind.isin(PAGES), known.id)                 # each section of a page stands for itself
         self.documents = pd.factorize(ours)[0]                                          # numbers: a search compares a hundred of them
         self.first = np.unique(self.documents, return_index=True)[1]                    # the first row of each
-        known = "prominence" in self.chunks.column_names
-        self.prominence = self.chunks["prominence"].to_numpy()[self.first] if known else np.zeros(len(self.first))
+        weighed = "prominence" in self.chunks.column_names
+        self.prominence = self.chunks["prominence"].to_numpy()[self.first] if weighed else np.zeros(len(self.first))
+        self.owners = self._owners(known.id)                                            # of each vector, the row of its chunk
         found = self.vectors.ntotal, len(self.chunks), self.vectors.d
-        if found != (self.manifest["count"], self.manifest["count"], self.manifest["dimension"]):
+        if found != (len(self.owners), self.manifest["count"], self.manifest["dimension"]):
             raise DataError(
                 f"The index in {self.folder} holds {found[0]} vectors of {found[2]} numbers for {found[1]} chunks; its manifest says"
-                f" {self.manifest['count']} of {self.manifest['dimension']}. {REBUILD}"
+                f" {len(self.owners)} of {self.manifest['dimension']}. {REBUILD}"
             )
         if self.manifest["kind"] == "ivf_pq": self.vectors.make_direct_map()            # so that a vector can be read back by its number
         self.gpu = (
@@ -177,6 +192,16 @@ class Index:
         )
 
     def __len__(self): return len(self.chunks)
+
+    def _owners(self, ids):
+        rows = np.arange(len(ids))
+        return np.concatenate([rows, pd.Series(rows, index=ids)[self.asked.chunk_id].to_numpy()])
+
+    @functools.cached_property
+    def asked(self) -> pd.DataFrame: # Columns `chunk_id question`, in the order of their vectors, which follow those of the chunks
+        "The questions that chunks answer, as they were written beforehand."
+        path = self.folder / "asked.parquet"
+        return pd.read_parquet(path) if path.is_file() else pd.DataFrame(dict(chunk_id=[], question=[]), dtype=str)
 
 # %% ../../nbs/lib/search/vector_index.ipynb #f94e6424
 RRF_K = 30
@@ -234,17 +259,21 @@ def _column(self: Index, name):
 
 # %% ../../nbs/lib/search/vector_index.ipynb #323204be
 @patch
-def _dense(self: Index, vector, n, mask):           # row -> cosine, best first
+def _dense(self: Index, vector, n, mask):           # row of a chunk -> its best cosine, best first
     import faiss
     faiss.omp_set_num_threads(1)                    # see above
-    index, parameters = self.gpu or self.vectors, None
+    index, parameters, chunks = self.gpu or self.vectors, None, n
+    n = min(-(-n * len(self.owners) // len(self)), len(self.owners))                    # a chunk has several vectors if it has questions
     if mask is not None:
-        index, selector = self.vectors, faiss.IDSelectorBatch(np.flatnonzero(mask))
+        index, selector = self.vectors, faiss.IDSelectorBatch(np.flatnonzero(mask[self.owners]))
         parameters = {"flat": lambda: faiss.SearchParameters(sel=selector),
                       "hnsw": lambda: faiss.SearchParametersHNSW(sel=selector, efSearch=max(n, 64)),
                       "ivf_pq": lambda: faiss.IVFPQSearchParameters(sel=selector, nprobe=index.nlist)}[self.manifest["kind"]]()
     scores, rows = index.search(vector[None], n, params=parameters) if parameters else index.search(vector[None], n)
-    return {row: score for row, score in zip(rows[0].tolist(), scores[0].tolist()) if row >= 0}
+    found = {}
+    for row, score in zip(rows[0].tolist(), scores[0].tolist()):
+        if row >= 0: found.setdefault(int(self.owners[row]), score)
+    return dict(list(found.items())[:chunks])
 
 # %% ../../nbs/lib/search/vector_index.ipynb #ee53d314
 @patch
@@ -298,8 +327,7 @@ def search(
     for document, score in list(scores.items())[:max(k, RERANKED if self.reranker else 0)]:
         # of its chunks the one that stands highest in a ranking
         row = min((list(ranking).index(document), ranking[document]) for ranking in rankings if document in ranking)[1]
-        # a chunk that only BM25 found has no cosine yet
-        similarity = dense[row] if row in dense else float(self.vectors.reconstruct(row) @ vector) if vector is not None else 0.0
+        similarity = float(self.vectors.reconstruct(row) @ vector) if vector is not None else 0.0       # of the chunk itself
         found.append(self._passage(row, score if method == "hybrid" else (dense or lexical)[row], similarity))
     if self.reranker: found = [found[i] for i in np.argsort(-np.asarray(self.reranker(question, found)), kind="stable")]
     return found[:k]

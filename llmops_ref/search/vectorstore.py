@@ -54,6 +54,7 @@ class IndexStore(VectorStore):
     ):
         self.embedding, self.digest, self.kind = embedding, digest, kind
         self.rows, self._index = {}, None           # id -> (Document, vector)
+        self.asked = {}                             # id -> what the text answers: [(question, vector)]
 
     @property
     def embeddings(self): return self.embedding
@@ -65,6 +66,8 @@ class IndexStore(VectorStore):
         for row, chunk in enumerate(index.chunks.to_pylist()):
             text, id = chunk.pop("text"), chunk.pop("id")
             store.rows[id] = Document(page_content=text, metadata=chunk, id=id), index.vectors.reconstruct(row)
+        for row, (id, question) in enumerate(index.asked.itertuples(index=False), len(index)):
+            store.asked.setdefault(id, []).append((question, index.vectors.reconstruct(row)))
         return store
 
     @classmethod
@@ -83,12 +86,13 @@ class IndexStore(VectorStore):
         vectors = _unit(self.embedding.embed_documents(texts)) if texts else []
         for text, id, metadata, vector in zip(texts, ids, metadatas, vectors):
             self.rows[id] = Document(page_content=text, metadata=dict(metadata), id=id), vector
+            self.asked.pop(id, None)                # they were about the text before
         self._index = None
         return ids
 
     def delete(self, ids=None, **_) -> bool:
         "Delete by id, or everything; an id that is not there is no error."
-        for id in list(self.rows) if ids is None else ids: self.rows.pop(id, None)
+        for id in list(self.rows) if ids is None else ids: self.rows.pop(id, None), self.asked.pop(id, None)
         self._index = None
         return True
 
@@ -103,8 +107,10 @@ def index(self: IndexStore) -> Index | None:
     if self._index is None and self.rows:
         documents, vectors = zip(*self.rows.values())
         chunks = pd.DataFrame([_chunk(document) for document in documents])
+        asked = [(id, question, vector) for id, some in self.asked.items() for question, vector in some]
+        asked = pd.DataFrame(asked, columns=["chunk_id", "question", "vector"])
         with tempfile.TemporaryDirectory() as folder:
-            build_index(Path(folder), chunks, np.stack(vectors), "memory", self.digest, self.kind)
+            build_index(Path(folder), chunks, np.stack(vectors), "memory", self.digest, self.kind, asked, np.array(asked.vector.tolist()))
             self._index = Index(Path(folder), _Vectors(self.embedding, self.digest))
     return self._index
 
