@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
+from ..core.charts import BLUE, GREEN, GREY, RED, chart, panels
 from ..core.config import SettingsError, load_config
 from ..core.scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from ..core.workspace import Workspace, open_workspace
@@ -234,22 +235,20 @@ def bench_embedders(
     ]
 
 # %% ../../nbs/lib/bench/choices.ipynb #e087e5d8
+@chart
 def plot_embedders(
     table: pd.DataFrame, # From `bench_embedders`
 ): # A matplotlib figure
     "Throughput and quality; the chosen in red."
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7, 3.2))
+    figure, axis = panels(width=7)
     for number, (name, row) in enumerate(table.dropna(subset="mrr").sort_values("texts_s").iterrows()):
-        axis.scatter(row.texts_s, row.mrr, s=60, color="#e4572e" if row.note == "chosen" else "#5b8def", zorder=3)
+        axis.scatter(row.texts_s, row.mrr, color=RED if row.note == "chosen" else BLUE, zorder=3)
         axis.annotate(
-            name, (row.texts_s, row.mrr), xytext=(0, (-18, -32, 10)[number % 3]), textcoords="offset points", fontsize=9, ha="center"
+            name, (row.texts_s, row.mrr), xytext=(0, (-18, -32, 10)[number % 3]), textcoords="offset points", ha="center"
         )  # neighbours apart
-    axis.axhline(table.mrr.max() - 0.02, color="#66788a", linewidth=0.8, linestyle=":")
+    axis.axhline(table.mrr.max() - 0.02, color=GREY, linewidth=0.8, linestyle=":")
     axis.set(xscale="log", xlabel="texts a second", ylabel="MRR@10", ylim=(table.mrr.min() - 0.05, table.mrr.max() + 0.05))
     axis.set_xlim(table.texts_s.min() / 2, table.texts_s.max() * 3)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     return figure
 
 # %% ../../nbs/lib/bench/choices.ipynb #b8527466
@@ -297,13 +296,13 @@ def bench_kinds(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lib/bench/choices.ipynb #1b3aac2b
+@chart
 def plot_kinds(
     table: pd.DataFrame, # From `bench_kinds`
 ): # A matplotlib figure
     "Latency, recall and size against the number of vectors."
-    import matplotlib.pyplot as plt
-    colours = dict(zip(KINDS, ("#e4572e", "#5b8def", "#2a9d8f")))
-    figure, axes = plt.subplots(1, 4, figsize=(11, 2.8))
+    colours = dict(zip(KINDS, (RED, BLUE, GREEN)))
+    figure, axes = panels(4, width=2.8, height=2.4)
     for axis, (measure, title) in zip(
         axes, dict(p50_ms="milliseconds a query", recall="recall@10", mb="size, MB", build_s="seconds to build").items()
     ):
@@ -311,11 +310,9 @@ def plot_kinds(
             axis.plot(part.vectors, part[measure], marker="o", color=colours[kind], label=kind)
         axis.set(xscale="log", yscale="linear" if measure == "recall" else "log")
         if measure == "recall": axis.set_ylim(0, 1.05)
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("vectors", fontsize=9)
-    figure.tight_layout()
+        axis.set_title(title)
+    axes[0].legend()
+    figure.supxlabel("vectors")
     return figure
 
 # %% ../../nbs/lib/bench/choices.ipynb #8c7944f2
