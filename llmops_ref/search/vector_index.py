@@ -6,7 +6,7 @@ Reads chunks and their vectors. Leaves an index folder, and the `Index` that sea
 
 # %% auto #0
 __all__ = ['KINDS', 'FLAT_UP_TO', 'HNSW_UP_TO', 'BM25_K1', 'BM25_B', 'STOP_WORDS', 'COLUMNS', 'FORMATS', 'FILTERS', 'REBUILD',
-           'RRF_K', 'PRIOR', 'METHODS', 'RERANKED', 'QUESTION_CHARS', 'choose_kind', 'make_faiss', 'terms',
+           'RRF_K', 'PRIOR', 'NEAR', 'METHODS', 'RERANKED', 'QUESTION_CHARS', 'choose_kind', 'make_faiss', 'terms',
            'build_index', 'check_index', 'Index', 'fuse', 'Passage', 'open_reranker']
 
 # %% ../../nbs/lib/search/vector_index.ipynb #a4181290
@@ -109,9 +109,8 @@ def build_index(
             f"{len(bad)} chunks have vectors that are not numbers, the first {bad.iloc[0]!r}. The embedding model is damaged: reinstall it."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    texts = chunks.text
-    if asked is not None and len(asked): texts, vectors = _with_questions(folder, chunks, vectors, asked, asked_vectors)
-    kind = choose_kind(len(vectors), kind)
+    texts, wanted, kind = chunks.text, kind, choose_kind(len(chunks), kind)
+    if asked is not None and len(asked): texts = _write_asked(folder, chunks, asked, asked_vectors, choose_kind(len(asked), wanted))
     faiss.write_index(make_faiss(vectors, kind), str(folder / "vectors.faiss"))
     bm25 = bm25s.BM25(method="lucene", k1=BM25_K1, b=BM25_B)
     bm25.index([terms(text) for text in texts], show_progress=False)
@@ -120,8 +119,8 @@ def build_index(
     chunks[[*COLUMNS, "prominence"]].to_parquet(folder / "chunks.parquet", index=False)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
     manifest = dict(
-        format=FORMATS[-1], kind=kind, count=len(chunks), asked=len(vectors) - len(chunks), dimension=int(vectors.shape[1]), embedder=embedder,
-        chunks_version=table_version, files={p.relative_to(folder).as_posix(): file_digest(p) for p in files},
+        format=FORMATS[-1], kind=kind, count=len(chunks), dimension=int(vectors.shape[1]), embedder=embedder, chunks_version=table_version,
+        asked=0 if asked is None else len(asked), files={p.relative_to(folder).as_posix(): file_digest(p) for p in files},
     )
     write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
@@ -149,16 +148,26 @@ def check_index(
     return manifest
 
 # %% ../../nbs/lib/search/vector_index.ipynb #5c1d7a02
-def _with_questions(folder, chunks, vectors, asked, asked_vectors):                 # texts for BM25, and all vectors
-    if len(asked) != len(asked_vectors): raise DataError(f"There are {len(asked_vectors):,} vectors for {len(asked):,} questions.")
+def _write_asked(folder, chunks, asked, vectors, kind):                             # gives the texts whose words are counted
+    import faiss
+    if len(asked) != len(vectors): raise DataError(f"There are {len(vectors):,} vectors for {len(asked):,} questions.")
     if len(unknown := asked.chunk_id[~asked.chunk_id.isin(chunks.id)]):
         raise DataError(f"{len(unknown)} questions belong to chunks that are not there, the first to {unknown.iloc[0]!r}.")
     asked[["chunk_id", "question"]].to_parquet(folder / "asked.parquet", index=False)
+    faiss.write_index(make_faiss(vectors, kind), str(folder / "asked.faiss"))
     words = asked.groupby("chunk_id").question.agg(" ".join)
-    texts = [f"{text} {words.get(id, '')}" for id, text in zip(chunks.id, chunks.text)]
-    return texts, np.concatenate([vectors, asked_vectors])
+    return [f"{text} {words.get(id, '')}" for id, text in zip(chunks.id, chunks.text)]
 
 # %% ../../nbs/lib/search/vector_index.ipynb #4758f957
+_NOTHING_ASKED = pd.DataFrame(dict(chunk_id=[], question=[]), dtype=str)
+
+def _kind(index):                                       # of a FAISS index, or None
+    return next((kind for kind, name in (("flat", "Flat"), ("hnsw", "HNSW"), ("ivf_pq", "IVFPQ")) if name in type(index).__name__), None)
+
+def _on_gpu(index):                                     # a copy, where there is a GPU that takes this kind
+    import faiss
+    return faiss.index_cpu_to_all_gpus(index) if _kind(index) in ("flat", "ivf_pq") and getattr(faiss, "get_num_gpus", int)() else None
+
 class Index:
     "An index folder, verified and loaded, with the embedder that made it."
     def __init__(
@@ -179,32 +188,27 @@ class Index:
         self.first = np.unique(self.documents, return_index=True)[1]                    # the first row of each
         weighed = "prominence" in self.chunks.column_names
         self.prominence = self.chunks["prominence"].to_numpy()[self.first] if weighed else np.zeros(len(self.first))
-        self.owners = self._owners(known.id)                                            # of each vector, the row of its chunk
         found = self.vectors.ntotal, len(self.chunks), self.vectors.d
-        if found != (len(self.owners), self.manifest["count"], self.manifest["dimension"]):
+        if found != (self.manifest["count"], self.manifest["count"], self.manifest["dimension"]):
             raise DataError(
                 f"The index in {self.folder} holds {found[0]} vectors of {found[2]} numbers for {found[1]} chunks; its manifest says"
-                f" {len(self.owners)} of {self.manifest['dimension']}. {REBUILD}"
+                f" {self.manifest['count']} of {self.manifest['dimension']}. {REBUILD}"
             )
-        if self.manifest["kind"] == "ivf_pq": self.vectors.make_direct_map()            # so that a vector can be read back by its number
-        self.gpu = (
-            faiss.index_cpu_to_all_gpus(self.vectors) if self.manifest["kind"] != "hnsw" and getattr(faiss, "get_num_gpus", int)() else None
-        )
+        if self.manifest.get("asked"): self._open_asked(known.id)
+        else: self.asked, self.questions, self.owners = _NOTHING_ASKED, None, None
+        for index in (self.vectors, self.questions):                                    # so that a vector can be read back by its number
+            if _kind(index) == "ivf_pq": index.make_direct_map()
+        self.gpu = {id(index): on_gpu for index in (self.vectors, self.questions) if (on_gpu := _on_gpu(index))}
 
     def __len__(self): return len(self.chunks)
 
-    def _owners(self, ids):
-        rows = np.arange(len(ids))
-        return np.concatenate([rows, pd.Series(rows, index=ids)[self.asked.chunk_id].to_numpy()])
-
-    @functools.cached_property
-    def asked(self) -> pd.DataFrame: # Columns `chunk_id question`, in the order of their vectors, which follow those of the chunks
-        "The questions that chunks answer, as they were written beforehand."
-        path = self.folder / "asked.parquet"
-        return pd.read_parquet(path) if path.is_file() else pd.DataFrame(dict(chunk_id=[], question=[]), dtype=str)
+    def _open_asked(self, ids):                                                         # questions, their vectors, the rows of their chunks
+        import faiss
+        self.asked, self.questions = pd.read_parquet(self.folder / "asked.parquet"), faiss.read_index(str(self.folder / "asked.faiss"))
+        self.owners = pd.Series(range(len(ids)), index=ids)[self.asked.chunk_id].to_numpy()
 
 # %% ../../nbs/lib/search/vector_index.ipynb #f94e6424
-RRF_K = 30
+RRF_K = 20
 
 def fuse(
     *rankings, # Of anything, best first
@@ -218,15 +222,16 @@ def fuse(
     return dict(sorted(scores.items(), key=lambda pair: (-pair[1], pair[0])))
 
 # %% ../../nbs/lib/search/vector_index.ipynb #bddc69e6
-PRIOR = 0.2                             # see the table above
+PRIOR = 1 / 30                          # see the table above
 
 @patch
 def _with_prior(self: Index, question, scores):     # document -> score, best first
     asked, written = set(terms(question)), {name.strip(".") for name in re.findall(r"[\w./-]+", question)}
+    weight = PRIOR * len(self.first) ** 0.5
     def prior(d):
         id, name = self._name(d)
         overlap = len(asked & name) / max(1, len(asked | name))
-        return (1 + PRIOR * (self.prominence[d] / max(1, len(asked)) + overlap**3) if self.prominence[d] else 1) + 99 * (id in written)
+        return (1 + weight * (self.prominence[d] / max(1, len(asked)) + overlap**3) if self.prominence[d] else 1) + 99 * (id in written)
     scores = {d: score * prior(d) for d, score in scores.items()}
     return dict(sorted(scores.items(), key=lambda pair: (-pair[1], pair[0])))
 
@@ -259,21 +264,31 @@ def _column(self: Index, name):
 
 # %% ../../nbs/lib/search/vector_index.ipynb #323204be
 @patch
-def _dense(self: Index, vector, n, mask):           # row of a chunk -> its best cosine, best first
+def _nearest(self: Index, index, vector, n, mask):  # row of the index -> cosine, best first
     import faiss
     faiss.omp_set_num_threads(1)                    # see above
-    index, parameters, chunks = self.gpu or self.vectors, None, n
-    n = min(-(-n * len(self.owners) // len(self)), len(self.owners))                    # a chunk has several vectors if it has questions
+    fast, parameters = self.gpu.get(id(index), index), None
     if mask is not None:
-        index, selector = self.vectors, faiss.IDSelectorBatch(np.flatnonzero(mask[self.owners]))
+        fast, selector = index, faiss.IDSelectorBatch(np.flatnonzero(mask))
         parameters = {"flat": lambda: faiss.SearchParameters(sel=selector),
                       "hnsw": lambda: faiss.SearchParametersHNSW(sel=selector, efSearch=max(n, 64)),
-                      "ivf_pq": lambda: faiss.IVFPQSearchParameters(sel=selector, nprobe=index.nlist)}[self.manifest["kind"]]()
-    scores, rows = index.search(vector[None], n, params=parameters) if parameters else index.search(vector[None], n)
-    found = {}
-    for row, score in zip(rows[0].tolist(), scores[0].tolist()):
-        if row >= 0: found.setdefault(int(self.owners[row]), score)
-    return dict(list(found.items())[:chunks])
+                      "ivf_pq": lambda: faiss.IVFPQSearchParameters(sel=selector, nprobe=index.nlist)}[_kind(index)]()
+    scores, rows = fast.search(vector[None], n, params=parameters) if parameters else fast.search(vector[None], n)
+    return {row: score for row, score in zip(rows[0].tolist(), scores[0].tolist()) if row >= 0}
+
+@patch
+def _dense(self: Index, vector, n, mask): return self._nearest(self.vectors, vector, n, mask)      # row of a chunk -> cosine
+
+# %% ../../nbs/lib/search/vector_index.ipynb #5c1d7a0b
+NEAR = 0.8
+
+@patch
+def _by_question(self: Index, vector, n, mask):     # row of a chunk -> the best cosine of its questions, best first
+    if self.questions is None: return {}
+    least, found = NEAR * next(iter(self._dense(vector, 1, mask).values()), 0.0), {}
+    for row, score in self._nearest(self.questions, vector, min(3 * n, len(self.owners)), None if mask is None else mask[self.owners]).items():
+        if score >= least: found.setdefault(int(self.owners[row]), score)
+    return dict(list(found.items())[:n])
 
 # %% ../../nbs/lib/search/vector_index.ipynb #ee53d314
 @patch
@@ -319,16 +334,19 @@ def search(
     if not question or k < 1 or n == 0: return []
     if method != "bm25" and vector is None: vector = self.embedder.embed([question], "query")[0]
     dense = self._dense(vector, n, mask) if method != "bm25" else {}
+    by_question = self._by_question(vector, n, mask) if method != "bm25" else {}
     lexical = self._lexical(question, n, mask) if method != "dense" else {}
-    rankings = [first for rows in (dense, lexical) if (first := self._first_chunks(rows))]      # document -> its best row, best first
-    scores = fuse(*rankings)
+    meaning = 0.5 if by_question else 1.0               # has one vote: of the text, or half of the text and half of its questions
+    votes = [(first, vote) for rows, vote in ((dense, meaning), (by_question, meaning), (lexical, 1.0)) if (first := self._first_chunks(rows))]
+    rankings = [ranking for ranking, _ in votes]        # document -> its best row, best first
+    scores = fuse(*rankings, weights=tuple(vote for _, vote in votes))
     if method == "hybrid" and self.prominence.any(): scores = self._with_prior(question, scores)
     found = []
     for document, score in list(scores.items())[:max(k, RERANKED if self.reranker else 0)]:
         # of its chunks the one that stands highest in a ranking
         row = min((list(ranking).index(document), ranking[document]) for ranking in rankings if document in ranking)[1]
         similarity = float(self.vectors.reconstruct(row) @ vector) if vector is not None else 0.0       # of the chunk itself
-        found.append(self._passage(row, score if method == "hybrid" else (dense or lexical)[row], similarity))
+        found.append(self._passage(row, score if method == "hybrid" or by_question else (dense or lexical)[row], similarity))
     if self.reranker: found = [found[i] for i in np.argsort(-np.asarray(self.reranker(question, found)), kind="stable")]
     return found[:k]
 

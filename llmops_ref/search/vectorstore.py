@@ -66,8 +66,8 @@ class IndexStore(VectorStore):
         for row, chunk in enumerate(index.chunks.to_pylist()):
             text, id = chunk.pop("text"), chunk.pop("id")
             store.rows[id] = Document(page_content=text, metadata=chunk, id=id), index.vectors.reconstruct(row)
-        for row, (id, question) in enumerate(index.asked.itertuples(index=False), len(index)):
-            store.asked.setdefault(id, []).append((question, index.vectors.reconstruct(row)))
+        for row, (id, question) in enumerate(index.asked.itertuples(index=False)):
+            store.asked.setdefault(id, []).append((question, index.questions.reconstruct(row)))
         return store
 
     @classmethod
