@@ -283,9 +283,9 @@ def _dense(self: Index, vector, n, mask): return self._nearest(self.vectors, vec
 NEAR = 0.8
 
 @patch
-def _by_question(self: Index, vector, n, mask):     # row of a chunk -> the best cosine of its questions, best first
+def _by_question(self: Index, vector, n, mask, dense):      # row of a chunk -> the best cosine of its questions, best first
     if self.questions is None: return {}
-    least, found = NEAR * next(iter(self._dense(vector, 1, mask).values()), 0.0), {}
+    least, found = NEAR * max(dense.values(), default=0.0), {}
     for row, score in self._nearest(self.questions, vector, min(3 * n, len(self.owners)), None if mask is None else mask[self.owners]).items():
         if score >= least: found.setdefault(int(self.owners[row]), score)
     return dict(list(found.items())[:n])
@@ -334,7 +334,7 @@ def search(
     if not question or k < 1 or n == 0: return []
     if method != "bm25" and vector is None: vector = self.embedder.embed([question], "query")[0]
     dense = self._dense(vector, n, mask) if method != "bm25" else {}
-    by_question = self._by_question(vector, n, mask) if method != "bm25" else {}
+    by_question = self._by_question(vector, n, mask, dense) if method != "bm25" else {}
     lexical = self._lexical(question, n, mask) if method != "dense" else {}
     meaning = 0.5 if by_question else 1.0               # has one vote: of the text, or half of the text and half of its questions
     votes = [(first, vote) for rows, vote in ((dense, meaning), (by_question, meaning), (lexical, 1.0)) if (first := self._first_chunks(rows))]
