@@ -1,9 +1,12 @@
 """The evaluation questions as people work on them: by the command, on a file that must not be spoilt."""
 import json
 
+import pandas as pd
 import pytest
 
-from llmops_ref.evaluation.questions import load_questions
+from conftest import ROOT
+from llmops_ref.bench.choices import SEARCH_QUESTIONS
+from llmops_ref.evaluation.questions import load_questions, twins
 from llmops_ref.core.scoring import names_gold
 
 ASKED = "Which call tells whether a metric was logged?"
@@ -28,6 +31,22 @@ def test_our_own_questions_are_clean(project):
         done.returncode == 0
         and "154 questions, 0 problems; gold objects not looked up, since the stage corpus has not run in dev." in done.stdout
     ), (done.stdout + done.stderr)
+
+
+def test_what_the_search_is_chosen_by_is_not_what_it_is_measured_by():
+    "No object is gold on both sides, in the file for the search and in the other one, and no question stands on both."
+    more = [json.loads(line) for line in (ROOT / SEARCH_QUESTIONS).read_text().splitlines()]
+    ours = [json.loads(line) for line in (ROOT / "data" / "questions.jsonl").read_text().splitlines()]
+    side = lambda q: dict(train="choosing", validation="choosing").get(q["split"], "measuring")
+    sides = {}
+    for q in more + ours:
+        for gold in q["gold"]: sides.setdefault(gold, set()).add(side(q))
+    assert not {gold for gold, found in sides.items() if len(found) > 1}
+    asked = pd.DataFrame(more + ours)
+    assert asked.id.is_unique and len(more) >= 370
+    where = {q["id"]: side(q) for q in more + ours}
+    assert not [(a, b) for a, b, _ in twins(asked) if where[a] != where[b]]
+    assert not [q["id"] for q in more if q["gold"] and not names_gold(q["answer"], q["gold"], q["question"])]
 
 
 def test_our_reference_answers_are_right_by_our_own_scorer(project):

@@ -6,8 +6,8 @@ Reads chunks and their vectors. Leaves an index folder, and the `Index` that sea
 
 # %% auto #0
 __all__ = ['KINDS', 'FLAT_UP_TO', 'HNSW_UP_TO', 'BM25_K1', 'BM25_B', 'STOP_WORDS', 'COLUMNS', 'FORMATS', 'FILTERS', 'REBUILD',
-           'RRF_K', 'PRIOR', 'NEAR', 'METHODS', 'RERANKED', 'QUESTION_CHARS', 'choose_kind', 'make_faiss', 'terms',
-           'build_index', 'check_index', 'Index', 'fuse', 'Passage', 'open_reranker']
+           'RRF_K', 'PRIOR', 'NEAR', 'METHODS', 'VOTES', 'RERANKED', 'QUESTION_CHARS', 'choose_kind', 'make_faiss',
+           'terms', 'build_index', 'check_index', 'Index', 'fuse', 'Passage', 'open_reranker']
 
 # %% ../../nbs/lib/search/vector_index.ipynb #a4181290
 import functools, json, re
@@ -222,7 +222,7 @@ def fuse(
     return dict(sorted(scores.items(), key=lambda pair: (-pair[1], pair[0])))
 
 # %% ../../nbs/lib/search/vector_index.ipynb #bddc69e6
-PRIOR = 1 / 30                          # see the table above
+PRIOR = 1 / 20                          # see the table above
 
 @patch
 def _with_prior(self: Index, question, scores):     # document -> score, best first
@@ -301,6 +301,7 @@ def _lexical(self: Index, question, n, mask):       # row -> BM25 score, best fi
 
 # %% ../../nbs/lib/search/vector_index.ipynb #ebb96200
 METHODS = ("bm25", "dense", "hybrid")
+VOTES = 1 / 2, 1 / 3, 1                 # of the vectors of texts, of those of their questions, and of the words of both
 RERANKED, QUESTION_CHARS = 20, 20_000
 
 @dataclass(frozen=True)
@@ -336,10 +337,10 @@ def search(
     dense = self._dense(vector, n, mask) if method != "bm25" else {}
     by_question = self._by_question(vector, n, mask, dense) if method != "bm25" else {}
     lexical = self._lexical(question, n, mask) if method != "dense" else {}
-    meaning = 0.5 if by_question else 1.0               # has one vote: of the text, or half of the text and half of its questions
-    votes = [(first, vote) for rows, vote in ((dense, meaning), (by_question, meaning), (lexical, 1.0)) if (first := self._first_chunks(rows))]
-    rankings = [ranking for ranking, _ in votes]        # document -> its best row, best first
-    scores = fuse(*rankings, weights=tuple(vote for _, vote in votes))
+    votes = zip((dense, by_question, lexical), VOTES if by_question else (1, 1, 1))
+    ranked = [(ranking, vote) for rows, vote in votes if (ranking := self._first_chunks(rows))]
+    rankings = [ranking for ranking, _ in ranked]       # document -> its best row, best first
+    scores = fuse(*rankings, weights=[vote for _, vote in ranked])
     if method == "hybrid" and self.prominence.any(): scores = self._with_prior(question, scores)
     found = []
     for document, score in list(scores.items())[:max(k, RERANKED if self.reranker else 0)]:
