@@ -25,7 +25,7 @@ from .models.gateway import gateway_endpoint
 from .models.catalog import Model, of_variant
 from .models.fetch import here
 from .models.llm import Endpoint
-from .models.probes import _last_line, run_probes
+from .models.probes import last_line, run_probes
 from .models.weights import weights
 
 # %% ../nbs/01_hub.ipynb #a2c7bdc6
@@ -93,7 +93,7 @@ def reachability(
         try: check(candidate); found[candidate.name] = ""
         except Exception as error:
             cause = getattr(error, "reason", error)     # urllib wraps what went wrong
-            found[candidate.name] = "unreachable: " + _last_line(getattr(cause, "strerror", None) or str(cause))
+            found[candidate.name] = "unreachable: " + last_line(getattr(cause, "strerror", None) or str(cause))
     for candidate in remote: threading.Thread(target=ask, args=(candidate,), daemon=True).start()
     deadline = time.monotonic() + seconds
     while len(found) < len(remote) and time.monotonic() < deadline: time.sleep(0.01)
