@@ -58,7 +58,7 @@ def evaluate_index(
     index: Index,
     questions: pd.DataFrame, # Columns `id question type gold split`; unanswerable ones are left out
     k: int = 10,
-    candidates: int = 50,
+    candidates: int = 100,
 ) -> pd.DataFrame: # One row a question and method: `id type split method recall@1 recall@3 recall@5 recall@10 mrr@10 ndcg@10 found`
     "Search all answerable questions by all methods."
     asked = questions[questions.type != "unanswerable"]

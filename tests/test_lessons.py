@@ -22,7 +22,7 @@ OTHER = dict(
     gateway_judge="acme/large", gateway_url=NOWHERE, prompts="data/other_prompts", judge_model="openai:/large", judge_url=NOWHERE,
     teacher_url=NOWHERE, teacher_model="large", finetune_modules="q_proj, v_proj", finetune_variants="merged-q8_0",
     finetune_serve="merged-q8_0", finetune_scaling="25%", red_team="", regressions="", gates="token_f1 >= 0.3",
-    serving_token="desk_token", rollout_steps="20%", reviewers="ada", licences="mit",
+    serving_token="desk_token", index_questions="data/others.jsonl.gz", rollout_steps="20%", reviewers="ada", licences="mit",
 )
 
 

@@ -231,7 +231,7 @@ def retriever_class():
         index: object
         k: int = 3
         method: str = "hybrid"
-        candidates: int = 50
+        candidates: int = 100
         filters: dict | None = None
 
         def _get_relevant_documents(self, query, *, run_manager=None, k=None):
@@ -246,7 +246,7 @@ def as_retriever(
     index, # Anything with `search`, such as an `Index`
     k: int = 3,
     method: str = "hybrid",
-    candidates: int = 50,
+    candidates: int = 100,
     filters: dict | None = None, # Column -> value or values
 ): # A LangChain `BaseRetriever`
     "The index as a LangChain retriever."

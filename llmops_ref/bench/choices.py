@@ -155,7 +155,7 @@ def bench_chunkers(ws: Workspace) -> pd.DataFrame: # One row a chunker
 # %% ../../nbs/lib/bench/choices.ipynb #1340bc98
 def bench_fusion(
     ws: Workspace,
-    candidates: int = 50, # Chunks of each method
+    candidates: int = 100, # Chunks of each method
 ) -> pd.DataFrame: # One row a setting, best on the train split first
     "MRR@10 and recall@5 of both splits for constants of the fusion."
     index, questions = open_faiss(ws), ws.read("questions").query("type != 'unanswerable'")

@@ -24,7 +24,8 @@ def askable(
 ) -> pd.DataFrame: # Columns `id digest text chunk_id`
     "What questions can be written about: objects as a whole, and sections of pages."
     pages = chunks[chunks.kind.isin(PAGES)].assign(chunk_id=lambda c: c.id)
-    first = chunks[~chunks.kind.isin(PAGES)].sort_values("position").drop_duplicates("document_id").set_index("document_id").id
+    first = chunks[~chunks.kind.isin(PAGES)].sort_values("position").drop_duplicates("document_id")
+    first = first[[text.startswith(id) for id, text in zip(first.document_id, first.text)]].set_index("document_id").id
     objects = documents.assign(chunk_id=documents.id.map(first)).dropna(subset="chunk_id")
     return pd.concat([part[["id", "digest", "text", "chunk_id"]] for part in (objects, pages)], ignore_index=True)
 

@@ -222,7 +222,7 @@ def fuse(
     return dict(sorted(scores.items(), key=lambda pair: (-pair[1], pair[0])))
 
 # %% ../../nbs/lib/search/vector_index.ipynb #bddc69e6
-PRIOR = 1 / 20                          # see the table above
+PRIOR = 1 / 30                          # see the table above
 
 @patch
 def _with_prior(self: Index, question, scores):     # document -> score, best first
@@ -301,7 +301,7 @@ def _lexical(self: Index, question, n, mask):       # row -> BM25 score, best fi
 
 # %% ../../nbs/lib/search/vector_index.ipynb #ebb96200
 METHODS = ("bm25", "dense", "hybrid")
-VOTES = 1 / 2, 1 / 3, 1                 # of the vectors of texts, of those of their questions, and of the words of both
+VOTES = 1 / 2, 1 / 4, 1                 # of the vectors of texts, of those of their questions, and of the words of both
 RERANKED, QUESTION_CHARS = 20, 20_000
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ def search(
     question: str,
     k: int = 5, # How many passages, at most
     method: str = "hybrid", # hybrid, dense or bm25
-    candidates: int = 50, # How many of each method go into the fusion
+    candidates: int = 100, # How many of each method go into the fusion
     vector: np.ndarray | None = None, # The question's embedding, if it is known already
     filters: dict | None = None, # Column -> value or values, such as `{"package": "mlflow"}`
 ) -> list[Passage]: # Best first, at most one of each object; of a page as many as fit

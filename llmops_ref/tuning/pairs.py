@@ -36,7 +36,7 @@ def _entry_of(passage): return passage.chunk_id if getattr(passage, "kind", "") 
 
 def _members(index, query, entries, seed, skip, k, rng):
     found = []                                      # k to show, in the order in which they are found, and one to leave out
-    near = dict.fromkeys(map(_entry_of, index.search(query, 16)))
+    near = dict.fromkeys(map(_entry_of, index.search(query, 32)))           # of a family of near-equals only one is shown
     if any(facts["kind"] in PAGES for facts in entries.values()):  # where there are few, a search finds few that differ: any others
         near |= dict.fromkeys(rng.sample(sorted(entries), min(40, len(entries))))
     for new in near:
