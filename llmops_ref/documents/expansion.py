@@ -8,7 +8,7 @@ Reads documents, their chunks, and a file of questions. Leaves for each chunk th
 __all__ = ['WRITTEN', 'askable', 'read_written', 'save_written', 'read_all_written', 'kept_written', 'expand', 'write_more']
 
 # %% ../../nbs/lib/documents/expansion.ipynb #7e4a0003
-import gzip, hashlib, json
+import gzip, hashlib, json, zlib
 from pathlib import Path
 
 import pandas as pd
@@ -45,10 +45,11 @@ def read_written(
 ) -> pd.DataFrame: # Columns `id digest question`
     "The questions of a file; `DataError` names a line that holds none, or says that the file is damaged."
     try: text = gzip.decompress(Path(path).read_bytes()).decode("utf-8")
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}. Restore it (`git checkout -- {path}`), or clear `index_questions`.") from None
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip(): continue
         try: rows += _line(line)
         except ValueError:
             raise DataError(f"{path}, line {number}: expected a JSON object with `id`, `digest` and a list `questions` of texts.") from None
