@@ -126,7 +126,11 @@ def _job(ws, candidate, file):
     return dict(url=endpoint.base_url, model=endpoint.model, key=endpoint.api_key() if callable(endpoint.api_key) else endpoint.api_key)
 
 # %% ../nbs/01_hub.ipynb #e30643b3
-def summarise(kind: str, questions: list, result: dict) -> dict:
+def summarise(
+    kind: str, # chat or embedder
+    questions: list, # `PROBES`, or the pairs that an embedder is asked
+    result: dict, # Of a probe: `load_s peak_mb core_s answers`, or `error`
+) -> dict: # Columns of one row
     "Turn what a probe brought back into columns of the scorecard."
     if "error" in result: return dict(status="failed: " + result["error"])
     table = pd.DataFrame(result["answers"])
@@ -252,8 +256,12 @@ def _same_version(ws, noun, tags):
         old = client.get_model_version(name, found.version).tags    # Unity Catalog leaves the tags out of a search
         if old.get("digest") == tags["digest"] and old.get("variant") == tags["variant"]: return str(found.version)
 
-def register_choice(ws: Workspace, noun: str, row: dict) -> str:
-    "Register the card of a row, unless a version with its digest exists, and point `champion` at it; returns the version."
+def register_choice(
+    ws: Workspace,
+    noun: str, # Of the registered model: base_chat_model or embedder
+    row: dict, # Of the scorecard
+) -> str: # The version
+    "Register the card of a row, unless a version with its digest exists, and point `champion` at it."
     mlflow = ws.mlflow()
     tags = dict(variant=row["name"]) | {key: str(row[key]) for key in ("digest", "licence", "source", "format", "context")}
     version = _same_version(ws, noun, tags)

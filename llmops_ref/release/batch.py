@@ -50,8 +50,13 @@ def _answer(model, row, version):
     except Exception as error: return out | dict(error=f"{type(error).__name__}: {error}"[:500])
 
 # %% ../../nbs/lib/release/batch.ipynb #d0066227
-def answer_batches(frames, uri: str, version: str, environment: dict):
-    "The function for `mapInPandas`: batches of `id question` in, batches of `SCHEMA` out."
+def answer_batches(
+    frames, # Of Spark: batches with the columns `id question`
+    uri: str, # Of the logged model
+    version: str,
+    environment: dict[str, str], # Variables that the model needs
+): # Batches of `SCHEMA`
+    "The function for `mapInPandas`."
     os.environ |= environment
     import mlflow
     mlflow.tracing.disable()
