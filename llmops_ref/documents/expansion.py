@@ -11,6 +11,7 @@ __all__ = ['WRITTEN', 'askable', 'read_written', 'save_written', 'read_all_writt
 import gzip, hashlib, json, zlib
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core.files import DataError, write_atomic
@@ -25,7 +26,8 @@ def askable(
     "What questions can be written about: objects as a whole, and sections of pages."
     pages = chunks[chunks.kind.isin(PAGES)].assign(chunk_id=lambda c: c.id)
     first = chunks[~chunks.kind.isin(PAGES)].sort_values("position").drop_duplicates("document_id")
-    first = first[[text.startswith(id) for id, text in zip(first.document_id, first.text)]].set_index("document_id").id
+    named = np.array([text.startswith(id) for id, text in zip(first.document_id, first.text)], dtype=bool)
+    first = first[named].set_index("document_id").id
     objects = documents.assign(chunk_id=documents.id.map(first)).dropna(subset="chunk_id")
     return pd.concat([part[["id", "digest", "text", "chunk_id"]] for part in (objects, pages)], ignore_index=True)
 
