@@ -400,7 +400,7 @@ def test_a_renamed_fork_takes_over_what_upstream_changed(renamed, upstream):
     settings = upstream.root / "settings.ini"
     settings.write_text(
         settings.read_text()
-        .replace("retrieval_candidates = 50", "retrieval_candidates = 60")
+        .replace("retrieval_candidates = 100", "retrieval_candidates = 60")
         .replace("retrieval_k = 2 ", "retrieval_k = 3 ")
     )
     with (upstream.root / "data" / "questions.jsonl").open("a") as questions: questions.write("\n")
