@@ -6,8 +6,8 @@ Reads chunks and their vectors. Leaves an index folder, and the `Index` that sea
 
 # %% auto #0
 __all__ = ['KINDS', 'FLAT_UP_TO', 'HNSW_UP_TO', 'BM25_K1', 'BM25_B', 'STOP_WORDS', 'COLUMNS', 'FORMATS', 'FILTERS', 'REBUILD',
-           'RRF_K', 'PRIOR', 'NEAR', 'METHODS', 'VOTES', 'RERANKED', 'QUESTION_CHARS', 'choose_kind', 'make_faiss',
-           'terms', 'build_index', 'check_index', 'Index', 'fuse', 'Passage', 'open_reranker']
+           'COVERED', 'RRF_K', 'PRIOR', 'NEAR', 'METHODS', 'VOTES', 'RERANKED', 'QUESTION_CHARS', 'choose_kind',
+           'make_faiss', 'terms', 'build_index', 'check_index', 'Index', 'fuse', 'Passage', 'open_reranker']
 
 # %% ../../nbs/lib/search/vector_index.ipynb #a4181290
 import functools, json, re
@@ -159,6 +159,7 @@ def _write_asked(folder, chunks, asked, vectors, kind):                         
     return [f"{text} {words.get(id, '')}" for id, text in zip(chunks.id, chunks.text)]
 
 # %% ../../nbs/lib/search/vector_index.ipynb #4758f957
+COVERED = 0.9                                           # share of all documents that have questions, from which those are a measure of the whole
 _NOTHING_ASKED = pd.DataFrame(dict(chunk_id=[], question=[]), dtype=str)
 
 def _kind(index):                                       # of a FAISS index, or None
@@ -196,6 +197,7 @@ class Index:
             )
         if self.manifest.get("asked"): self._open_asked(known.id)
         else: self.asked, self.questions, self.owners = _NOTHING_ASKED, None, None
+        self.covered = self.asked.chunk_id.nunique() >= COVERED * len(self.first)
         for index in (self.vectors, self.questions):                                    # so that a vector can be read back by its number
             if _kind(index) == "ivf_pq": index.make_direct_map()
         self.gpu = {id(index): on_gpu for index in (self.vectors, self.questions) if (on_gpu := _on_gpu(index))}
@@ -315,6 +317,7 @@ class Passage:
     score: float # Of the method that found it; only good for ordering
     similarity: float = 0.0 # Cosine between question and chunk, comparable across questions; 0 when only BM25 ran
     kind: str = "" # Of the document: class, function, method, markdown, ...
+    asked: float = 1.0 # Cosine of the nearest question that was written beforehand; 1 where too little of the index has any
 
 # %% ../../nbs/lib/search/vector_index.ipynb #51e7a459
 @patch
@@ -334,6 +337,7 @@ def search(
     n = min(max(candidates, k), len(self) if mask is None else int(mask.sum()))
     if not question or k < 1 or n == 0: return []
     if method != "bm25" and vector is None: vector = self.embedder.embed([question], "query")[0]
+    asked = self._asked(vector)
     dense = self._dense(vector, n, mask) if method != "bm25" else {}
     by_question = self._by_question(vector, n, mask, dense) if method != "bm25" else {}
     lexical = self._lexical(question, n, mask) if method != "dense" else {}
@@ -347,7 +351,7 @@ def search(
         # of its chunks the one that stands highest in a ranking
         row = min((list(ranking).index(document), ranking[document]) for ranking in rankings if document in ranking)[1]
         similarity = float(self.vectors.reconstruct(row) @ vector) if vector is not None else 0.0       # of the chunk itself
-        found.append(self._passage(row, score if method == "hybrid" or by_question else (dense or lexical)[row], similarity))
+        found.append(self._passage(row, score if method == "hybrid" or by_question else (dense or lexical)[row], similarity, asked))
     if self.reranker: found = [found[i] for i in np.argsort(-np.asarray(self.reranker(question, found)), kind="stable")]
     return found[:k]
 
@@ -360,11 +364,17 @@ def _first_chunks(self: Index, rows):
 
 # %% ../../nbs/lib/search/vector_index.ipynb #fe8f7603
 @patch
-def _passage(self: Index, row, score, similarity):
+def _passage(self: Index, row, score, similarity, asked):
     chunk = self.chunks.slice(row, 1).to_pylist()[0]
     return Passage(
-        chunk["id"], chunk["document_id"], chunk["package"], chunk["heading"], chunk["text"], float(score), float(similarity), chunk["kind"]
+        chunk["id"], chunk["document_id"], chunk["package"], chunk["heading"], chunk["text"], float(score), float(similarity), chunk["kind"],
+        asked,
     )
+
+@patch
+def _asked(self: Index, vector):                    # how near the nearest written question is, where nearly everything has some
+    if vector is None or not self.covered: return 1.0
+    return float(next(iter(self._nearest(self.questions, vector, 1, None).values())))
 
 # %% ../../nbs/lib/search/vector_index.ipynb #9c0095a8
 def open_reranker(
