@@ -125,7 +125,9 @@ def written_questions(
     written, most = read_all_written(ws), ws.config.index_questions_teacher
     if not most: return written
     if not (teacher := open_teacher(ws)):
-        raise SettingsError("`index_questions_teacher` is above 0, and no teacher is named. Name one in `teacher_url` and `teacher_model`, or set it to 0.")
+        raise SettingsError(
+            "`index_questions_teacher` is above 0, and no teacher is named. Name one in `teacher_url` and `teacher_model`, or set it to 0."
+        )
     new = write_more(things, written, teacher, most)
     if len(new): ws.write("index_questions", pd.concat([kept_written(ws), new], ignore_index=True))
     return pd.concat([written, new], ignore_index=True)

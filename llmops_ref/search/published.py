@@ -100,7 +100,8 @@ def publish_index(
     pointer, building = ws.path("index", "current.json"), ws.path("index", f".building-{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
     files = build_index(building, chunks, vectors, table_version, embedder, kind, asked, asked_vectors)["files"]
-    content = [files["vectors.faiss"], files["chunks.parquet"], files.get("asked.faiss"), files.get("asked.parquet"), table_version, embedder]    # bm25s numbers its words anew in each process
+    parts = ("vectors.faiss", "chunks.parquet", "asked.faiss", "asked.parquet")
+    content = [*map(files.get, parts), table_version, embedder]    # bm25s numbers its words anew in each process
     name = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
     folder = ws.path("index", name)
     try:

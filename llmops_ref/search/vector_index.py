@@ -159,7 +159,7 @@ def _write_asked(folder, chunks, asked, vectors, kind):                         
     return [f"{text} {words.get(id, '')}" for id, text in zip(chunks.id, chunks.text)]
 
 # %% ../../nbs/lib/search/vector_index.ipynb #4758f957
-COVERED = 0.9                                           # share of all documents that have questions, from which those are a measure of the whole
+COVERED = 0.9                                           # share of documents with questions, from which on these speak for the whole
 _NOTHING_ASKED = pd.DataFrame(dict(chunk_id=[], question=[]), dtype=str)
 
 def _kind(index):                                       # of a FAISS index, or None
@@ -288,7 +288,8 @@ NEAR = 0.8
 def _by_question(self: Index, vector, n, mask, dense):      # row of a chunk -> the best cosine of its questions, best first
     if self.questions is None: return {}
     least, found = NEAR * max(dense.values(), default=0.0), {}
-    for row, score in self._nearest(self.questions, vector, min(3 * n, len(self.owners)), None if mask is None else mask[self.owners]).items():
+    allowed = None if mask is None else mask[self.owners]
+    for row, score in self._nearest(self.questions, vector, min(3 * n, len(self.owners)), allowed).items():
         if score >= least: found.setdefault(int(self.owners[row]), score)
     return dict(list(found.items())[:n])
 
@@ -367,8 +368,8 @@ def _first_chunks(self: Index, rows):
 def _passage(self: Index, row, score, similarity, asked):
     chunk = self.chunks.slice(row, 1).to_pylist()[0]
     return Passage(
-        chunk["id"], chunk["document_id"], chunk["package"], chunk["heading"], chunk["text"], float(score), float(similarity), chunk["kind"],
-        asked,
+        chunk["id"], chunk["document_id"], chunk["package"], chunk["heading"], chunk["text"], float(score), float(similarity),
+        chunk["kind"], asked,
     )
 
 @patch
