@@ -2132,6 +2132,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'llmops_ref/runner/pipeline.py'),
                                             'llmops_ref.runner.pipeline._Kernels.take': ( 'lib/runner/pipeline.html#_kernels.take',
                                                                                           'llmops_ref/runner/pipeline.py'),
+                                            'llmops_ref.runner.pipeline._engine': ( 'lib/runner/pipeline.html#_engine',
+                                                                                    'llmops_ref/runner/pipeline.py'),
                                             'llmops_ref.runner.pipeline._execute': ( 'lib/runner/pipeline.html#_execute',
                                                                                      'llmops_ref/runner/pipeline.py'),
                                             'llmops_ref.runner.pipeline._its_turn': ( 'lib/runner/pipeline.html#_its_turn',

@@ -10,7 +10,7 @@ __all__ = ['ALONE', 'USUAL_IMPORTS', 'MORE_IMPORTS', 'OURS', 'MOST_LINES', 'SKIP
            'run_pipeline', 'Screen', 'notebook_title', 'machine', 'notebook_html']
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #25457c87
-import contextlib, copy, json, os, platform, re, sys, tempfile, threading, time
+import contextlib, copy, functools, json, os, platform, re, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -132,6 +132,26 @@ def put_back(
         if cell.get("id") in outputs: cell.outputs = outputs[cell.id]
     write_atomic(executed, nbformat.writes(notebook))
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #5a7d10c3
+@functools.cache
+def _engine():                                      # the name under which papermill knows it
+    from papermill.engines import NBClientEngine, papermill_engines
+    class Seldom(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, *args, **options):
+            save, begin, end = nb_man.save, nb_man.cell_start, nb_man.cell_complete
+            def cell_start(cell, *args, **options):
+                if cell.cell_type == "code" and SKIPPED not in cell.metadata.get("tags", []): nb_man.save = save
+                begin(cell, *args, **options)
+            def cell_complete(cell, *args, **options):
+                nb_man.save = lambda **_: None
+                end(cell, *args, **options)
+            nb_man.save, nb_man.cell_start, nb_man.cell_complete = lambda **_: None, cell_start, cell_complete
+            try: super().execute_managed_notebook(nb_man, *args, **options)
+            finally: nb_man.save = save
+    papermill_engines.register("seldom", Seldom)
+    return "seldom"
+
 # %% ../../nbs/lib/runner/pipeline.ipynb #3290136d
 def _read_json(path):
     try: return json.loads(path.read_text())
@@ -144,7 +164,8 @@ def _execute(notebook, parameters, output, kernel, on_progress):        # return
     def work():
         try:
             papermill.execute_notebook(
-                copy.deepcopy(notebook), str(output), parameters, progress_bar=False, kernel_name="python3", km=kernel.manager
+                copy.deepcopy(notebook), str(output), parameters, engine_name=_engine(), progress_bar=False, kernel_name="python3",
+                km=kernel.manager,
             )
         except BaseException as error: errors.append(error)             # a thread cannot raise to us
         finally: ended.set()
