@@ -14,7 +14,6 @@ import contextlib, hashlib, importlib, json, os, shutil, tempfile
 from pathlib import Path
 
 import llmops_ref
-from .agent import verify_files
 from .chain import check_template, lowest_cosine
 from .examples import wants_examples, write_examples
 from ..core.files import DataError, file_digest, known_digest, write_atomic
@@ -129,6 +128,7 @@ def logged_digest(
 def find_version(ws: Workspace, digest: str) -> str | None:
     "The newest version of the registered assistant that has a digest, and is still what was logged."
     from mlflow.models import Model
+    from llmops_ref.assistant.agent import verify_files             # which needs MLflow to be imported at all
     client, name = ws.mlflow().MlflowClient(), ws.registered("assistant")
     for version in sorted((str(v.version) for v in client.search_model_versions(f"name = '{name}'")), key=int, reverse=True):
         if client.get_model_version(name, version).tags.get("digest") != digest: continue      # searching gives no tags in Unity Catalog
