@@ -410,6 +410,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'llmops_ref.core.config._named': ('lib/core/config.html#_named', 'llmops_ref/core/config.py'),
                                         'llmops_ref.core.config._parse': ('lib/core/config.html#_parse', 'llmops_ref/core/config.py'),
                                         'llmops_ref.core.config._read_ini': ('lib/core/config.html#_read_ini', 'llmops_ref/core/config.py'),
+                                        'llmops_ref.core.config._share': ('lib/core/config.html#_share', 'llmops_ref/core/config.py'),
+                                        'llmops_ref.core.config._typed': ('lib/core/config.html#_typed', 'llmops_ref/core/config.py'),
                                         'llmops_ref.core.config._where': ('lib/core/config.html#_where', 'llmops_ref/core/config.py'),
                                         'llmops_ref.core.config.begin_process': ( 'lib/core/config.html#begin_process',
                                                                                   'llmops_ref/core/config.py'),

@@ -59,11 +59,11 @@ def change(
     "The change of a metric since the last run."
     if not (_real(value) and _real(previous)): return dict(text="new" if _real(value) else "", tone="")
     unit = unit_of(name, max(value, previous))
-    scale, places = (100, 0) if unit == "%" else (1, _places(value, previous))
-    step = (value - previous) * scale
+    places = 0 if unit == "%" else _places(value, previous)
+    step = round(value * 100) - round(previous * 100) if unit == "%" else value - previous      # what the reader sees side by side
     if round(step, places) == 0: return dict(text="unchanged", tone="")
     jitter = unit in (" s", " ms", "/s") and abs(step) < 0.1 * abs(previous)
-    return dict(text=f"{step:+,.{places}f}{' points' if unit == '%' else unit}".replace("-", "−"),
+    return dict(text=f"{step:+,.{places}f}{' point' + 's' * (abs(step) != 1) if unit == '%' else unit}".replace("-", "−"),
                 tone="" if jitter else {1: "good", -1: "bad"}.get(direction(name) * (1 if step > 0 else -1), ""))
 
 # %% ../../nbs/lib/core/page.ipynb #7fd59f4b
