@@ -1286,6 +1286,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llmops_ref.kit.docs._harmless': ('lib/kit/docs.html#_harmless', 'llmops_ref/kit/docs.py'),
                                      'llmops_ref.kit.docs._markdown': ('lib/kit/docs.html#_markdown', 'llmops_ref/kit/docs.py'),
                                      'llmops_ref.kit.docs._output': ('lib/kit/docs.html#_output', 'llmops_ref/kit/docs.py'),
+                                     'llmops_ref.kit.docs._runs': ('lib/kit/docs.html#_runs', 'llmops_ref/kit/docs.py'),
                                      'llmops_ref.kit.docs.anchor_of': ('lib/kit/docs.html#anchor_of', 'llmops_ref/kit/docs.py'),
                                      'llmops_ref.kit.docs.broken_links': ('lib/kit/docs.html#broken_links', 'llmops_ref/kit/docs.py'),
                                      'llmops_ref.kit.docs.build_site': ('lib/kit/docs.html#build_site', 'llmops_ref/kit/docs.py'),
