@@ -157,9 +157,12 @@ def check_embedder(
 ) -> dict: # `model digest precision dimension tokens inputs pad prompts modules files`
     "The manifest of an embedder that serves; `DataError` if a file of it was changed."
     fix = "It is not used. Delete the folder, and the next run makes it again; of a logged version, log a new one."
-    try: manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError): raise DataError(f"There is no embedder in {folder}, or its manifest is damaged. {fix}") from None
-    for name in PARTS: verify_digest(folder / name, manifest["files"][name], fix)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        digests = {name: manifest["files"][name] for name in PARTS}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"There is no embedder in {folder}, or its manifest is damaged. {fix}") from None
+    for name, digest in digests.items(): verify_digest(folder / name, digest, fix)
     return manifest
 
 # %% ../../nbs/lib/models/embedding.ipynb #7183b5d7
