@@ -793,6 +793,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'llmops_ref/documents/asking.py'),
                                              'llmops_ref.documents.asking._whole': ( 'lib/documents/asking.html#_whole',
                                                                                      'llmops_ref/documents/asking.py'),
+                                             'llmops_ref.documents.asking._with_articles': ( 'lib/documents/asking.html#_with_articles',
+                                                                                             'llmops_ref/documents/asking.py'),
                                              'llmops_ref.documents.asking.ask_about': ( 'lib/documents/asking.html#ask_about',
                                                                                         'llmops_ref/documents/asking.py'),
                                              'llmops_ref.documents.asking.ask_beyond': ( 'lib/documents/asking.html#ask_beyond',
