@@ -993,6 +993,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'llmops_ref/evaluation/cases.py'),
                                              'llmops_ref.evaluation.cases.attack_table': ( 'lib/evaluation/cases.html#attack_table',
                                                                                            'llmops_ref/evaluation/cases.py'),
+                                             'llmops_ref.evaluation.cases.can_hold': ( 'lib/evaluation/cases.html#can_hold',
+                                                                                       'llmops_ref/evaluation/cases.py'),
                                              'llmops_ref.evaluation.cases.got_through': ( 'lib/evaluation/cases.html#got_through',
                                                                                           'llmops_ref/evaluation/cases.py'),
                                              'llmops_ref.evaluation.cases.holds': ( 'lib/evaluation/cases.html#holds',
