@@ -1809,6 +1809,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'llmops_ref/release/champion.py'),
                                              'llmops_ref.release.champion._still_right': ( 'lib/release/champion.html#_still_right',
                                                                                            'llmops_ref/release/champion.py'),
+                                             'llmops_ref.release.champion._tried': ( 'lib/release/champion.html#_tried',
+                                                                                     'llmops_ref/release/champion.py'),
                                              'llmops_ref.release.champion.check_deployable': ( 'lib/release/champion.html#check_deployable',
                                                                                                'llmops_ref/release/champion.py'),
                                              'llmops_ref.release.champion.known_answers': ( 'lib/release/champion.html#known_answers',
