@@ -385,7 +385,7 @@ class AISearchIndex:
 @patch
 def _rows(self: AISearchIndex, method, question, vector, n, enough, filters):
     from databricks.sdk.service.vectorsearch import QueryVectorIndexResponse
-    columns = [*COLUMNS, "kind"] if "kind" in (self.shape["columns"] or ()) else list(COLUMNS)      # who asks for what is not there gets none
+    columns = [*COLUMNS, "kind"] if "kind" in (self.shape["columns"] or ()) else list(COLUMNS)      # nobody asks for what is not there
     api, body = self.client.vector_search_indexes, dict(columns=columns, num_results=n, query_type=QUERY_TYPES[method]) | filters
     if vector is None or method != "dense": body["query_text"] = question
     if vector is not None: body["query_vector"] = [float(x) for x in vector]
