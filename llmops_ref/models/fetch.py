@@ -234,7 +234,7 @@ def _from_half(source, name, target, endpoint):     # one file of a repository, 
     token, url = os.environ.get("HF_TOKEN") or None, hf_hub_url(source.repo, name, revision=source.revision, endpoint=endpoint)
     facts, headers = get_hf_file_metadata(url, token=token, endpoint=endpoint), build_hf_headers(token=token)
     headers["Accept-Encoding"] = "identity"         # or a part of it would be a part of something packed
-    if urlsplit(facts.location).netloc != urlsplit(url).netloc: headers.pop("authorization", None)     # another host has no business with it
+    if urlsplit(facts.location).netloc != urlsplit(url).netloc: headers.pop("authorization", None)     # a host of others
     target.parent.mkdir(parents=True, exist_ok=True)
     half = target.with_name(f"{target.name}.{hashlib.sha256(str(facts.etag).encode()).hexdigest()[:8]}.half")
     if half.is_file() and half.stat().st_size > (facts.size or 0): half.unlink()
@@ -361,7 +361,7 @@ def remove(
     `DataError` while it is fetched or converted."""
     if not model.sha256: return 0
     place, folder = ws.cached(model.sha256, ""), _workshop(ws, model)
-    def refuse(): raise DataError(f"The model {model.name} is being fetched or converted by another process. Wait until it is done, or end it.")
+    def refuse(): raise DataError(f"Another process fetches or converts the model {model.name}. Wait until it is done, or end it.")
     with alone(folder, refuse):
         parts = {folder, *(path for path in place.glob("*") if path.name != ".fetch.lock")}
         freed = sum(_size(path) if path.is_dir() else path.stat().st_size for path in parts if path.exists())
