@@ -98,7 +98,7 @@ def read_corpus(
     "Documents from where the setting `corpus` says; `SettingsError` or `DataError` names what is wrong there."
     config, problems = ws.config, pd.DataFrame(columns=["source", "problem", "kept"])
     source, least = corpus_source(config.corpus, config.root), config.corpus_min_words
-    if source == "packages": documents = read_api(ws, config.corpus_packages, config.corpus_exclude, least)
+    if source == "packages": documents, problems = read_api(ws, config.corpus_packages, config.corpus_exclude, least)
     elif source == "folder":
         documents, problems = read_folder(ws, config.corpus, config.corpus_max_unreadable, config.corpus_exclude, least)
     else: documents = read_table(ws, config.corpus)

@@ -56,8 +56,12 @@ def slowness(
     def said(seconds): return f"{who} takes {seconds:.1f} s for an answer (median), more than gate_p95_seconds = {bound:g}"
     if seconds <= bound: return ""
     if informs(): return f"{said(seconds)}: {MAY_BE_BUSY}."
-    if (fair := fair_seconds(seconds, bound, again)) > bound: raise DataError(f"{said(fair)}. That is the better of two looks.")
-    return ""
+    looks = []
+    def once_more(): looks.append(again()); return looks[-1]
+    if (fair := fair_seconds(seconds, bound, once_more)) <= bound: return ""
+    counts = f", and counts as {fair:.1f} s, since other programs had part of the machine" if fair < min(seconds, looks[0]) else ""
+    second = "Nobody answered a second time" if pd.isna(looks[0]) else f"A second look took {looks[0]:.1f} s{counts}"
+    raise DataError(f"{said(seconds)}. {second}.")
 
 # %% ../nbs/07_deployment.ipynb #733a7a9e
 def check_traffic(

@@ -71,7 +71,7 @@ class Service(SocketWorkspace):
                 (self.rows, "1") if action == "query" else (self.pages[int(body["page_token"]) - 1], str(int(body["page_token"]) + 1))
             )
             rows = rows[body["query_type"]] if isinstance(rows, dict) else rows
-            manifest = ResultManifest(columns=[ColumnInfo(name=c) for c in (*COLUMNS, "score")]) if action == "query" else None
+            manifest = ResultManifest(columns=[ColumnInfo(name=c) for c in (*body["columns"], "score")]) if action == "query" else None
             return (
                 200,
                 QueryVectorIndexResponse(
@@ -294,6 +294,15 @@ def test_one_passage_of_each_document(service):
     assert service.requests("/query") == [
         dict(columns=list(COLUMNS), num_results=50, query_type="ANN", query_text="record a number")
     ], "Databricks embeds: no vector is sent"
+
+
+def test_the_kind_of_a_passage_comes_where_the_index_has_it(service):
+    existing(service, **OWN | dict(columns=(*COLUMNS, "kind")))
+    *there, score = row("log_metric", 0, 0.9)
+    service.rows = [[*there, "function", score], [*row("log_param", 0, 0.6)[:-1], None, 0.6]]
+    found = AISearchIndex(service.client, NAME).search("q", method="dense", vector=np.eye(4, dtype=np.float32)[0])
+    assert [(p.document_id, p.kind) for p in found] == [("log_metric", "function"), ("log_param", "")]
+    assert service.requests("/query")[0]["columns"] == [*COLUMNS, "kind"]
 
 
 def test_methods_and_what_they_send(service):

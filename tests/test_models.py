@@ -259,7 +259,11 @@ def test_two_at_once_fetch_once(desk):
 
 class Hub(Served):
     "Hugging Face as its library asks it: one repository that is open, one that asks for an agreement, one that is not there."
-    files = {"tiny.gguf": WEIGHTS, "config.json": b"{}"}
+    files, holds_after = {"tiny.gguf": WEIGHTS, "config.json": b"{}"}, 0
+
+    def __init__(self):
+        super().__init__()
+        self.began, self.released = [], threading.Event()
 
     def answer(self, request):
         _, owner, repo, _, revision, name = (request.path.split("/") + [""] * 6)[:6]
@@ -268,7 +272,12 @@ class Hub(Served):
         if revision != "0a1b2c3": return request.say(404, x_error_code="RevisionNotFound")
         if name not in self.files: return request.say(404, x_error_code="EntryNotFound")
         self.asked.append((request.command, name, request.headers["authorization"]))
-        request.say(200, self.files[name], etag=f'"{hashlib.sha256(self.files[name]).hexdigest()}"', x_repo_commit="0a1b2c3" + "0" * 33)
+        first = int((request.headers["range"] or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        if request.command == "GET": self.began.append(first)
+        if request.command == "GET" and self.holds_after:           # so many bytes, and then silence
+            request.say(200, self.files[name][:self.holds_after], content_length=len(self.files[name]))
+            return self.released.wait(30)
+        request.say(206 if first else 200, self.files[name][first:], etag=f'"{hashlib.sha256(self.files[name]).hexdigest()}"', x_repo_commit="0a1b2c3" + "0" * 33)
 
 
 def test_hugging_face(desk):
@@ -288,6 +297,24 @@ def test_hugging_face(desk):
     for line, words in zip(said, reasons, strict=True): assert words in line, err
     assert desk.left() == ["config.json", "tiny.gguf"] and ("GET", "tiny.gguf", "Bearer hf_key") in there.asked
     assert "hf_key" not in err
+
+
+def test_hugging_face_goes_on_where_it_was_broken_off(desk):
+    "A fetch that is killed leaves its half, and the next one asks for the rest alone."
+    large = bytes(range(256)) * 90_000                              # its library writes ten megabytes at a time
+    model = desk.add("large", 'kind = "huggingface", repo = "acme/tiny", revision = "0a1b2c3"', weights=large)
+    with Hub() as there:
+        there.files, there.holds_after = {"large.gguf": large}, 15_000_000
+        process = desk.start("large", HF_ENDPOINT=there.url)
+        def kept(): return sum(half.stat().st_size for half in (desk.root / "cache").rglob("*.half"))
+        until(lambda: kept() >= 10_000_000)
+        process.kill()
+        process.communicate()
+        half, there.holds_after = kept(), 0
+        there.released.set()
+        status, out, err = desk.fetch("large", HF_ENDPOINT=there.url)
+    assert status == 0 and there.began == [0, half] and Path(out.strip()).read_bytes() == large, err
+    assert desk.left() == ["large.gguf"] and remove(desk.ws, model) == len(large) and desk.left() == []
 
 
 def test_the_registry(desk):

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from .examples import open_examples, wants_examples
 from .quotes import quote, quotes
 from ..core.config import Config, SettingsError
-from ..core.scoring import REFUSAL, citations, is_refusal
+from ..core.scoring import CITED, CODE, REFUSAL, citations, is_refusal
 from ..core.workspace import Workspace
 from ..models.gateway import gateway_endpoint
 from ..models.llm import Endpoint, chat_client, serve_gguf
@@ -116,11 +116,14 @@ def check_citations(
     text: str,
     documents: list, # LangChain documents, as they were numbered: [1] is the first
 ) -> str:
-    "The answer, its names as the passages have them, its citations as its names; those of passages that were not shown are gone."
+    """The answer, its names as the passages have them, its citations as its names; those of passages that were not shown are gone.
+
+    What stands in code is no citation: it may be an index."""
     def kept(group):
+        if group["code"]: return group[0]
         numbers = [n.strip() for n in group["numbers"].split(",") if 1 <= int(n) <= len(documents)]
         return f"{group['space']}[{', '.join(numbers)}]" if numbers else ""
-    return re.sub(r"(?P<space>\s?)\[(?P<numbers>\d{1,2}(?:\s*,\s*\d{1,2})*)\]", kept, _follow_names(_mend_paths(text, documents), documents))
+    return re.sub(rf"{CODE}|(?P<space>\s?){CITED}", kept, _follow_names(_mend_paths(text, documents), documents))
 
 # %% ../../nbs/lib/assistant/chain.ipynb #27b43c31
 _MARK = re.compile(r"\s*<\s*/?\s*passages\s*>", re.I)
@@ -133,8 +136,10 @@ def take_out_marks(
     return text.lstrip()
 
 # %% ../../nbs/lib/assistant/chain.ipynb #3e72dda4
-# no open brackets and no open name at its end, and no space before them
-def _settled(text): return re.sub(r"\s*(\[[\d\s,]*|<[\s/]*(\w+\s*)?|`[\w.]*)*$", "", text)
+def _settled(text): # No open brackets and no open code at its end, and no space before them
+    plain = re.sub(CODE, lambda code: "-" * len(code[0]), text)
+    opens = plain.find("`", plain.rfind("\n") + 1)
+    return re.sub(r"\s*(\[[\d\s,]*|<[\s/]*(\w+\s*)?)*$", "", text[:opens] if opens >= 0 else text)
 
 # %% ../../nbs/lib/assistant/chain.ipynb #bd5904f2
 def _checked(text, documents):

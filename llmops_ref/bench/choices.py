@@ -19,14 +19,14 @@ import psutil
 
 from ..core.charts import BLUE, GREEN, GREY, RED, chart, panels
 from ..core.config import SettingsError, load_config
+from ..core.files import DataError
 from ..core.scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from ..core.workspace import Workspace, open_workspace
 from ..documents.chunking import CHUNKERS, make_chunks
 from ..documents.expansion import askable, expand, read_all_written
 from ..models.embedding import PRECISIONS, TEXT_TOKENS, chosen_embedder, open_embedder, prompts_of
 from ..models.probes import fastest_dtype, run_probes
-from ..models.weights import checkpoint, chosen_model, weights
-from ..models.weights import shipped
+from ..models.weights import checkpoint, chosen_model, shipped, weights
 from ..search.published import embed_chunks, index_embedder, open_faiss, with_prominence
 from ..search.vector_index import Index, KINDS, build_index, choose_kind, fuse, make_faiss
 
@@ -329,8 +329,12 @@ def bench_backends(
 ) -> pd.DataFrame: # One row a backend
     "Reading and writing speed, memory and loading time of each backend, and how many times transformers fp32 it writes."
     chunks = ws.read("chunks").text.head(6 * times).tolist()
+    if not chunks: raise DataError("There are no chunks to ask about. Run the stage corpus first.")
+    times = min(times, len(chunks))
+    each = len(chunks) // times
     asks = [
-        "\n\n".join(chunks[6 * n : 6 * n + 6])[:2000] + "\n\nWrite a long and detailed summary of these passages." for n in range(times)
+        "\n\n".join(chunks[n:n + each])[:2000] + "\n\nWrite a long and detailed summary of these passages."
+        for n in range(0, each * times, each)
     ]  # each is new to a cache
     model = chosen_model(ws)
     jobs = {
@@ -355,10 +359,9 @@ def bench_backends(
                     note="",
                 )
             )
-    table = pd.DataFrame(rows).set_index("backend")
-    return table.assign(times_fp32=table.write_tps / table.write_tps["transformers float32"])[
-        ["read_tps", "write_tps", "times_fp32", "load_s", "peak_mb", "note"]
-    ]
+    columns = ["read_tps", "write_tps", "times_fp32", "load_s", "peak_mb", "note"]
+    table = pd.DataFrame(rows).set_index("backend").reindex(columns=columns)
+    return table.assign(times_fp32=table.write_tps / table.write_tps["transformers float32"])
 
 # %% ../../nbs/lib/bench/choices.ipynb #5c981d28
 BENCHES = ("retrieval", "chunkers", "fusion", "embedders", "kinds", "backends")

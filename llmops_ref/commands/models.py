@@ -105,10 +105,11 @@ def fetch_model(name: Name, env: Env = "dev"):
 # %% ../../nbs/lib/commands/models.ipynb #d3262c1a
 @models_app.command("remove")
 def remove_model(name: Name, env: Env = "dev"):
-    "Delete the fetched file of a model; what came with a package, or lies in a folder of yours, stays."
+    "Delete the fetched files of a model, and what was made of them; what came with a package, or lies in a folder of yours, stays."
     with manners():
         from llmops_ref.models.catalog import find_model
+        from llmops_ref.models.embedding import remove_embedder
         from llmops_ref.models.fetch import remove
-        ws = workspace_of(env)
-        freed = remove(ws, find_model(ws.config, name))
+        model = find_model((ws := workspace_of(env)).config, name)
+        freed = remove_embedder(ws, model) + remove(ws, model)
         typer.echo(f"{freed / 1e6:,.0f} MB are free again." if freed else "There was nothing of it to remove.")

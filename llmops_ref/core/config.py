@@ -9,7 +9,7 @@ __all__ = ['ENVIRONMENTS', 'PROFILES', 'PLATFORM', 'SettingsError', 'Config', 'f
            'explain', 'sleep_while_waiting', 'begin_process']
 
 # %% ../../nbs/lib/core/config.ipynb #f3aa5487
-import atexit, configparser, difflib, functools, gc, os, sys
+import atexit, configparser, difflib, functools, gc, numbers, os, sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -222,6 +222,23 @@ def _parse(text, kind):
         raise ValueError(" or ".join(choices))
     return text
 
+# %% ../../nbs/lib/core/config.ipynb #74279ef5
+def _typed(value, kind):                            # a value that is no text, as the setting has it
+    if kind is bool:
+        if isinstance(value, bool): return value
+        raise ValueError("true or false")
+    if kind is int:
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool): return int(value)
+        raise ValueError("a whole number")
+    if kind is float:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool): return float(value)
+        raise ValueError("a number")
+    if kind == list[str]:
+        if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value): return list(value)
+        raise ValueError("a list of texts")
+    if isinstance(value, os.PathLike) and not get_args(kind): return str(value)
+    raise ValueError(" or ".join(get_args(kind)) or "a text")
+
 # %% ../../nbs/lib/core/config.ipynb #6003cb3e
 def _check_range(key, value):
     if key == "corpus_packages" and not value: raise ValueError("the name of at least one installed package")
@@ -302,7 +319,7 @@ def load_config(
             )
             continue
         try:
-            values[key] = _parse(_named(text, names), kinds[key]) if isinstance(text, str) else text
+            values[key] = _parse(_named(text, names), kinds[key]) if isinstance(text, str) else _typed(text, kinds[key])
             _check_range(key, values[key])
         except ValueError as error: wrong.append(f"{where} = {text!r}: expected {error}")
         origin[key] = where
@@ -344,14 +361,17 @@ def read_shares(
 ) -> list[float]: # Rising
     "The shares in a setting; `SettingsError` names it if one of them is none."
     texts = getattr(config, key)
-    try:
-        shares = [float(text.rstrip("%")) / 100 for text in texts]
-        if not all(0 < share < 1 for share in shares): raise ValueError
+    try: return sorted(map(_share, texts))
     except ValueError:
         raise SettingsError(
             f"`{key}` is {', '.join(texts)}. It must hold shares between 0 and 100%, such as 10%, 50%, or nothing."
         ) from None
-    return sorted(shares)
+
+def _share(text):
+    number = float(text.rstrip("%"))
+    share = number if number < 1 and "%" not in text else number / 100
+    if not 0 < share < 1 or number == 1 and "%" not in text: raise ValueError
+    return share
 
 # %% ../../nbs/lib/core/config.ipynb #935c124a
 def explain(

@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup, escape
 
-from .scoring import citations
+from .scoring import CITED, citations
 
 # %% ../../nbs/lib/core/page.ipynb #0497d41e
 _SHARE = re.compile(r"recall|correct|precision|accura|cited|names_gold|says_reference|refus|share|coverage|(?<!learning)_rate$")
@@ -59,11 +59,11 @@ def change(
     "The change of a metric since the last run."
     if not (_real(value) and _real(previous)): return dict(text="new" if _real(value) else "", tone="")
     unit = unit_of(name, max(value, previous))
-    scale, places = (100, 0) if unit == "%" else (1, _places(value, previous))
-    step = (value - previous) * scale
+    places = 0 if unit == "%" else _places(value, previous)
+    step = round(value * 100) - round(previous * 100) if unit == "%" else value - previous      # what the reader sees side by side
     if round(step, places) == 0: return dict(text="unchanged", tone="")
     jitter = unit in (" s", " ms", "/s") and abs(step) < 0.1 * abs(previous)
-    return dict(text=f"{step:+,.{places}f}{' points' if unit == '%' else unit}".replace("-", "−"),
+    return dict(text=f"{step:+,.{places}f}{' point' + 's' * (abs(step) != 1) if unit == '%' else unit}".replace("-", "−"),
                 tone="" if jitter else {1: "good", -1: "bad"}.get(direction(name) * (1 if step > 0 else -1), ""))
 
 # %% ../../nbs/lib/core/page.ipynb #7fd59f4b
@@ -83,7 +83,7 @@ def _cite(match, anchor, count):
             if 1 <= n <= count
             else f'<s class="cite" title="There is no passage {n}">{n}</s>'
         )
-    return "".join(link(int(n)) for n in match[1].split(","))
+    return "".join(link(int(n)) for n in match["numbers"].split(","))
 
 def answer_html(
     text: str,
@@ -95,8 +95,9 @@ def answer_html(
     for i, part in enumerate(parts):
         safe = str(escape(part.strip()))
         if i % 2: parts[i] = f"<pre>{safe}</pre>"; continue
-        safe = re.sub(r"`([^`\n]+)`", r"<code>\1</code>", safe)
-        parts[i] = re.sub(r" ?\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\]", lambda m: _cite(m, anchor, count), safe)
+        parts[i] = re.sub(                          # an index in code is no citation
+            rf"`(?P<code>[^`\n]+)`| ?{CITED}", lambda m: f"<code>{m['code']}</code>" if m["code"] else _cite(m, anchor, count), safe
+        )
     return Markup("".join(parts))
 
 # %% ../../nbs/lib/core/page.ipynb #7b14ed58

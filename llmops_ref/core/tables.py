@@ -12,6 +12,7 @@ import atexit, functools, hashlib, multiprocessing, os, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from .files import DataError
@@ -105,6 +106,65 @@ def read_spark(self: Tables, table: str):
     self.reads[f"table:{table}"] = self.table_version(table)
     return self.spark.read.format("delta").load(str(self.store / "tables" / table))
 
+# %% ../../nbs/lib/core/tables.ipynb #efa6a0cb
+def _kind(name):                                    # of a type in Spark's words, or in those of pandas; else nothing is said
+    if name == "mixed-integer": return "text and numbers"
+    return "numbers" if name in _NUMBERS or name.startswith("decimal") else _KINDS.get(name, "")
+
+_NUMBERS = ("byte", "short", "integer", "long", "float", "double", "floating", "mixed-integer-float")
+_KINDS = dict(string="text", boolean="truth values", array="lists", timestamp="times", timestamp_ntz="times", datetime="times",
+              datetime64="times")
+
+def _kind_of(values):                               # of a column of pandas
+    name = pd.api.types.infer_dtype(values, skipna=True)
+    if name != "mixed": return _kind(name)
+    types = {type(value) for value in values.dropna()}
+    if all(issubclass(t, (list, tuple, np.ndarray)) for t in types): return "lists"
+    return "several kinds of values" if len(types) > 1 else ""
+
+# %% ../../nbs/lib/core/tables.ipynb #c1e32af0
+_BITS = dict(byte=8, short=16, integer=32, long=64)
+
+def _unfit(values, name):                           # the first number that a column of this type cannot hold, or None
+    def fits(number):
+        if name in _BITS: return -(2 ** (_BITS[name] - 1)) <= number < 2 ** (_BITS[name] - 1) and number == int(number)
+        return name != "double" or not isinstance(number, int) or int(float(number)) == number
+    return next((number for number in values.dropna().tolist() if not fits(number)), None)
+
+# %% ../../nbs/lib/core/tables.ipynb #fa8d061c
+@patch
+def _column_types(self: Tables, table) -> dict:     # in Spark's words; none if there is no such table
+    try: delta = self._delta(table)
+    except DataError: return {}
+    return {field.name: getattr(field.type, "type", "") for field in delta.schema().fields}
+
+def _misfit(values, name):                          # why a column of this type cannot hold these values, or ""
+    there, brought = _kind(name), _kind_of(values)
+    if brought in ("text and numbers", "several kinds of values") or ("" not in (there, brought) and there != brought):
+        return (f"holds {there}, and these rows have" if there else "would hold") + f" {brought}" + " there" * bool(there)
+    lost = _unfit(values, name) if there == brought == "numbers" else None
+    return "" if lost is None else f"holds {'whole numbers' if name in _BITS else 'decimals'}, and these rows have {lost} there"
+
+# %% ../../nbs/lib/core/tables.ipynb #ddcdec9a
+@patch
+def _check_columns(self: Tables, table, frame, types):
+    for column in frame.columns if len(frame) else ():
+        if not (why := _misfit(frame[column], types.get(column, ""))): continue
+        way = "Convert it first"
+        if "whole numbers" in why:
+            way += f", or the table: `ws.write({table!r}, ws.read({table!r}).astype({{{column!r}: float}}))`"
+        raise DataError(f"The column {column!r} of the table {table!r} {why}. Nothing was written. {way}.")
+
+@patch
+def _check_keys(self: Tables, table, frame, key):
+    if key not in frame:
+        raise DataError(f"These rows for the table {table!r} have no column {key!r} to name them by, only {', '.join(map(str, frame))}.")
+    if nameless := int(frame[key].isna().sum()):
+        raise DataError(
+            f"{nameless} of these rows for the table {table!r} have no {key}. A row needs a key of its own:"
+            f" `frame.dropna(subset=[{key!r}])`."
+        )
+
 # %% ../../nbs/lib/core/tables.ipynb #7ebe6ff2
 @patch
 def write(
@@ -113,7 +173,8 @@ def write(
     frame, # Of pandas or Spark
     mode: str = "overwrite", # Or append: then a column that is new is added
 ) -> str:
-    "Write a pandas or Spark DataFrame as a table in one commit; returns the new version."
+    "Write a pandas or Spark DataFrame as a table in one commit; returns the new version, or raises `DataError` for values that do not fit."
+    if isinstance(frame, pd.DataFrame): self._check_columns(table, frame, self._column_types(table) if mode == "append" else {})
     folder = str(self.path("tables", table))
     if isinstance(frame, pd.DataFrame):
         from deltalake import write_deltalake
@@ -154,19 +215,20 @@ def merge(
     frame: pd.DataFrame, # What the table shall hold; `digest` tells whether a row changed, and is made of all others if there is none
     key: str = "id", # Column that names a row
 ) -> Changes:
-    "Bring a table to the rows of a frame in one commit that touches only what differs; `DataError` if a key comes twice."
+    "Bring a table to the rows of a frame in one commit that touches only what differs; `DataError` if a key is missing or comes twice."
+    self._check_keys(table, frame, key)
     if (twice := frame[key].duplicated()).any():
         raise DataError(
             f"These rows for the table {table!r} have the {key} {frame[key][twice].iloc[0]!r} more than once. A row needs a key of its own:"
             f" `frame.drop_duplicates({key!r})`."
         )
     if "digest" not in frame: frame = frame.assign(digest=[_row_digest(row) for row in frame.itertuples(index=False, name=None)])
+    if frame.empty: frame = frame.astype({name: str for name in frame if frame[name].dtype == object or name in (key, "digest")})
     try: old = self._row_digests(table, key, list(frame.columns))
     except DataError: old = None                    # no such table
-    if old is None or (not old and len(frame)):     # a table without rows knows no types either
+    if old is None or (not old and len(frame)) or self._holds_other(table, frame, key):     # without rows it knows no types either
         self.write(table, frame)
         return Changes(new=len(frame))
-    self._check_key(table, frame, key)
     digests = dict(zip(frame[key], frame.digest))
     changes = Changes(
         len(digests.keys() - old.keys()),
@@ -185,23 +247,12 @@ def _row_digests(self: Tables, table, key, columns):     # key -> digest, or Non
     rows = delta.to_pandas(columns=[key, "digest"])
     return dict(zip(rows[key], rows.digest))
 
-# %% ../../nbs/lib/core/tables.ipynb #efa6a0cb
+# %% ../../nbs/lib/core/tables.ipynb #620d029f
 @patch
-def _check_key(self: Tables, table, frame, key):
-    there, brought = _kind(self._column_type(table, key)), _kind(pd.api.types.infer_dtype(frame[key], skipna=True))
-    if len(frame) and "" not in (there, brought) and there != brought:
-        raise DataError(f"The column {key!r} of the table {table!r} holds {there}, and these rows have {brought} there. Convert it first.")
-
-@patch
-def _column_type(self: Tables, table, column):   # in Spark's words
-    return next((getattr(f.type, "type", "") for f in self._delta(table).schema().fields if f.name == column), "")
-
-def _kind(name):                                    # of a type in Spark's words, or in those of pandas; else nothing is said
-    if name == "string": return "text"
-    if name == "mixed-integer": return "text and numbers"
-    return "numbers" if name in _NUMBERS or name.startswith("decimal") else ""
-
-_NUMBERS = ("byte", "short", "integer", "long", "float", "double", "floating", "mixed-integer-float")
+def _holds_other(self: Tables, table, frame, key) -> bool: # Than these rows; `DataError` if it is the key
+    types = self._column_types(table)
+    self._check_columns(table, frame[[key]], types)
+    return bool(len(frame)) and any(_misfit(frame[column], types[column]) for column in frame if column in types)
 
 # %% ../../nbs/lib/core/tables.ipynb #d83b2c52
 @patch
@@ -227,11 +278,12 @@ def add(
 ) -> int: # How many rows are new
     """Append the rows whose key is not in the table yet, in one commit; two processes that add the same rows add them once.
 
-    `DataError` if the table has keys of another type."""
-    frame = frame.drop_duplicates(key)
+    `DataError` if a row has no key, or the table cannot hold its values as they are; then nothing is added."""
     if frame.empty: return 0
+    self._check_keys(table, frame, key)
+    frame = frame.drop_duplicates(key)
     if not self._is_there(table) and self._create(table, frame): return len(frame)
-    self._check_key(table, frame, key)
+    self._check_columns(table, frame, self._column_types(table))
     added = self._insert(table, frame, key)
     self.writes[f"table:{table}"] = self.table_version(table)
     return added
@@ -304,7 +356,9 @@ class UnityTables:
     def read(self, table): return self.read_spark(table).toPandas()
 
     def write(self, table, frame, mode="overwrite"):
-        if isinstance(frame, pd.DataFrame): frame = self.spark.createDataFrame(frame.reset_index(drop=True))
+        if isinstance(frame, pd.DataFrame):
+            self._check_columns(table, frame, self._column_types(table) if mode == "append" else {})
+            frame = self.spark.createDataFrame(frame.reset_index(drop=True))
         writer = frame.write.mode(mode)
         (writer.option("overwriteSchema", "true") if mode == "overwrite" else writer.option("mergeSchema", "true")).saveAsTable(
             self._name(table)
@@ -317,8 +371,9 @@ class UnityTables:
         rows = self.spark.table(self._name(table))
         return {row[0]: row[1] for row in rows.select(key, "digest").collect()} if rows.columns == columns else None
 
-    def _column_type(self, table, column):
-        return next((f.dataType.typeName() for f in self.spark.table(self._name(table)).schema.fields if f.name == column), "")
+    def _column_types(self, table):
+        if not self.spark.catalog.tableExists(self._name(table).replace("`", "")): return {}
+        return {field.name: field.dataType.typeName() for field in self.spark.table(self._name(table)).schema.fields}
 
     def _merge(self, table, frame, key):
         rows = self.spark.createDataFrame(frame) if len(frame) else self.spark.table(self._name(table)).limit(0)

@@ -105,10 +105,11 @@ def structure(d, words: int):
 
 # %% ../../nbs/lib/documents/chunking.ipynb #e83472d6
 def recursive(d, words: int):
-    "Cut a document by LangChain's splitter, every 1,000 characters."
+    "Cut a document by LangChain's splitter, every 1,000 characters, the name before each piece."
     from langchain_text_splitters import RecursiveCharacterTextSplitter
-    for piece in RecursiveCharacterTextSplitter(chunk_size=1000, chunk_overlap=100).split_text(f"{d.id}{d.signature}\n{d.text}"):
-        yield "", piece
+    name = f"{d.id}{d.signature}"
+    splitter = RecursiveCharacterTextSplitter(chunk_size=max(1000 - len(name) - 1, 500), chunk_overlap=100)
+    for piece in splitter.split_text(d.text): yield "", f"{name}\n{piece}"
 
 # %% ../../nbs/lib/documents/chunking.ipynb #c645aa73
 def whole(d, words: int):

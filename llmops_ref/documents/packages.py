@@ -48,10 +48,14 @@ def package_files(
 # %% ../../nbs/lib/documents/packages.ipynb #b14620e2
 def _signature(node) -> str:
     params = [p for p in node.parameters if p.name not in ("self", "cls")]
-    def one(p):
-        star = {"variadic positional": "*", "variadic keyword": "**"}.get(p.kind.value if p.kind else "", "")
+    kinds = [p.kind.value if p.kind else "" for p in params]
+    def one(p, kind):
+        star = {"variadic positional": "*", "variadic keyword": "**"}.get(kind, "")
         return star + p.name + (f"={p.default}" if p.default is not None and not star else "")
-    return f"({', '.join(one(p) for p in params)})"
+    parts = [one(p, kind) for p, kind in zip(params, kinds)]
+    if "keyword-only" in kinds and "variadic positional" not in kinds: parts.insert(kinds.index("keyword-only"), "*")
+    if only := kinds.count("positional-only"): parts.insert(only, "/")
+    return f"({', '.join(parts)})"
 
 # %% ../../nbs/lib/documents/packages.ipynb #f936386d
 def _records(node, exported):
@@ -77,7 +81,7 @@ def parse_file(
     module: str, # Dotted name of the file
     path: str, # Where the file is
 ) -> list[dict]: # Records: objects (`kind` class, function, method) and imports (`kind` alias, `text` the target)
-    "Parse one source file, without importing it, into its documented objects and its imports."
+    "Parse one source file, without importing it, into its documented objects and its imports; `SyntaxError` if it is none."
     import griffe
     *above, name = module.split(".")
     parent, is_init = None, path.endswith("__init__.py")
@@ -183,9 +187,14 @@ RECORD_SCHEMA = "path string, kind string, signature string, text string, packag
 def parse_batches(frames):
     "The function for `mapInPandas`: batches of files in, batches of records out."
     columns = [c.split()[0] for c in RECORD_SCHEMA.split(", ")]
+    def records(row):
+        try: return parse_file(*row)
+        except (SyntaxError, ValueError, RecursionError) as error:
+            text = f"left out: it is no Python that can be read: {type(error).__name__}: {error}"
+            return [dict(zip(columns, (row.module, "unreadable", "", text, row.package, row.version, row.path)))]
     gc.disable()  # a syntax tree is many objects, and the collector would walk them again and again: a third of the time
     try:
-        for frame in frames: yield pd.DataFrame([r for row in frame.itertuples(index=False) for r in parse_file(*row)], columns=columns)
+        for frame in frames: yield pd.DataFrame([r for row in frame.itertuples(index=False) for r in records(row)], columns=columns)
     finally: gc.enable()
 
 # %% ../../nbs/lib/documents/packages.ipynb #a3d3c35e
@@ -194,7 +203,7 @@ def read_api(
     packages: list[str], # Distributions
     exclude: list[str], # Patterns of ids and of modules that are left out
     min_words: int,
-) -> pd.DataFrame: # Documents of all packages
+) -> tuple[pd.DataFrame, pd.DataFrame]: # Documents of all packages; and the files that Python cannot read, `source problem kept`
     "Parse packages on Spark and clean the result, package by package; `DataError` if nothing is left."
     files = [row for package in packages for row in package_files(package).itertuples(index=False)
              if not any(fnmatch.fnmatch(row.module, pattern) for pattern in exclude)]
@@ -202,5 +211,10 @@ def read_api(
     for package in packages: ws.note_package(package)
     ws.progress(0, 1, f"parsing {len(files):,} files of {len(packages)} packages")
     records = ws.map_batches(pd.DataFrame(files), parse_batches, RECORD_SCHEMA)
+    unread = records[records.kind == "unreadable"]
+    problems = unread[["source"]].assign(problem=unread.text, kept=False).sort_values("source", ignore_index=True)
+    records = records[records.kind != "unreadable"]
+    if records.empty: raise DataError(f"The corpus is not usable: {'; '.join(problems.problem.head(3)) or NOTHING}.")
     frames = [clean_documents(part, exclude, min_words) for _, part in records.groupby("package")]
-    return pd.concat(frames, ignore_index=True).drop_duplicates("id").drop_duplicates("text").sort_values("id", ignore_index=True)
+    found = pd.concat(frames, ignore_index=True).drop_duplicates("id").drop_duplicates("text")
+    return found.sort_values("id", ignore_index=True), problems

@@ -130,7 +130,9 @@ def _reach(judges):                                 # the key where MLflow reads
         elif judges.key: os.environ.pop(name, None)
 
 # %% ../../nbs/lib/evaluation/judges.ipynb #8d0f3a61
-def _words(error, key): return " ".join(str(error).replace(key or "\0", "***").split())[:200] or type(error).__name__
+def _words(error, key):                             # a short plain word, such as none, is no secret, and stands in other sentences
+    if key and not re.fullmatch("[A-Za-z]{,11}", key): error = str(error).replace(key, "***")
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 # %% ../../nbs/lib/evaluation/judges.ipynb #4144b034
 def _verdict(judge, a):

@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..core.scoring import REFUSAL, asks_for_name, mentions
 from ..core.workspace import Workspace
+from .cases import can_hold
 
 # %% ../../nbs/lib/evaluation/reviewed.ipynb #1a994df5
 USES = dict(
@@ -72,7 +73,7 @@ def question_rows(
 def regression_rows(
     cases: pd.DataFrame, # From `reviewed_cases`
     documents: list[str] | None = None, # Ids: a case whose documents are gone cannot hold, and is left out
-    retrieval: str = "hybrid", # With off there are no passages, and nothing can be cited
+    retrieval: str = "hybrid", # The method in use: what cannot hold with it is left out, as from the file
 ) -> pd.DataFrame: # Columns `id question must what why`, as from `load_regressions`
     "Cases that were accepted as regressions."
     rows = [
@@ -84,7 +85,7 @@ def regression_rows(
         for c in cases.itertuples()
         if c.accepted and "regression" in c.uses and (documents is None or not len(c.gold) or set(c.gold) & set(documents))
     ]
-    rows = [row for row in rows if retrieval != "off" or row["must"] != "cite"]
+    rows = [row for row in rows if can_hold(row["must"], retrieval)]
     return pd.DataFrame(rows, columns=["id", "question", "must", "what", "why"])
 
 # %% ../../nbs/lib/evaluation/reviewed.ipynb #42998999

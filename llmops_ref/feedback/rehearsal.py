@@ -94,7 +94,7 @@ def question_topics(
         asked = [question for c in said[:each] if (question := question_about(c, rng))]
         if len(asked) >= 8: topics[name] = asked
         else: others += asked
-    if not topics and others: topics["others"] = others[:each]
+    if len(others) >= 8 or others and not topics: topics["others"] = (topics.get("others", []) + others)[:each]
     topics = dict(sorted(topics.items(), key=lambda item: -len(item[1])))
     if len(topics) < 3:
         topics["outside " if "outside" in topics else "outside"] = [

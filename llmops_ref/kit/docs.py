@@ -55,7 +55,8 @@ def site_link(
     repository: str = "", # Such as https://github.com/acme/assistant
 ) -> str | None: # None if there is nothing to link to
     "Where a link of a source leads on the site."
-    parts = urlsplit(link)
+    try: parts = urlsplit(link)
+    except ValueError: return None                  # http://[x is no address
     if parts.scheme or link.startswith(("#", "//")): return link
     target = os.path.normpath(Path(source).parent / unquote(parts.path))
     anchor = f"#{parts.fragment}" if parts.fragment else ""
@@ -98,6 +99,9 @@ def _output(output):
     return f"<pre>{html.escape(text)}</pre>" if text.strip() else ""
 
 # %% ../../nbs/lib/kit/docs.ipynb #2fe59587
+def _runs(value):                                   # a browser skips what cannot be seen, so java script: is a scheme too
+    return bool(re.match("javascript|vbscript|data:text", re.sub(r"[\x00-\x20]", "", str(value)), re.I))
+
 def _harmless(text):                                # an output shows what somebody typed: nothing in it may run
     from bs4 import BeautifulSoup
     soup = BeautifulSoup(text, "html.parser")
@@ -106,7 +110,7 @@ def _harmless(text):                                # an output shows what someb
         node.attrs = {
             key: value
             for key, value in node.attrs.items()
-            if not key.lower().startswith("on") and not re.match(r"\s*(javascript|vbscript|data:text)", str(value), re.I)
+            if not key.lower().startswith("on") and not _runs(value)
         }
     return str(soup)
 
@@ -130,7 +134,7 @@ def render_source(
         for node in soup.select("a[href], img[src]"):
             key = "href" if node.name == "a" else "src"
             leads = site_link(node[key], source, pages, repository)
-            if leads is None or re.match(r"\s*javascript", leads, re.I): node.unwrap()
+            if leads is None or _runs(leads): node.unwrap()
             else: node[key] = leads
         return f'<div class="text">{soup}</div>'
     text = (Path(root) / source).read_text(encoding="utf-8")
@@ -187,7 +191,8 @@ def broken_links(
     for page, soup in soups.items():
         for node in soup.select("a[href], img[src], link[href]"):
             link = node.get("href") or node.get("src")
-            parts = urlsplit(link)
+            try: parts = urlsplit(link)
+            except ValueError: wrong.append((page, link)); continue
             if parts.scheme: continue
             target = os.path.normpath(Path(page).parent / parts.path) if parts.path else page
             if not (folder / target).is_file() or parts.fragment and unquote(parts.fragment) not in names.get(target, ()):

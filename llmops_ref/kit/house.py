@@ -122,7 +122,7 @@ def stands_on(
     names = wings(root)
     table = pd.DataFrame(0, index=names, columns=[stage.notebook for stage in STAGES])
     for stage in STAGES:
-        for file in stage_code(stage, Path(root)):
+        for file in stage_code(stage, Path(root), Path(root, "llmops_ref")):
             if (wing := file.partition("/")[0]) in names: table.loc[wing, stage.notebook] += 1
     return table
 

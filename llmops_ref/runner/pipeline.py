@@ -154,8 +154,9 @@ def _engine():                                      # the name under which paper
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #3290136d
 def _read_json(path):
-    try: return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError): return {}
+    try: found = json.loads(path.read_text())
+    except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) else {}
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #5fbec54b
 def _execute(notebook, parameters, output, kernel, on_progress):        # returns the error with which it ended, or nothing

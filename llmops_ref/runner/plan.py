@@ -43,20 +43,25 @@ def find_stage(
     raise SettingsError(f"Unknown stage {text!r}. The stages are: {', '.join(s.notebook for s in STAGES)}.")
 
 # %% ../../nbs/lib/runner/plan.ipynb #d30c4cd6
+def _parsed(source):                                # a line that begins with % may be IPython's, or go on with what is above it
+    try: return ast.parse(source)
+    except SyntaxError:
+        if not re.search(r"^\s*[%!]", source, re.M): raise
+    from IPython.core.inputtransformer2 import TransformerManager
+    return ast.parse(TransformerManager().transform_cell(re.sub(r"^%%.*$", "", source, flags=re.M)))
+
+def _left_out(node):                                # a command of IPython: get_ipython().system("pip list")
+    return isinstance(node, ast.Expr) and ast.unparse(node).startswith("get_ipython().")
+
 @functools.cache
 def _tree(source):                                  # without docstrings, and without the lines that are IPython's; and its imports
-    tree, imports = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M)), []
+    tree, imports = _parsed(source), []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)): imports.append(node)
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-            and isinstance(body[0].value.value, str)
-        ):
-            node.body = body[1:] or [ast.Pass()]
+        if not isinstance(body := getattr(node, "body", None), list) or not body: continue
+        first = body[0].value if isinstance(body[0], ast.Expr) else None
+        body = body[isinstance(first, ast.Constant) and isinstance(first.value, str):]
+        node.body = [part for part in body if not _left_out(part)] or [ast.Pass()]
     return tree, imports
 
 # %% ../../nbs/lib/runner/plan.ipynb #fef60606
@@ -71,6 +76,7 @@ def code_digest(
 def _cells(path):
     try: return json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     except FileNotFoundError: raise DataError(f"The notebook {path} is missing. Restore it with git.") from None
+    except (ValueError, KeyError, TypeError): raise DataError(f"{path} is no notebook that can be read. Restore it with git.") from None
 
 # %% ../../nbs/lib/runner/plan.ipynb #86437c19
 def _sets_env(cell): return cell["cell_type"] == "code" and bool(re.match(r"env\s*=", "".join(cell["source"])))
@@ -88,20 +94,25 @@ def imports_of(
     source: str, # Python
     module: str = "__main__", # Its dotted name, which relative imports start from
 ) -> frozenset[str]: # Dotted names that may be modules: `from a import b` gives both a and a.b
-    "What a source imports, at its top or inside of functions."
-    found = set()
+    "What a source imports, at its top or inside of functions; `DataError` if that is relative to no package."
+    found, package = set(), module.rpartition(".")[0]
     for node in _tree(source)[1]:
         if isinstance(node, ast.Import): found |= {alias.name for alias in node.names}
         if not isinstance(node, ast.ImportFrom): continue
-        base = importlib.util.resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0]) if node.level else node.module
+        try: base = importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+        except ImportError:
+            where = package or "a notebook, which is in no package"
+            raise DataError(f"`{ast.unparse(node)}` leads out of {where}. Name it in full.") from None
         found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return frozenset(found)
 
 # %% ../../nbs/lib/runner/plan.ipynb #a3ee4304
-def _file_of(module):                               # in this package; `None` for an attribute, an empty package, or somebody else's
+_HERE = Path(llmops_ref.__file__).parent
+
+def _file_of(module, package=_HERE):                 # in the package; `None` for an attribute, an empty package, or somebody else's
     top, *parts = module.split(".")
     if top != "llmops_ref" or not parts: return None
-    path = Path(llmops_ref.__file__).parent.joinpath(*parts)
+    path = package.joinpath(*parts)
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file() and file.stat().st_size), None)
 
 # %% ../../nbs/lib/runner/plan.ipynb #9974d75b
@@ -118,8 +129,9 @@ def _packages(root):                                    # digest of the versions
 def stage_code(
     stage: Stage,
     root: Path, # Folder of `settings.ini`
+    package: Path = _HERE, # Folder of the modules; that of the package which is installed, since it is what runs
 ) -> dict[str, str]: # File -> digest: the notebook, and every module of the package that it uses, directly or not
-    "Digests of all code that a stage runs; `DataError` if its notebook holds code that Python cannot read."
+    "Digests of all code that a stage runs; `DataError` if its notebook holds code that Python cannot read or find."
     found = _cells(root / "nbs" / f"{stage.notebook}.ipynb")
     taught = [cell["id"] for cell in lessons(found)]
     cells = ["".join(c["source"]) for c in found if c["cell_type"] == "code" and c["id"] not in taught]
@@ -129,24 +141,32 @@ def stage_code(
             f"{stage.notebook}.ipynb holds a syntax error: {error.msg} in {(error.text or '').strip()[:80]!r}. Correct that cell."
         ) from None
     files = {f"{stage.notebook}.ipynb": own, "installed packages": _packages(root)}
-    todo, seen = set().union(*map(imports_of, cells)), set()
+    todo, seen = set(_imported(stage, cells)), set()
     while todo:
         module = todo.pop()
         seen |= {module, module.rpartition(".")[0]}
         for name in (module, module.rpartition(".")[0]):        # a module, and the package that it lies in
-            if (path := _file_of(name)) is None: continue
+            if (path := _file_of(name, package)) is None: continue
             source = path.read_text(encoding="utf-8")
-            files[path.relative_to(Path(llmops_ref.__file__).parent).as_posix()] = code_digest(source)
+            files[path.relative_to(package).as_posix()] = code_digest(source)
             if name == module: todo |= imports_of(source, module) - seen
     return files
 
+def _imported(stage, cells):
+    try: return frozenset().union(*map(imports_of, cells))
+    except DataError as error: raise DataError(f"{stage.notebook}.ipynb cannot be run: {error}") from None
+
 # %% ../../nbs/lib/runner/plan.ipynb #2a9e57a8
 def manifest(ws: Workspace, stage: Stage) -> dict | None:
-    "What is known of a stage's last good run, or `None`."
+    "What is known of a stage's last good run, or `None`; `DataError` if its file may not be read."
     path = ws.path("stages", f"{stage.name}.json")
-    try: return json.loads(path.read_text())
+    try: found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: return None
-    except json.JSONDecodeError: return None        # an unreadable manifest is no manifest: the stage runs again
+    except OSError as error: raise DataError(f"{path} cannot be read: {error.strerror}. Delete it, and the stage runs again.") from None
+    except ValueError: return None                  # an unreadable manifest is no manifest: the stage runs again
+    return found if isinstance(found, dict) and all(isinstance(found.get(key), dict) for key in _BOOKS) else None
+
+_BOOKS = ("code", "params", "reads", "writes")
 
 # %% ../../nbs/lib/runner/plan.ipynb #d23cf1a8
 def reasons(

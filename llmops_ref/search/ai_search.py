@@ -385,7 +385,8 @@ class AISearchIndex:
 @patch
 def _rows(self: AISearchIndex, method, question, vector, n, enough, filters):
     from databricks.sdk.service.vectorsearch import QueryVectorIndexResponse
-    api, body = self.client.vector_search_indexes, dict(columns=list(COLUMNS), num_results=n, query_type=QUERY_TYPES[method]) | filters
+    columns = [*COLUMNS, "kind"] if "kind" in (self.shape["columns"] or ()) else list(COLUMNS)      # nobody asks for what is not there
+    api, body = self.client.vector_search_indexes, dict(columns=columns, num_results=n, query_type=QUERY_TYPES[method]) | filters
     if vector is None or method != "dense": body["query_text"] = question
     if vector is not None: body["query_vector"] = [float(x) for x in vector]
     with _asking(f"the index {self.name}"):
@@ -423,7 +424,8 @@ def search(
     for row in rows:
         if len(found) < k and _stands_for(row) not in found:
             found[_stands_for(row)] = Passage(
-                *(str(row[c] if row[c] is not None else "") for c in COLUMNS), float(row["score"]), cosines.get(row["id"], 0.0)
+                *(str(row[c] if row[c] is not None else "") for c in COLUMNS), float(row["score"]), cosines.get(row["id"], 0.0),
+                str(row.get("kind") or ""),
             )
     return list(found.values())
 

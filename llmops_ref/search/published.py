@@ -123,7 +123,9 @@ def publish_index(
 def _published(ws):                                 # what current.json says, or None
     pointer = ws.store / "index" / "current.json"
     if not pointer.is_file(): return None
-    try: return json.loads(pointer.read_text())
+    try:
+        if isinstance(found := json.loads(pointer.read_text()), dict): return found
+        raise ValueError("no table of keys")
     except ValueError:
         raise DataError(
             f"The file {pointer} is damaged. Delete it and run `llmops run --env {ws.config.env} --only retrieval --force`."

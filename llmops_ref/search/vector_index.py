@@ -136,6 +136,7 @@ def check_index(
     try: manifest = json.loads((folder / "manifest.json").read_text())
     except FileNotFoundError: raise DataError(f"There is no index in {folder}. {REBUILD}") from None
     except ValueError: raise DataError(f"The manifest {folder / 'manifest.json'} is damaged. {REBUILD}") from None
+    if not isinstance(manifest, dict): raise DataError(f"The manifest {folder / 'manifest.json'} is damaged. {REBUILD}")
     missing = {"format", "kind", "count", "dimension", "embedder", "chunks_version", "files"} - manifest.keys()
     if missing or manifest["format"] not in FORMATS:
         raise DataError(f"The index in {folder} was written by another version of this project. {REBUILD}")

@@ -36,13 +36,15 @@ class Start:
 def read_start(folder: Path) -> Start:
     "The adapter in a folder, verified; `DataError` if it or its paper is missing or altered."
     fix = "Restore the folder (`git checkout`), or set `finetune_start = none`."
-    try: paper = json.loads((folder / PAPER).read_text())
-    except (OSError, ValueError): raise DataError(f"{folder / PAPER} is missing or cannot be read. {fix}") from None
-    verify_digest(folder / WEIGHTS, paper["adapter_sha256"], fix)
-    return Start(
-        folder, paper["base_sha256"], paper["adapter_sha256"], paper["rank"], tuple(paper["modules"]), paper["pairs"],
-        frozenset(paper["documents"]), paper.get("licence", ""),
-    )
+    try:
+        paper = json.loads((folder / PAPER).read_text())
+        start = Start(
+            folder, paper["base_sha256"], paper["adapter_sha256"], paper["rank"], tuple(paper["modules"]), paper["pairs"],
+            frozenset(paper["documents"]), paper.get("licence", ""),
+        )
+    except (OSError, ValueError, KeyError, TypeError): raise DataError(f"{folder / PAPER} is missing or cannot be read. {fix}") from None
+    verify_digest(folder / WEIGHTS, start.adapter_sha256, fix)
+    return start
 
 # %% ../../nbs/lib/tuning/start.ipynb #7694bc65
 def save_start(

@@ -171,7 +171,8 @@ def ask_variants(
         model, beside = variant_files(ws, name, adapter)
         job = dict(
             kind="chat", runner="llama.cpp", file=str(model), adapter=str(beside or ""), slots=1, context=CONTEXT,
-            max_tokens=ws.config.chat_max_tokens, cache_prompt=True, asks=[p[-2]["content"] for p in prompts],
+            max_tokens=ws.config.chat_max_tokens, cache_prompt=True,
+            asks=[[dict(role=m["role"], content=m["content"]) for m in p[:-1]] for p in prompts],
         )
         found, = run_probes([job], seconds)
         if "error" in found:
