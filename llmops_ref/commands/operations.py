@@ -109,7 +109,9 @@ def versions(
         if remove: remove_version(ws, remove)
         table = list_versions(ws)
         if as_json: return out(table.to_dict("records"))
-        typer.echo(table.to_string(index=False) if len(table) else f"No version has been logged in {env} yet.")
+        shown = table.drop(columns="before").to_string(index=False)
+        typer.echo(shown if len(table) else f"No version has been logged in {env} yet.")
+        for row in table[table.before != ""].itertuples(): typer.echo(f"\nVersion {row.version} is {row.validation} now. {row.before}")
         if ws.config.gate_mode == "inform" and ((table.validation == "FAILED") & (table.aliases != "")).any():
             typer.echo(f"\nIn {env} gates inform: a version that failed one goes on and may serve.")
 
