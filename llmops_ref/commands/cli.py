@@ -22,7 +22,7 @@ from .people import people_app
 from .project import kit_app
 from .terminal import Env, Json, given, manners, me, one_of, out, patience, seen, workspace_of
 from ..core.config import SettingsError, begin_process, explain, load_config
-from ..core.files import DataError
+from ..core.files import DataError, counted
 
 # %% ../../nbs/lib/commands/cli.ipynb #56b61f8c
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -188,7 +188,7 @@ def why(
         for reason in found: typer.echo(f"  {reason}")
         if last:
             typer.echo(
-                f"It depends on {len(last['code'])} files of code, {len(last['params'])} settings ({', '.join(last['params'])}) and"
+                f"It depends on {counted(len(last['code']), 'file')} of code, {counted(len(last['params']), 'setting')} ({', '.join(last['params'])}) and"
                 f" {', '.join(last['reads'])}."
             )
 
@@ -308,7 +308,7 @@ def list_questions(
         if drafts: rows = rows[rows.draft]
         if as_json: return out(rows.to_dict("records"))
         for q in rows.itertuples(): typer.echo(f"{q.id}  {q.split:5}  {q.type:12}  {'DRAFT  ' if q.draft else ''}{seen(q.question)}")
-        typer.echo(f"{len(rows)} questions, {rows.draft.sum()} of them drafts")
+        typer.echo(f"{counted(len(rows), 'question')}, {counted(rows.draft.sum(), 'of them a draft', 'of them drafts')}")
 
 # %% ../../nbs/lib/commands/cli.ipynb #d5ca935b
 @questions_app.command("add")
@@ -387,11 +387,11 @@ def check(env: Env = "dev", as_json: Json = False):
         else:
             for p in found.itertuples(): typer.echo(f"{p.id}  {p.problem}\n      {p.fix}")
             looked = (
-                f"gold objects looked up among {len(documents):,} documents"
+                f"gold objects looked up among {counted(len(documents), 'document')}"
                 if documents is not None
                 else f"gold objects not looked up, since the stage corpus has not run in {env}"
             )
-            typer.echo(f"{len(rows)} questions, {len(found)} problems; {looked}.")
+            typer.echo(f"{counted(len(rows), 'question')}, {counted(len(found), 'problem')}; {looked}.")
         if len(found): raise typer.Exit(1)
 
 # %% ../../nbs/lib/commands/cli.ipynb #598ddae5

@@ -16,7 +16,7 @@ import typer
 
 from .terminal import By, Env, Json, manners, me, out, seen, watched, who, workspace_of
 from ..core.config import SettingsError
-from ..core.files import write_atomic
+from ..core.files import counted, write_atomic
 
 # %% ../../nbs/lib/commands/operations.ipynb #17a2dcf3
 operations_app = typer.Typer()
@@ -240,7 +240,7 @@ def compare(env: Env = "dev", as_json: Json = False):
         _show_table(table.drop(columns="app").T, False) if not as_json else _show_table(table, True)
         if not as_json:
             typer.echo(
-                f"\n{len(next(iter(answers.values())))} questions. A machine of {ws.config.machine_price:g} US dollars an hour costs as"
+                f"\n{counted(len(next(iter(answers.values()))), 'question')}. A machine of {ws.config.machine_price:g} US dollars an hour costs as"
                 f" much as the provider from {break_even(ws.config, table.usd_per_1000.iloc[0]):,.0f} questions an hour on."
             )
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.config import find_settings
-from ..core.files import write_atomic
+from ..core.files import counted, write_atomic
 from llmops_ref.core.page import (
-    SIDES, UNSEEN, answer_card, change, counted, direction, duration, gate_rows, picture, relative_link, render_page, say_gates, show,
+    SIDES, UNSEEN, answer_card, change, direction, duration, gate_rows, picture, relative_link, render_page, say_gates, show,
 )
 from ..core.significance import share_interval
 
