@@ -80,8 +80,8 @@ def check_corpus(
             (
                 bool(missing),
                 (
-                    f"{counted(len(missing), 'gold object')} of the questions not in the corpus: {missing[:3]}. Correct the question, or the"
-                    " settings `corpus` and `corpus_exclude`; with documents of your own, let `questions` name a file of your own"
+                    f"{counted(len(missing), 'gold object')} of the questions not in the corpus: {missing[:3]}. Correct the question, or"
+                    " the settings `corpus` and `corpus_exclude`; with documents of your own, let `questions` name a file of your own"
                 ),
             ),
         ]

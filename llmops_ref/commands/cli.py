@@ -119,6 +119,7 @@ def _run(ws, env, steps, force, kept):
     typer.echo(f"\nDone in {duration(record['seconds'])}.")
     for stage in record["stages"]:
         if stage["result"]: typer.echo(f"  {stage['notebook']:14} {stage['result']['headline']}")
+    if "--set " in kept: typer.echo("\nWhat --set says holds for this run; the next one without it takes what settings.ini says.")
     typer.echo(f"\nReport: {_report(ws)}\nTry:    " + "\n        ".join(f"{me()} {words}" for words in _to_try(ws, env)))
 
 # %% ../../nbs/lib/commands/cli.ipynb #7a6e0437
@@ -188,8 +189,8 @@ def why(
         for reason in found: typer.echo(f"  {reason}")
         if last:
             typer.echo(
-                f"It depends on {counted(len(last['code']), 'file')} of code, {counted(len(last['params']), 'setting')} ({', '.join(last['params'])}) and"
-                f" {', '.join(last['reads'])}."
+                f"It depends on {counted(len(last['code']), 'file')} of code, {counted(len(last['params']), 'setting')}"
+                f" ({', '.join(last['params'])}) and {', '.join(last['reads'])}."
             )
 
 # %% ../../nbs/lib/commands/cli.ipynb #6ad22139

@@ -240,8 +240,8 @@ def compare(env: Env = "dev", as_json: Json = False):
         _show_table(table.drop(columns="app").T, False) if not as_json else _show_table(table, True)
         if not as_json:
             typer.echo(
-                f"\n{counted(len(next(iter(answers.values()))), 'question')}. A machine of {ws.config.machine_price:g} US dollars an hour costs as"
-                f" much as the provider from {break_even(ws.config, table.usd_per_1000.iloc[0]):,.0f} questions an hour on."
+                f"\n{counted(len(next(iter(answers.values()))), 'question')}. A machine of {ws.config.machine_price:g} US dollars an hour"
+                f" costs as much as the provider from {break_even(ws.config, table.usd_per_1000.iloc[0]):,.0f} questions an hour on."
             )
 
 # %% ../../nbs/lib/commands/operations.ipynb #1cfe1fdc

@@ -136,7 +136,10 @@ def adopt(
         kinds = ", ".join(f"{n} {kind}" for kind, n in plan.documents.kind.value_counts().items())
         typer.echo(
             f"{counted(len(plan.documents), 'document')}, {counted(plan.documents.words.sum(), 'word')}: {kinds}"
-            + (f"; {counted(len(left_out), 'file')} left out, such as {left_out.source.iloc[0]} ({left_out.problem.iloc[0]})" if len(left_out) else "")
+            + (
+                f"; {counted(len(left_out), 'file')} left out, such as {left_out.source.iloc[0]} ({left_out.problem.iloc[0]})"
+                if len(left_out) else ""
+            )
         )
         typer.echo(
             f"{counted(len(plan.drafts), 'draft question')}{' would go' if dry_run else ''} to {plan.questions}"
@@ -182,7 +185,8 @@ def upgrade(
         now, changed, conflicts = upgrade_project(root, ref)
         if as_json: out(dict(before=vars(before), now=vars(now), changed=changed, conflicts=conflicts))
         elif conflicts:
-            typer.secho(f"Of {counted(len(changed), 'changed file')}, {counted(len(conflicts), 'has', 'have')} conflicts:", fg="yellow", err=True)
+            have = counted(len(conflicts), "has", "have")
+            typer.secho(f"Of {counted(len(changed), 'changed file')}, {have} conflicts:", fg="yellow", err=True)
             for name in conflicts: typer.echo(f"  {name}", err=True)
             if "pyproject.toml" in conflicts: typer.echo(f"In pyproject.toml, [tool.upstream], write commit = \"{now.commit}\".", err=True)
             typer.echo(
@@ -231,7 +235,8 @@ def doctor(
         if as_json: out(dict(env=env, findings=[vars(f) for f in findings]))
         else:
             typer.echo(
-                f"\n{counted(len(findings), 'thing')} looked at: {bad or 'none'} would stop a run{f', {notes} could be better' if notes else ''}."
+                f"\n{counted(len(findings), 'thing')} looked at: {bad or 'none'} would stop a run"
+                f"{f', {notes} could be better' if notes else ''}."
             )
         if bad: raise typer.Exit(1)
 

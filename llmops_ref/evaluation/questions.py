@@ -140,7 +140,8 @@ def _gold_problems(questions, ids):
     if other := len(missing) > max(5, sum(map(len, questions.gold)) / 10):
         yield (
             missing[0][0],
-            f"{counted(len(missing), 'gold object is', 'gold objects are')} not among the documents: {', '.join(g for _, g in missing[:3])}, ...",
+            f"{counted(len(missing), 'gold object is', 'gold objects are')} not among the documents:"
+            f" {', '.join(g for _, g in missing[:3])}{', ...' if missing[3:] else ''}",
             (
                 "Another corpus, or a package at another version? Let the settings `corpus` and `questions` go together, or correct the"
                 " questions."

@@ -368,7 +368,10 @@ def chat_app(
     return app
 
 # %% ../../nbs/lib/feedback/chat.ipynb #264a679f
-SMALL = "a an the of to for in on at by with from and or is are was be do does did can may must i you my your we it what who how when about know".split()
+SMALL = (
+    "a an the of to for in on at by with from and or is are was be do does did can may must i you my your we it what who how when"
+    " about know"
+).split()
 
 def example_questions(
     ws: Workspace,

@@ -130,7 +130,9 @@ def _notes(root, corpus, documents, config, tuned):
             " the model does; `--app third_party` asks a provider's, which writes."
         )
     if config.corpus not in ("packages", corpus):
-        notes.append(f"Until now the documents were those of {config.corpus}. Their questions stay in {config.questions}, and nobody asks them.")
+        notes.append(
+            f"Until now the documents were those of {config.corpus}. Their questions stay in {config.questions}, and nobody asks them."
+        )
     if Path(corpus).is_absolute():
         notes.append(
             "The folder is outside the project, so only this machine finds it there. Move it in, and adopt it again, before others run"

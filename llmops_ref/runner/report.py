@@ -61,7 +61,8 @@ def _sentence(passed, version, live, before, stopped, env, waiting="", champion=
         return f"{who} passed validation" + (" and is deployed" if str(live) == str(version) else f"; version {live} is deployed")
     if passed: return f"{who} passed validation and is not deployed" + (f", because {stopped} failed" if stopped else " yet")
     if version and str(champion) == str(version):      # it was judged anew, and nothing was deployed
-        return f"{who} serves already and did not pass validation this time; it goes on serving" + f", as gates only inform in {env}" * bool(live)
+        inform = f", as gates only inform in {env}" * bool(live)
+        return f"{who} serves already and did not pass validation this time; it goes on serving{inform}"
     if live and live != before:
         return (
             f"{who} did not pass validation; {'it' if str(live) == str(version) else f'version {live}'} is deployed all the same, as gates"

@@ -264,11 +264,14 @@ def check_pairs(
     leaked = sorted(gold & set(pairs.shown.explode().map(document_of))) + [q for q in pairs.question if q.strip().lower() in asked]
     if leaked:
         raise DataError(
-            f"Training pairs are contaminated by {counted(len(leaked), 'document or question', 'documents or questions')} of the test split, such as {leaked[0]!r}."
+            f"Training pairs are contaminated by {counted(len(leaked), 'document or question', 'documents or questions')} of the test"
+            f" split, such as {leaked[0]!r}."
             f" {fix}"
         )
     between = set(pairs[pairs.split == "train"].shown.explode()) & set(pairs[pairs.split == "validation"].shown.explode())
-    if between: raise DataError(f"{counted(len(between), 'entry is', 'entries are')} shown both in training and in validation, such as {min(between)!r}. {fix}")
+    if between:
+        are = counted(len(between), "entry is", "entries are")
+        raise DataError(f"{are} shown both in training and in validation, such as {min(between)!r}. {fix}")
     return dict(
         train=int(counts["train"]), validation=int(counts["validation"]), refusals=int((pairs.document_id == "").sum()),
         by_people=int((pairs.kind == "human").sum()), reviewed=int((pairs.kind == "reviewed").sum()),
