@@ -1,5 +1,5 @@
 """A slow or busy machine gets a slower run, never a failed one: every bound in seconds, where gates inform and where they raise."""
-import sys
+import re, sys
 from functools import partial
 
 import numpy as np
