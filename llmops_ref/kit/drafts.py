@@ -47,7 +47,8 @@ def _leads(heading): return heading.partition(" ")[0].lower() in LEADING
 def _asked(heading, form):                          # "In winter" is about nothing, and "Bulbs?" alone asks for anything
     if _leads(heading): form = "What applies {}?"
     elif form == "{}?" and " " not in heading: form = "What about {}?"
-    return form.replace("{}", lower_first(heading))
+    title = any(word[:1].isupper() for word in heading.split()[1:])     # Azure DevOps, or Every Word Like This
+    return form.replace("{}", heading if title else lower_first(heading))
 
 def _draft(c, heading, rng, teacher):
     if teacher and (written := teacher({c.id: c.text}).get(c.id)): return "howto", *written[0]
