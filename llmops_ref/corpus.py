@@ -12,7 +12,7 @@ import hashlib
 
 import pandas as pd
 
-from .core.files import DataError, file_digest
+from .core.files import DataError, counted, file_digest
 from .core.workspace import Workspace
 from .documents import chunking
 from .documents.chunking import make_chunks
@@ -80,8 +80,8 @@ def check_corpus(
             (
                 bool(missing),
                 (
-                    f"{len(missing)} gold objects of the questions are not in the corpus: {missing[:3]}. Correct the question, or the"
-                    " settings `corpus` and `corpus_exclude`; with documents of your own, let `questions` name a file of your own"
+                    f"{counted(len(missing), 'gold object')} of the questions not in the corpus: {missing[:3]}. Correct the question, or"
+                    " the settings `corpus` and `corpus_exclude`; with documents of your own, let `questions` name a file of your own"
                 ),
             ),
         ]

@@ -125,7 +125,7 @@ def prompt_gates(
 def report_table(
     winner: pd.DataFrame, # From `answer_all`
     base: pd.DataFrame, # The same questions
-) -> pd.DataFrame: # One row a score: `metric base winner difference detectable p_value verdict n`
+) -> pd.DataFrame: # One row a score: `metric base winner difference detectable needed p_value n verdict`
     "Every score of both, with the paired difference and what these questions could have told."
     rows = []
     for measure in MEASURES:
@@ -134,8 +134,8 @@ def report_table(
         rows.append(
             dict(
                 metric=measure, base=float(b.mean()), winner=float(a.mean()),
-                difference=f"{c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}]", detectable=c.detectable, p_value=c.p_value,
-                n=c.n, verdict=turned.get(c.verdict, c.verdict),
+                difference=f"{c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}]", detectable=c.detectable,
+                needed=c.needed if c.why else None, p_value=c.p_value, n=c.n, verdict=turned.get(c.verdict, c.verdict),
             )
         )
     return pd.DataFrame(rows)

@@ -104,12 +104,14 @@ def _answer_gates(config, scores):
     gates = []
     if _known(scores, "names_gold"): gates.append(Gate("names_gold", scores["names_gold"], config.gate_names_gold))
     if _known(scores, "says_reference"): gates.append(Gate("says_reference", scores["says_reference"], config.gate_says_reference))
+    answerable = bool(gates)
     if not gates: gates.append(Gate("names_gold", float("nan"), config.gate_names_gold))      # there must be questions that can be answered
     if config.retrieval != "off":                   # there are passages
         gates.append(Gate("citation_precision", scores["citation_precision"], config.gate_citation_precision))
         gates.append(Gate("grounded", scores["grounded"], config.gate_prompt_grounded))
     gates.append(Gate("readable", scores["readable"], config.gate_prompt_readable))
     gates.append(Gate("refused", scores["refused"], config.gate_refusal_recall))
+    if answerable: gates.append(Gate("refused_wrongly", scores["refused_wrongly"], config.gate_refused_wrongly, at_least=False))
     gates.append(Gate("failed answers", scores["failed"], 0, at_least=False))
     gates.append(_seconds_gate(config, scores, "p95_seconds", config.gate_p95_seconds))
     return gates
@@ -295,7 +297,8 @@ def record_verdict(
         mlflow.log_dict(evidence, "evidence.json")
         mlflow.log_artifact(str(page), "evidence")
     for tag, value in dict(
-        model_validation_run=run.info.run_id if run else "", model_validation_time=str(evidence["time"]), model_validation_status=verdict
+        model_validation_run=run.info.run_id if run else "", model_validation_time=str(evidence["time"]),
+        model_validation_before=evidence.get("before", "")[:250], model_validation_status=verdict,
     ).items():
         client.set_model_version_tag(name, version, tag, value)
     if not failed or ws.config.gate_mode == "inform":
@@ -310,11 +313,13 @@ def block(
     version: str,
     gates: list[Gate],
     advice: str = "", # What else could be done, from `advise_quotes`
+    champion: str | None = None, # The version that serves
 ) -> None:
     "Raise `DataError` when a gate does not hold and the environment's gates raise: the end of the line for this version."
     failed = [g.broken for g in gates if not g.holds]
     if failed and config.gate_mode == "raise":
+        then = "serves already and goes on serving; no other is deployed" if version == champion else "is not deployed"
         raise DataError(
-            f"Validation failed: {'; '.join(failed)}. Version {version} is not deployed. Read its answers in the report, mend the stage"
+            f"Validation failed: {'; '.join(failed)}. Version {version} {then}. Read its answers in the report, mend the stage"
             " that is to blame, and run again." + f" {advice}" * bool(advice)
         )

@@ -167,6 +167,16 @@ def test_what_overrides_an_adopted_setting_is_named(project):
     mixed_documents(project.root / "handbook")
     done = project.inside("adopt", "handbook", CORPUS="packages")
     assert done.returncode == 1 and "Without effect" in done.stderr and "LLMOPS_CORPUS" in done.stderr
+    again = project.inside("adopt", "handbook", CORPUS="packages")
+    assert again.returncode == 1 and again.stderr == done.stderr, "nothing was left to change, and it is without effect all the same"
+
+
+def test_a_project_without_its_data_adopts_nothing(project):
+    mixed_documents(project.root / "handbook")
+    (project.root / "data").rename(project.root / "away")
+    try: done = project.inside("adopt", "handbook")
+    finally: (project.root / "away").rename(project.root / "data")
+    assert done.returncode == 1 and done.stderr.startswith("Error: The project has no folder data") and "git checkout" in done.stderr
 
 
 def test_what_cannot_be_adopted(project):

@@ -1,5 +1,5 @@
 """A slow or busy machine gets a slower run, never a failed one: every bound in seconds, where gates inform and where they raise."""
-import sys
+import re, sys
 from functools import partial
 
 import numpy as np
@@ -22,7 +22,7 @@ from llmops_ref.core.files import DataError
 from llmops_ref.core.workspace import open_workspace
 
 MODES = ["inform", "raise"]
-SCORES = dict(names_gold=0.8, citation_precision=0.9, grounded=0.9, readable=1.0, refused=0.7, failed=0, p95_seconds=11.9)
+SCORES = dict(names_gold=0.8, citation_precision=0.9, grounded=0.9, readable=1.0, refused=0.7, refused_wrongly=0.1, failed=0, p95_seconds=11.9)
 
 
 def workspace(folder, gate_mode, **settings):
@@ -67,7 +67,7 @@ def test_a_slow_candidate_of_validation(gate_mode):
     if gate_mode == "inform":
         assert failed == [] and found.word == "PASSED"
         for reasons in (found.reasons, evidence_reasons(dict(gates=rows))):
-            assert "gates that judge hold" in reasons[0]
+            assert re.fullmatch(r"All \d+ gates hold, 1 other only informs\.", reasons[0]), "what only informs does not count as held"
             assert any(r.startswith("Attention: p95_seconds is 11.9, beyond its bound of 6") for r in reasons)
         assert [g.metric for g in check_gates(config, SCORES | dict(names_gold=0.0)) if not g.holds] == ["names_gold"]
     else:

@@ -101,6 +101,7 @@ def test_the_command_for_a_scheduler(finished, tmp_path):
         stdin="".join(f"How do I log {what}?\n" for what in ("a metric", "a parameter", "a model", "an artifact")),
     )
     assert asked.returncode == 0, asked.stderr
+    run = (project.root / "runs" / "staging" / "latest").resolve()
     calm = project.llmops("monitor", "--env", "staging", "--fail-on", "breach", MONITORING_MAX_P95_SECONDS="0.001", MONITORING_PROBES="0")
     assert calm.returncode == 0, "where gates inform, slow answers are said and are no alarm: " + calm.stdout + calm.stderr
     broken = project.llmops(
@@ -114,6 +115,7 @@ def test_the_command_for_a_scheduler(finished, tmp_path):
         "llmops versions --env staging",
         "llmops rollback --env staging",
     ), "the second, if other tests had asked another version"
+    assert (project.root / "runs" / "staging" / "latest").resolve() == run, "a look is no run: the last report stays where it was"
     page = (project.root / said["page"]).read_text()
     assert "1 ALARM" in page and "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
     ws = open_workspace(load_config("staging", project.root))

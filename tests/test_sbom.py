@@ -84,7 +84,7 @@ def test_a_licence_that_changed_since_fails_by_name(shelf, tmp_path):
     found = forbidden_licences(ours, ws.config.licences, today)
     assert found == ["base model HuggingFaceTB/SmolLM2-135M-Instruct: cc-by-nc-4.0 today"]
     config = load_config("prod", ROOT, platform="local", red_team="", regressions="", gates=[])
-    scores = dict.fromkeys("names_gold citation_precision grounded readable refused failed p95_seconds".split(), 0.0)
+    scores = dict.fromkeys("names_gold citation_precision grounded readable refused refused_wrongly failed p95_seconds".split(), 0.0)
     gate, = [gate for gate in check_gates(config, scores, forbidden=found) if gate.metric.startswith("forbidden licences")]
     assert not gate.holds
     with pytest.raises(DataError, match=r"forbidden licences \(base model HuggingFaceTB/SmolLM2-135M-Instruct: cc-by-nc-4.0 today\)"):

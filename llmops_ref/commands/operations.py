@@ -16,7 +16,7 @@ import typer
 
 from .terminal import By, Env, Json, manners, me, out, seen, watched, who, workspace_of
 from ..core.config import SettingsError
-from ..core.files import write_atomic
+from ..core.files import counted, write_atomic
 
 # %% ../../nbs/lib/commands/operations.ipynb #17a2dcf3
 operations_app = typer.Typer()
@@ -109,7 +109,9 @@ def versions(
         if remove: remove_version(ws, remove)
         table = list_versions(ws)
         if as_json: return out(table.to_dict("records"))
-        typer.echo(table.to_string(index=False) if len(table) else f"No version has been logged in {env} yet.")
+        shown = table.drop(columns="before").to_string(index=False)
+        typer.echo(shown if len(table) else f"No version has been logged in {env} yet.")
+        for row in table[table.before != ""].itertuples(): typer.echo(f"\nVersion {row.version} is {row.validation} now. {row.before}")
         if ws.config.gate_mode == "inform" and ((table.validation == "FAILED") & (table.aliases != "")).any():
             typer.echo(f"\nIn {env} gates inform: a version that failed one goes on and may serve.")
 
@@ -238,8 +240,8 @@ def compare(env: Env = "dev", as_json: Json = False):
         _show_table(table.drop(columns="app").T, False) if not as_json else _show_table(table, True)
         if not as_json:
             typer.echo(
-                f"\n{len(next(iter(answers.values())))} questions. A machine of {ws.config.machine_price:g} US dollars an hour costs as"
-                f" much as the provider from {break_even(ws.config, table.usd_per_1000.iloc[0]):,.0f} questions an hour on."
+                f"\n{counted(len(next(iter(answers.values()))), 'question')}. A machine of {ws.config.machine_price:g} US dollars an hour"
+                f" costs as much as the provider from {break_even(ws.config, table.usd_per_1000.iloc[0]):,.0f} questions an hour on."
             )
 
 # %% ../../nbs/lib/commands/operations.ipynb #1cfe1fdc

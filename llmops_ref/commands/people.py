@@ -161,7 +161,7 @@ def monitor(
         ws = workspace_of(env)
         steps = make_plan(ws, only=find_stage("monitoring"), force=True)
         preflight(ws, [step.stage for step in steps])
-        try: record = run_pipeline(ws, steps, True, command="llmops monitor")
+        try: record = run_pipeline(ws, steps, True, command="llmops monitor", latest=False)
         except StageFailed as failure: raise DataError(f"{failure.stage.notebook} failed: {failure.error}") from None
         seen = next(s["result"] for s in record["stages"] if s["name"] == "monitoring")
         details, page = seen["details"], os.path.relpath(ws.path("monitoring", "page.html"))

@@ -16,7 +16,7 @@ import typer
 
 from .terminal import Env, Json, manners, me, one_of, out
 from ..core.config import SettingsError, find_settings, load_config
-from ..core.files import DataError
+from ..core.files import DataError, counted
 
 # %% ../../nbs/lib/commands/project.ipynb #33a65cbd
 kit_app = typer.Typer()
@@ -69,7 +69,7 @@ def init(
         if host and not re.fullmatch(r"https://[\w.-]+/?", host):
             raise SettingsError(f"--host takes the address of a workspace, such as https://adb-1.2.azuredatabricks.net; not {host!r}.")
         typer.echo(
-            f"{old.name} becomes {new.name}: {plan.places.sum():,} places in {len(plan)} files."
+            f"{old.name} becomes {new.name}: {counted(plan.places.sum(), 'place')} in {counted(len(plan), 'file')}."
             if len(plan)
             else f"It is called {new.name} already."
         )
@@ -135,20 +135,23 @@ def adopt(
             )
         kinds = ", ".join(f"{n} {kind}" for kind, n in plan.documents.kind.value_counts().items())
         typer.echo(
-            f"{len(plan.documents)} documents, {plan.documents.words.sum():,} words: {kinds}"
-            + (f"; {len(left_out)} files left out, such as {left_out.source.iloc[0]} ({left_out.problem.iloc[0]})" if len(left_out) else "")
+            f"{counted(len(plan.documents), 'document')}, {counted(plan.documents.words.sum(), 'word')}: {kinds}"
+            + (
+                f"; {counted(len(left_out), 'file')} left out, such as {left_out.source.iloc[0]} ({left_out.problem.iloc[0]})"
+                if len(left_out) else ""
+            )
         )
         typer.echo(
-            f"{len(plan.drafts)} draft questions{' would go' if dry_run else ''} to {plan.questions}"
+            f"{counted(len(plan.drafts), 'draft question')}{' would go' if dry_run else ''} to {plan.questions}"
             + f", beside the {plan.kept} there" * bool(plan.kept)
         )
         for row in plan.drafts.drop_duplicates("type").itertuples(): typer.echo(f"  {row.type:13} {row.question}")
-        typer.echo(f"{len(plan.settings)} settings {'would change' if dry_run else 'changed'}{':' if plan.settings else '.'}")
+        typer.echo(f"{counted(len(plan.settings), 'setting')} {'would change' if dry_run else 'changed'}{':' if plan.settings else '.'}")
         for (section, key), value in plan.settings.items(): typer.echo(f"  [{section}] {key} = {value}")
         if plan.gone:
             typer.secho(
-                f"{len(plan.gone)} questions are about pages that are gone, and a run stops at them: {', '.join(plan.gone[:5])}. Delete"
-                f" their lines in {plan.questions}.",
+                f"{counted(len(plan.gone), 'question is', 'questions are')} about pages that are gone, and a run stops there:"
+                f" {', '.join(plan.gone[:5])}. Delete what stands about them in {plan.questions}.",
                 fg="yellow",
                 err=True,
             )
@@ -182,7 +185,8 @@ def upgrade(
         now, changed, conflicts = upgrade_project(root, ref)
         if as_json: out(dict(before=vars(before), now=vars(now), changed=changed, conflicts=conflicts))
         elif conflicts:
-            typer.secho(f"{len(conflicts)} of {len(changed)} changed files have conflicts:", fg="yellow", err=True)
+            have = counted(len(conflicts), "has", "have")
+            typer.secho(f"Of {counted(len(changed), 'changed file')}, {have} conflicts:", fg="yellow", err=True)
             for name in conflicts: typer.echo(f"  {name}", err=True)
             if "pyproject.toml" in conflicts: typer.echo(f"In pyproject.toml, [tool.upstream], write commit = \"{now.commit}\".", err=True)
             typer.echo(
@@ -193,7 +197,7 @@ def upgrade(
         else:
             typer.echo(
                 f"{now.name} {now.version}, commit {now.commit[:12]}: "
-                + (f"{len(changed)} files changed, committed. Next: make test" if changed else "nothing is new.")
+                + (f"{counted(len(changed), 'file')} changed, committed. Next: make test" if changed else "nothing is new.")
             )
         if conflicts: raise typer.Exit(1)
 
@@ -231,7 +235,8 @@ def doctor(
         if as_json: out(dict(env=env, findings=[vars(f) for f in findings]))
         else:
             typer.echo(
-                f"\n{len(findings)} things looked at: {bad or 'none'} would stop a run{f', {notes} could be better' if notes else ''}."
+                f"\n{counted(len(findings), 'thing')} looked at: {bad or 'none'} would stop a run"
+                f"{f', {notes} could be better' if notes else ''}."
             )
         if bad: raise typer.Exit(1)
 

@@ -146,6 +146,7 @@ class _Gates(_Tuning):
     gate_says_reference: float
     gate_citation_precision: float
     gate_refusal_recall: float
+    gate_refused_wrongly: float
     gate_p95_seconds: float
     red_team: str
     red_team_attacks: int
@@ -252,8 +253,9 @@ def _check_range(key, value):
             raise ValueError("a number of 4 or more: the held-out pairs tell when training should end")
         if (
             key in (
-                "gate_names_gold", "gate_says_reference", "gate_citation_precision", "gate_refusal_recall", "gate_attacks",
-                "gate_regressions", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language", "corpus_max_unreadable",
+                "gate_names_gold", "gate_says_reference", "gate_citation_precision", "gate_refusal_recall", "gate_refused_wrongly",
+                "gate_attacks", "gate_regressions", "gate_prompt_grounded", "gate_prompt_readable", "gate_prompt_in_language",
+                "corpus_max_unreadable",
             ) and value > 1
             or key.startswith("monitoring_max_") and key not in ("monitoring_max_p95_seconds", "monitoring_max_cost_per_1000") and value > 1
         ):

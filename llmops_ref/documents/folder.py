@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.config import SettingsError, load_config
-from ..core.files import DataError, folder_digest, visible_files
+from ..core.files import DataError, counted, folder_digest, visible_files
 from ..core.workspace import Workspace, open_workspace
 from ..models.embedding import clean_text
 
@@ -219,7 +219,8 @@ def read_folder(
     rows = rows.sort_values("id", key=lambda ids: ids.map(lambda id: (len(id), id)), ignore_index=True)
     bad = rows[rows.text == ""]
     if len(bad) > max_unreadable * len(files):
-        raise DataError(f"{len(bad)} of the {len(files)} files in {root} cannot be read, and the share that may be is {max_unreadable:g}: "
+        raise DataError(f"{len(bad)} of the {counted(len(files), 'file')} in {root} cannot be read, and the share that may be is"
+                        f" {max_unreadable:g}: "
                         + "; ".join(f"{row.id}: {row.problem}" for row in bad.head(3).itertuples()) + "; …" * (len(bad) > 3)
                         + ". Remove, mend or decrypt them, name them in `corpus_exclude`, or raise `corpus_max_unreadable`.")
     first = rows.groupby("text").id.transform("first")

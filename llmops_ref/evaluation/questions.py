@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.config import SettingsError
-from ..core.files import DataError, write_atomic
+from ..core.files import DataError, counted, write_atomic
 from ..core.scoring import REFUSAL, is_page, is_refusal, names_gold
 from ..core.workspace import Workspace
 from ..documents.chunking import PAGES
@@ -140,7 +140,8 @@ def _gold_problems(questions, ids):
     if other := len(missing) > max(5, sum(map(len, questions.gold)) / 10):
         yield (
             missing[0][0],
-            f"{len(missing)} gold objects are not among the documents: {', '.join(g for _, g in missing[:3])}, ...",
+            f"{counted(len(missing), 'gold object is', 'gold objects are')} not among the documents:"
+            f" {', '.join(g for _, g in missing[:3])}{', ...' if missing[3:] else ''}",
             (
                 "Another corpus, or a package at another version? Let the settings `corpus` and `questions` go together, or correct the"
                 " questions."

@@ -27,14 +27,11 @@ def request_row(
 ) -> dict: # Keys as `COLUMNS`
     "Flatten one trace; what a failed request did not get to is empty."
     root, info = next((s for s in trace.data.spans if s.parent_id is None), None), trace.info
-    outputs = (root.outputs if root is not None else None) or {}
     custom = next(
         (s.outputs["custom_outputs"] for s in trace.data.spans if isinstance(s.outputs, dict) and s.outputs.get("custom_outputs")), {}
     )  # that of a stream is not in the root
-    text = " ".join(part["text"] for item in outputs.get("output", []) for part in item.get("content", []) if "text" in part)
-    inputs = (root.inputs or {}).get("request") or root.inputs or {} if root is not None else {}
-    asked = [m["content"] for m in inputs.get("input", []) if m.get("role") == "user"]
-    question, passages, refused = str(asked[-1]) if asked else "", custom.get("passages", []), is_refusal(text)
+    question, text = (_asked(root.inputs), _answered(root.outputs)) if root is not None else ("", "")
+    passages, refused = custom.get("passages", []), is_refusal(text)
     ids, texts = [p["document_id"] for p in passages], [p["text"] for p in passages]
     said = bool(passages and text and not refused)
     names = said and not all(map(is_page, ids))         # a page says no names that could be invented
@@ -55,6 +52,20 @@ def request_row(
         status="STOPPED" if any(s.attributes.get("stopped") for s in trace.data.spans) else str(info.state.value),
         error=_error(trace), server=str(info.tags.get("server", "")), sequence=int(number) if number.isdigit() else 0,
     )
+
+# %% ../../nbs/lib/feedback/inference_table.ipynb #d6c348bb
+def _text(value):                                   # of words, a message, a part of one, or a list of those
+    if isinstance(value, dict): value = value.get("text") or value.get("content")
+    if isinstance(value, list): return " ".join(filter(None, map(_text, value)))
+    return value if isinstance(value, str) else ""
+
+def _asked(inputs):
+    inputs = inputs.get("request") or inputs if isinstance(inputs, dict) else inputs
+    said = next(filter(None, map(inputs.get, ("input", "messages", "question"))), "") if isinstance(inputs, dict) else inputs
+    if isinstance(said, list): said = [m for m in said if isinstance(m, dict) and m.get("role") == "user"][-1:]
+    return _text(said)
+
+def _answered(outputs): return _text(outputs.get("output") or outputs.get("answer") if isinstance(outputs, dict) else outputs)
 
 # %% ../../nbs/lib/feedback/inference_table.ipynb #8134c2c1
 def _error(trace):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ..core.config import Config
-from ..core.files import DataError
+from ..core.files import DataError, counted
 from ..core.workspace import Workspace
 from ..evaluation.reviewed import cases_of, reviewed_cases
 from .inference_table import count_lost
@@ -218,12 +218,15 @@ def find_triggers(
     )
     if quality and cases and config.app == "self_hosted" and config.finetune == "on":
         add(
-            "quality drop, with new labels", "finetune", f"{said(quality)}; {cases} reviewed cases are not learned yet",
+            "quality drop, with new labels", "finetune",
+            f"{said(quality)}; {counted(cases, 'reviewed case is', 'reviewed cases are')} not learned yet",
             f"llmops run --env {config.env} --from corpus",
         )
     elif [q for q in quality if q != "thumbs down"]:
         add("prompt regression", "prompts", said(quality), f"llmops run --env {config.env} --from prompts --force")
-    elif quality: add("unhappy users", "review", f"{said(quality)}; {waiting} votes wait for a person", f"llmops review --env {config.env}")
+    elif quality:
+        wait = counted(waiting, "vote waits", "votes wait")
+        add("unhappy users", "review", f"{said(quality)}; {wait} for a person", f"llmops review --env {config.env}")
     if found := breached("errors", "slow answers", "dear answers", "answers without a record", "probes without an answer"):
         add(
             "operations", "deployment", said(found) + ("; more than one version answered" if versions > 1 else ""),

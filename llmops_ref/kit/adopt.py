@@ -50,6 +50,7 @@ class Adoption:
     settings: dict[tuple[str, str], str] # (section, key) -> value, where `settings.ini` says something else
     tuned: bool # Whether there is enough to train on
     notes: list[str] # What a person should know
+    wanted: dict[tuple[str, str], str] # All settings that adopting needs, those among them that are there already
 
 # %% ../../nbs/lib/kit/adopt.ipynb #f7917934
 def _place(folder, root):                           # as settings.ini names it: within the project by a relative path
@@ -76,6 +77,9 @@ def plan_adoption(
             f"There is no folder {folder}. Name one with documents: Markdown, HTML, reStructuredText, PDF, notebooks or text."
         )
     corpus, before = _place(folder, root), load_config("dev", root)
+    for needed in ("data", *[FOR_PAGES["DEFAULT", "prompts"]] * (before.corpus == "packages")):
+        if not (root / needed).is_dir():
+            raise SettingsError(f"The project has no folder {needed}, which adopting needs. Bring it back: git checkout -- {needed}")
     questions = Path("data") / f"{_file_name(Path(corpus).name if Path(corpus).is_absolute() else corpus)}_questions.jsonl"
     config = load_config("dev", root, corpus=corpus)
     ws = open_workspace(config)
@@ -103,7 +107,7 @@ def plan_adoption(
     gone = [q.id for q in there.itertuples() if not set(q.gold) <= set(documents.id)]
     return Adoption(
         documents, problems, questions, drafts, len(there), gone, setting_changes(root, wanted), tuned,
-        _notes(root, corpus, documents, before, tuned),
+        _notes(root, corpus, documents, before, tuned), wanted,
     )
 
 # %% ../../nbs/lib/kit/adopt.ipynb #1311a556
@@ -124,6 +128,10 @@ def _notes(root, corpus, documents, config, tuned):
         notes.append(
             "Too few sentences to train on. Where nobody is trained, the best sentence is quoted as it stands if that answers better than"
             " the model does; `--app third_party` asks a provider's, which writes."
+        )
+    if config.corpus not in ("packages", corpus):
+        notes.append(
+            f"Until now the documents were those of {config.corpus}. Their questions stay in {config.questions}, and nobody asks them."
         )
     if Path(corpus).is_absolute():
         notes.append(
@@ -173,5 +181,5 @@ def adopt_folder(
         for env in ("dev", "staging", "prod")
         for row in explain(load_config(env, root))
         for key in ("corpus", "questions", "prompts")
-        if row["key"] == key and ("DEFAULT", key) in plan.settings and str(row["value"]) != plan.settings["DEFAULT", key]
+        if row["key"] == key and str(row["value"]) != plan.wanted.get(("DEFAULT", key), str(row["value"]))
     ]

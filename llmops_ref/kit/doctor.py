@@ -18,7 +18,7 @@ import pandas as pd
 import psutil
 
 from ..core.config import Config, SettingsError, load_config
-from ..core.files import DataError
+from ..core.files import DataError, counted
 from ..core.machine import usable_cores
 from ..core.workspace import open_workspace
 from .fork import FIRST_PAGE, git, read_identity, read_upstream
@@ -466,8 +466,8 @@ def _sample_data(root, config, taken):
             Finding(
                 "drafts",
                 "note",
-                f"{rows.draft.sum()} questions wait for a review, and "
-                + ("flatter what is measured in dev" if config.draft_questions else "are asked by nobody until then"),
+                counted(rows.draft.sum(), "question waits", "questions wait") + " for a review: "
+                + ("drafts flatter what is measured in dev" if config.draft_questions else "nobody asks a draft"),
                 "llmops questions list --drafts; llmops questions review <id> --accept",
             )
         )

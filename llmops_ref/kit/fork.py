@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.config import SettingsError
-from ..core.files import DataError, write_atomic
+from ..core.files import DataError, counted, write_atomic
 
 # %% ../../nbs/lib/kit/fork.ipynb #e3d432c7
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def check_clean(root: Path | str) -> None:
         raise SettingsError("This is no git repository. Make it one first: git init && git add -A && git commit -m 'Begin'") from None
     if changed:
         raise SettingsError(
-            f"{len(changed)} files are not committed, among them {changed[0][3:]}. Commit or stash them first: git stash"
+            f"{counted(len(changed), 'file is', 'files are')} not committed, such as {changed[0][3:]}. Commit or stash first: git stash"
             " --include-untracked"
         )
     try: git(root, "var", "GIT_COMMITTER_IDENT")

@@ -6,7 +6,7 @@ Reads a version with a verdict, and its evidence. Leaves a person's decision on 
 
 # %% auto #0
 __all__ = ['TASK', 'recorded_digest', 'ApprovalNeeded', 'approval_state', 'check_approved', 'to_decide', 'read_evidence',
-           'decide', 'list_versions']
+           'earlier_evidence', 'decide', 'list_versions']
 
 # %% ../../nbs/lib/release/approval.ipynb #113f4d8d
 import os, time
@@ -116,6 +116,16 @@ def read_evidence(
             f" {ws.config.env} --only validation --force`."
         ) from None
 
+# %% ../../nbs/lib/release/approval.ipynb #65b7edab
+def earlier_evidence(
+    ws: Workspace,
+    facts: dict, # From `version_facts`
+) -> dict: # Empty where there is none
+    "The evidence of the last validation of a version."
+    if not facts.get("model_validation_run"): return {}
+    try: return read_evidence(ws, facts)
+    except DataError: return {}
+
 # %% ../../nbs/lib/release/approval.ipynb #3ce9ffee
 def decide(
     ws: Workspace,
@@ -144,7 +154,7 @@ def decide(
     return tags
 
 # %% ../../nbs/lib/release/approval.ipynb #9d5c8a6b
-def list_versions(ws: Workspace) -> pd.DataFrame: # Columns `version aliases validation approval by digest commit`, the newest first
+def list_versions(ws: Workspace) -> pd.DataFrame: # Columns `version aliases validation approval by digest commit before`, the newest first
     "The registered versions of the assistant, and what became of each."
     client, name = ws.mlflow().MlflowClient(), ws.registered("assistant")
     rows = []
@@ -155,6 +165,7 @@ def list_versions(ws: Workspace) -> pd.DataFrame: # Columns `version aliases val
                 version=str(v.version), aliases=", ".join(sorted(v.aliases)),
                 validation=v.tags.get("model_validation_status", ""), approval=v.tags.get(TASK, ""),
                 by=v.tags.get("approval_by", ""), digest=v.tags.get("digest", "")[:12], commit=v.tags.get("git_commit", ""),
+                before=v.tags.get("model_validation_before", ""),
             )
         )
-    return pd.DataFrame(rows, columns=["version", "aliases", "validation", "approval", "by", "digest", "commit"])
+    return pd.DataFrame(rows, columns=["version", "aliases", "validation", "approval", "by", "digest", "commit", "before"])

@@ -130,11 +130,12 @@ def rollback(
                 f"There is no earlier champion in {ws.config.env} to go back to: "
                 + (f"only version {current} was ever deployed." if current else "nothing was ever deployed.")
             )
-        verdict = version_facts(ws, previous).get("model_validation_status", "PENDING")
+        facts = version_facts(ws, previous)
+        verdict, before = facts.get("model_validation_status", "PENDING"), facts.get("model_validation_before", "")
         if verdict != "PASSED" and not any_verdict:
             raise DataError(
-                f"Version {previous}, which served before, is {verdict}: when it was validated last it did not pass its gates. To go back"
-                f" to it all the same: `llmops rollback --env {ws.config.env} --yes`."
+                f"Version {previous}, which served before, is {verdict}: when it was validated last it did not pass its gates."
+                + f" {before}" * bool(before) + f" To go back to it all the same: `llmops rollback --env {ws.config.env} --yes`."
                 f" `llmops versions --env {ws.config.env}` lists the others."
             )
         host = host or open_host(ws)

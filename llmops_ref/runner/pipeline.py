@@ -300,6 +300,7 @@ def run_pipeline(
     force: bool = False,
     view=None, # Hears what happens; see `Quiet`
     command: str = "llmops run", # For the report
+    latest: bool = True, # Whether `runs/<env>/latest` leads to this run from now on
 ) -> dict: # The record of the run, as the report takes it
     """Run the steps of a plan in order and write the report.
 
@@ -325,7 +326,7 @@ def run_pipeline(
             if state == "waiting": waiting = why
         status = "failed" if failure else "waiting" if waiting else "completed"
         record = _record(ws, run_id, started, states, status, command, folder) | dict(waiting=waiting)
-        if pages: _write_run(ws, record, folder)
+        if pages: _write_run(ws, record, folder, latest)
     if failure: raise failure
     for page in pages: page.result()                # an error while rendering is an error of the run
     return record
@@ -387,11 +388,12 @@ def machine() -> str:
     )
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #6f0e728d
-def _write_run(ws, record, folder):
+def _write_run(ws, record, folder, latest=True):
     from llmops_ref.runner.report import summary_markdown, write_report
     write_atomic(folder / "run.json", json.dumps(record, indent=1, default=str))
     write_report(record, folder)
     write_atomic(folder / "summary.md", summary_markdown(record))
+    if not latest: return                           # a look, such as `llmops monitor`: who opens `latest` wants the last run
     link = folder.parent / f".latest-{os.getpid()}"
     with contextlib.suppress(OSError):              # a Volume has no links
         link.unlink(missing_ok=True)

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.config import find_settings
-from ..core.files import write_atomic
-from ..core.page import SIDES, UNSEEN, answer_card, change, direction, duration, picture, relative_link, render_page, show
+from ..core.files import counted, write_atomic
+from llmops_ref.core.page import (
+    SIDES, UNSEEN, answer_card, change, direction, duration, gate_rows, picture, relative_link, render_page, say_gates, show,
+)
 from ..core.significance import share_interval
 
 # %% ../../nbs/lib/runner/report.ipynb #18ee69f3
@@ -50,7 +52,7 @@ class Verdict:
     reasons: list[str] = field(default_factory=list)
 
 # %% ../../nbs/lib/runner/report.ipynb #1a36d814
-def _sentence(passed, version, live, before, stopped, env, waiting=""):
+def _sentence(passed, version, live, before, stopped, env, waiting="", champion=None):
     who = f"Assistant version {version}" if version else "The candidate"
     if waiting: return f"{who} passed validation and waits for a person"
     if passed is None:
@@ -58,6 +60,9 @@ def _sentence(passed, version, live, before, stopped, env, waiting=""):
     if passed and live:
         return f"{who} passed validation" + (" and is deployed" if str(live) == str(version) else f"; version {live} is deployed")
     if passed: return f"{who} passed validation and is not deployed" + (f", because {stopped} failed" if stopped else " yet")
+    if version and str(champion) == str(version):      # it was judged anew, and nothing was deployed
+        inform = f", as gates only inform in {env}" * bool(live)
+        return f"{who} serves already and did not pass validation this time; it goes on serving{inform}"
     if live and live != before:
         return (
             f"{who} did not pass validation; {'it' if str(live) == str(version) else f'version {live}'} is deployed all the same, as gates"
@@ -77,12 +82,8 @@ def verdict(
     passed = {"PASSED": True, "FAILED": False}.get(
         str(checked.get("verdict")).upper(), False if "Validation failed" in str((stop or {}).get("error")) else None
     )
-    gates, reasons = checked.get("gates") or [], []
-    remarks = [g["remark"] for g in gates if g.get("remark")]
-    if broken := [f"{g.get('gate')} is {show('', g.get('value'))} and must be {g.get('must_be')}" for g in gates if not g.get("holds")]:
-        reasons.append(f"{len(broken)} of {len(gates)} gates do not hold: {'; '.join(broken)}.")
-    elif gates: reasons.append(f"All {len(gates) - len(remarks)} gates {'that judge ' * bool(remarks)}hold.")
-    reasons += [f"Attention: {remark}." for remark in remarks]
+    reasons = say_gates(checked.get("gates") or [])
+    if checked.get("before"): reasons.append(f"Attention: {checked['before']}")
     if checked.get("against_champion") and checked.get("champion") != checked.get("version"):
         reasons.append(f"Right answers against version {checked.get('champion')}, the champion: {checked['against_champion']}.")
     for row in (checked.get("comparison") or [])[:1]:
@@ -92,12 +93,13 @@ def verdict(
         )
     if checked.get("advice"): reasons.append(f"Attention: {checked['advice']}")
     if alarms := [str(a.get("signal")) for a in watched.get("alerts") or [] if a.get("breached")]:
-        reasons.append(f"Attention: {len(alarms)} of {len(watched['alerts'])} signals in use are over their bound ({', '.join(alarms)}).")
+        are = f"{len(alarms)} of {counted(len(watched['alerts']), 'signal')} in use {'is' if len(alarms) == 1 else 'are'}"
+        reasons.append(f"Attention: {are} over {'its' if len(alarms) == 1 else 'their'} bound ({', '.join(alarms)}).")
     asked = (stages.get("corpus") or {}).get("metrics") or {}
     if drafts := int(asked.get("drafts") or 0):
+        are = f"{'is a draft' if drafts == 1 else 'are drafts'} that nobody has reviewed"
         reasons.append(
-            f"Attention: {drafts} of the {int(asked.get('questions', drafts))} evaluation questions are drafts that nobody has reviewed."
-            " Numbers on them flatter."
+            f"Attention: {drafts} of the {counted(int(asked.get('questions', drafts)), 'evaluation question')} {are}. Such numbers flatter."
         )
     if run.get("waiting"): reasons.append(f"Attention: {run['waiting']}")
     if error: reasons.append(error if len(error) < 400 else error[:400] + " …")
@@ -117,7 +119,7 @@ def verdict(
         tone,
         _sentence(
             passed, checked.get("version"), deployed.get("version"), deployed.get("previous_version"),
-            stop and stop["name"], run.get("env"), run.get("waiting"),
+            stop and stop["name"], run.get("env"), run.get("waiting"), checked.get("champion"),
         ),
         reasons,
     )
@@ -130,6 +132,7 @@ KEY_NUMBERS = [ # Stage, metric (a regular expression; {best} is the stage's win
     ("validation", r"(candidate_)?p95_seconds", "Answer time, slowest in twenty"),
     ("validation", r"base_correct", "Right answers, {base}"),
     ("validation", r"(candidate_)?(refused|refusal_recall)", "Unanswerable questions refused"),
+    ("validation", r"(candidate_)?refused_wrongly", "Answerable questions refused wrongly"),
     ("prompts", r"{best}_correct", "Right answers with the best prompt, train split"),
     ("prompts", r"test_grounded", "Words of its answers that stand in the passages"),
     ("finetune", r"adapter_token_f1", "Token F1 of held-out answers, tuned"),
@@ -227,6 +230,7 @@ def split_details(
     tables, facts = {}, {}
     if card := details.get("scorecard"):
         details = details | dict(scorecard=[{c: row[c] for c in SCORECARD if c in row} or row for row in card])
+    if gates := details.get("gates"): details = details | dict(gates=gate_rows(gates))
     if asked := details.get("first_questions"):
         missed = [dict(question=q["question"], shown=", ".join(q["shown"])) for q in asked if not q["right"]]
         many = max(len(q["shown"]) for q in asked)

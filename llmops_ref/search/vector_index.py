@@ -106,7 +106,7 @@ def build_index(
     bad = chunks.id[~np.isfinite(vectors).all(1)]
     if len(bad):
         raise DataError(
-            f"{len(bad)} chunks have vectors that are not numbers, the first {bad.iloc[0]!r}. The embedding model is damaged: reinstall it."
+            f"Vectors that are not numbers: {len(bad)}, the first of {bad.iloc[0]!r}. The embedding model is damaged: reinstall it."
         )
     folder.mkdir(parents=True, exist_ok=True)
     texts, wanted, kind = chunks.text, kind, choose_kind(len(chunks), kind)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from ..assistant.chain import PLAIN_PROMPT, build_messages, cut_words
-from ..core.files import DataError
+from ..core.files import DataError, counted
 from ..core.scoring import REFUSAL, reference_recall, token_f1, words
 from ..documents.asking import ask_about, ask_beyond, ask_everyday, ask_invented, ask_outside, ask_page, first_sentence, page_sentences
 from ..documents.chunking import PAGES
@@ -264,11 +264,14 @@ def check_pairs(
     leaked = sorted(gold & set(pairs.shown.explode().map(document_of))) + [q for q in pairs.question if q.strip().lower() in asked]
     if leaked:
         raise DataError(
-            f"Training pairs are contaminated: {len(leaked)} documents or questions of the test split are in them, such as {leaked[0]!r}."
+            f"Training pairs are contaminated by {counted(len(leaked), 'document or question', 'documents or questions')} of the test"
+            f" split, such as {leaked[0]!r}."
             f" {fix}"
         )
     between = set(pairs[pairs.split == "train"].shown.explode()) & set(pairs[pairs.split == "validation"].shown.explode())
-    if between: raise DataError(f"{len(between)} entries are shown both in training and in validation, such as {min(between)!r}. {fix}")
+    if between:
+        are = counted(len(between), "entry is", "entries are")
+        raise DataError(f"{are} shown both in training and in validation, such as {min(between)!r}. {fix}")
     return dict(
         train=int(counts["train"]), validation=int(counts["validation"]), refusals=int((pairs.document_id == "").sum()),
         by_people=int((pairs.kind == "human").sum()), reviewed=int((pairs.kind == "reviewed").sum()),
