@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from conftest import BIN, ROOT, SMALL, Project, copy_of
 from llmops_ref.assistant.versions import REQUIREMENTS
-from llmops_ref.runner.bundle import load_bundle
+from llmops_ref.runner.bundle import _over, load_bundle
 from llmops_ref.core.config import SettingsError, load_config
 from llmops_ref.runner.jobs import TASKS, asked_for, deployment_job
 from llmops_ref.runner.plan import STAGES
@@ -563,16 +563,21 @@ def test_no_training_where_no_gpu_is_seen(site, tmp_path):
 
 # --- the command, and a workspace of yours
 
-def test_against_the_schema_of_the_command():
-    "Every file against the JSON schema of the command line that is installed; it needs no workspace."
+@pytest.mark.parametrize("target", ["dev", "staging", "prod"])
+def test_against_the_schema_of_the_command(target):
+    "What the files say of a target, against the JSON schema of the command line that is installed; it needs no workspace."
     if shutil.which("databricks") is None:
-        pytest.skip("needs Databricks' command line: https://docs.databricks.com/dev-tools/cli; here Databricks' classes check resources")
+        pytest.skip("needs Databricks' command line: https://docs.databricks.com/dev-tools/cli; without it, its Python classes check resources")
     said = subprocess.run(["databricks", "bundle", "schema"], capture_output=True, text=True, check=True).stdout
     schema = json.loads(re.sub(r"\\\\p\{\w+\}", r"\\\\w", said))                 # Python knows no classes of Unicode in a pattern
     check = jsonschema.validators.validator_for(schema)(schema)
-    for path in (ROOT / "databricks.yml", *sorted((ROOT / "resources").glob("*.yml"))):
-        wrong = jsonschema.exceptions.best_match(check.iter_errors(yaml.safe_load(path.read_text())))
-        assert wrong is None, f"{path.name}: {wrong.json_path}: {wrong.message[:300]}"
+    whole, out = yaml.safe_load((ROOT / "databricks.yml").read_text()), {}
+    for kind, found in raw(target).items():         # a target says a part of a resource, and the schema wants all of it
+        for key, parts in found.items():
+            for part in parts: out.setdefault(kind, {})[key] = _over(out.get(kind, {}).get(key, {}), part)
+    whole["targets"] = {target: {key: value for key, value in whole["targets"][target].items() if key != "resources"}}
+    wrong = jsonschema.exceptions.best_match(check.iter_errors(whole | dict(resources=out)))
+    assert wrong is None, f"{wrong.json_path}: {wrong.message[:300]}"
 
 
 def test_on_a_real_workspace():
