@@ -2016,6 +2016,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'llmops_ref/runner/bundle.py'),
                                           'llmops_ref.runner.bundle._check_rules': ( 'lib/runner/bundle.html#_check_rules',
                                                                                      'llmops_ref/runner/bundle.py'),
+                                          'llmops_ref.runner.bundle._check_task': ( 'lib/runner/bundle.html#_check_task',
+                                                                                    'llmops_ref/runner/bundle.py'),
                                           'llmops_ref.runner.bundle._destroy_here': ( 'lib/runner/bundle.html#_destroy_here',
                                                                                       'llmops_ref/runner/bundle.py'),
                                           'llmops_ref.runner.bundle._destroy_there': ( 'lib/runner/bundle.html#_destroy_there',

@@ -305,20 +305,27 @@ def _check_rules(root, whole, resources, file_path):
                 f"The App {key} would be called {name!r}. A name has 2 to 30 of a-z, 0-9 and -: give one with --var chat_app=NAME."
             )
     for key, job in resources.get("jobs", {}).items():
-        for task in job.get("tasks", []):
-            for group in (task.get("ai_runtime_task") or {}).get("deployments", []):
-                kind, count = str(group["compute"]["accelerator_type"]), group["compute"]["accelerator_count"]
-                each = int((re.match(r"GPU_(\d+)x", kind) or [0, "1"])[1])
-                if not str(count).isdecimal() or not int(count) or int(count) % each:
-                    raise SettingsError(
-                        f"The task {task.get('task_key')} would have {count} GPUs, and {kind} has {each} a machine: give a multiple with"
-                        f" --var gpus={each}."
-                    )
+        for task in job.get("tasks", []): _check_task(key, job, task)
         for dependency in [d for e in job.get("environments", []) for d in (e.get("spec") or {}).get("dependencies", [])]:
             local = re.match(rf"-r {re.escape(file_path)}/(.+)", dependency)
             if local and not (root / local[1]).is_file(): raise SettingsError(f"The job {key} installs {local[1]}, which is not there.")
             if dependency.startswith(".") and "whl" not in [(a or {}).get("type") for a in (whole.get("artifacts") or {}).values()]:
                 raise SettingsError(f"The job {key} installs {dependency}, and nothing under `artifacts` in databricks.yml builds it.")
+
+def _check_task(key, job, task):
+    where, kinds = f"The task {task.get('task_key')} of the job {key}", [kind for kind in task if kind.endswith("_task")]
+    if len(kinds) != 1: raise SettingsError(f"{where} must do one thing, and has {', '.join(kinds) or 'none'}: such as spark_python_task.")
+    environments = [environment.get("environment_key") for environment in job.get("environments", [])]
+    if (used := task.get("environment_key")) and used not in environments:
+        raise SettingsError(f"{where} runs in the environment {used!r}, which the job does not have. It has {', '.join(environments)}.")
+    for before in task.get("depends_on", []):
+        if before["task_key"] not in [other.get("task_key") for other in job["tasks"]]:
+            raise SettingsError(f"{where} waits for {before['task_key']!r}, which the job does not have.")
+    for group in (task.get("ai_runtime_task") or {}).get("deployments", []):
+        kind, count = str(group["compute"]["accelerator_type"]), group["compute"]["accelerator_count"]
+        each = int((re.match(r"GPU_(\d+)x", kind) or [0, "1"])[1])
+        if not str(count).isdecimal() or not int(count) or int(count) % each:
+            raise SettingsError(f"{where} would have {count} GPUs, and {kind} has {each} a machine: give a multiple with --var gpus={each}.")
 
 # %% ../../nbs/lib/runner/bundle.ipynb #14c9c1b9
 LATER = dict(id="0", service_principal_client_id="00000000-0000-0000-0000-000000000000")     # known once it is deployed
