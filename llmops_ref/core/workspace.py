@@ -8,7 +8,7 @@ Reads a `Config`. Leaves a `Workspace`: tables, files, secrets and the model reg
 __all__ = ['Workspace', 'Card', 'DatabricksWorkspace', 'open_workspace']
 
 # %% ../../nbs/lib/core/workspace.ipynb #62c9b988
-import contextlib, importlib.metadata, json, math, os, tempfile, time
+import base64, contextlib, importlib.metadata, json, math, os, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +16,12 @@ from fastcore.basics import patch
 
 from .charts import png
 from .config import Config, SettingsError
+from .connect import asking_databricks
 from .files import DataError, NOTES, file_digest, folder_digest, write_atomic
 from .machine import on_databricks
-from .tables import Tables, UnityTables
+from .tables import Tables
 from .tracking import MLFLOW_SWITCHES, Tracking
+from .unity import UnityTables
 
 # %% ../../nbs/lib/core/workspace.ipynb #b27a6230
 class Workspace(Tables, Tracking):
@@ -106,21 +108,26 @@ class DatabricksWorkspace(UnityTables, Workspace):
 
     def hold(self, name, doing): return contextlib.nullcontext()
 
-    @property
-    def spark(self):
-        from pyspark.sql import SparkSession
-        if (session := SparkSession.getActiveSession()) is not None: return session      # a notebook that somebody opened
-        from databricks.connect import DatabricksSession
-        cluster = os.environ.get("DATABRICKS_CLUSTER_ID")
-        return (DatabricksSession.builder.clusterId(cluster) if cluster else DatabricksSession.builder.serverless()).getOrCreate()
-
     cores = 64                                      # a cluster of a few workers, each with a few partitions to choose from
 
-    def _on_a_core(self, function): return function # Spark's workers are processes already
-
-    def secret(self, name):
+    def secret(self, name):                         # over REST: the `dbutils` of a notebook are not in a process that it starts
         from databricks.sdk import WorkspaceClient
-        return WorkspaceClient().dbutils.secrets.get(scope=self.config.secret_scope, key=name)
+        from databricks.sdk.errors import NotFound, PermissionDenied
+        scope = self.config.secret_scope
+        with asking_databricks(f"read the secret {name}", self.config):
+            try: return base64.b64decode(WorkspaceClient().secrets.get_secret(scope, name).value).decode()
+            except NotFound:
+                raise SettingsError(
+                    f"The secret {name} is not in the scope {scope!r} of the workspace. Put it there (`databricks secrets put-secret {scope}"
+                    f" {name}`), or correct `secret_scope`."
+                ) from None
+            except PermissionDenied:
+                raise SettingsError(
+                    f"We may not read the secret {name}. Its owner gives the right: `databricks secrets put-acl {scope} PRINCIPAL READ`."
+                ) from None
+            except ValueError as error:
+                if isinstance(error, UnicodeDecodeError): raise SettingsError(f"The secret {name} is no text.") from None
+                raise SettingsError(f"The secret {name} cannot be read, since no workspace is configured: {str(error)[:120]}") from None
 
     def _alias(self, name, alias): return self._ask_mlflow(name, alias)
 
