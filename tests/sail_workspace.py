@@ -31,15 +31,20 @@ from pyspark.sql.connect.proto import base_pb2
 FOLDER = Path(sys.argv[1]).resolve() if __name__ == "__main__" else None
 SESSION = str(uuid.uuid4())                             # Sail's one session: its catalog lasts as long as that
 TOKEN = "dapi-of-a-test"
+SECURE = "--plain" not in sys.argv                      # else without TLS and without a token, for a client that is Spark's own
 HISTORY = re.compile(r"\s*DESCRIBE HISTORY (\S+)(?: LIMIT (\d+))?\s*$", re.I)
 MERGE = re.compile(r"\s*MERGE\b.*?\bINTO (\S+)", re.I | re.S)
 SPARK_ERROR = "org.apache.spark.sql.AnalysisException"
 
 
 def rules() -> dict:
-    "`tokens` that are good, `refuse`: a list of {on, code, condition, message}, applied where `on` is found in a statement."
-    try: return dict(tokens=[TOKEN], refuse=[]) | json.loads((FOLDER / "rules.json").read_text())
-    except FileNotFoundError: return dict(tokens=[TOKEN], refuse=[])
+    "`tokens` that are good, `over`: sessions that are, `refuse`: a list of {on, code, condition, message, times}, for statements with `on`."
+    try: told = json.loads((FOLDER / "rules.json").read_text())
+    except (FileNotFoundError, ValueError): told = {}
+    return dict(tokens=[TOKEN], over=[], refuse=[], runtime=RUNTIME) | told
+
+
+refused = {}                                            # rule -> how often, since the rules were written
 
 
 class Refused(Exception):
@@ -48,7 +53,10 @@ class Refused(Exception):
 
 def check(text: str):
     for rule in rules()["refuse"]:
-        if re.search(rule["on"], text): raise Refused(rule["code"], rule["message"], rule.get("condition", ""))
+        if not re.search(rule["on"], text): continue
+        key = json.dumps(rule)
+        refused[key] = refused.get(key, 0) + 1
+        if refused[key] <= rule.get("times", 1e9): raise Refused(rule["code"], rule["message"], rule.get("condition", ""))
 
 
 # --- what Sail says, and what Databricks would
@@ -58,6 +66,7 @@ class Catalog:
     def __init__(self, sail):
         from pyspark.sql import SparkSession
         self.spark = SparkSession.builder.remote(f"sc://127.0.0.1:{sail}/;session_id={SESSION}").getOrCreate()
+        self.spark.conf.set("spark.sql.warehouse.dir", str(FOLDER / "spark-warehouse"))
 
     def folder(self, name) -> Path:
         for row in self.spark.sql(f"DESCRIBE TABLE EXTENDED {name}").collect():
@@ -68,7 +77,7 @@ class Catalog:
         try: folder = self.folder(name)
         except Exception as error:
             if "not found" not in str(error).lower(): raise
-            raise Refused("NOT_FOUND", f"[TABLE_OR_VIEW_NOT_FOUND] The table or view {name} cannot be found.", "TABLE_OR_VIEW_NOT_FOUND")
+            raise Refused("INTERNAL", f"[TABLE_OR_VIEW_NOT_FOUND] The table or view {name} cannot be found.", "TABLE_OR_VIEW_NOT_FOUND")
         rows = [
             dict(version=h["version"], operation="MERGE" if h["operation"] == "MERGE" else h["operation"],
                  operationMetrics={k: str(v) for k, v in (h.get("operationMetrics") or {}).items()})
@@ -100,7 +109,18 @@ class Catalog:
 HISTORY_SCHEMA = pa.schema([("version", pa.int64()), ("operation", pa.string()), ("operationMetrics", pa.map_(pa.string(), pa.string()))])
 
 
-def as_delta(text: str) -> str: return re.sub(r"(?is)^(\s*CREATE TABLE (?:IF NOT EXISTS )?\S+) AS\b", r"\1 USING delta AS", text)
+def as_delta(text: str) -> str: return f"{text} USING delta" if text.lstrip().upper().startswith("CREATE TABLE") else text
+
+def bound(text: str, values: dict) -> str:              # Sail takes no parameters in a command
+    for key, value in values.items():
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        text = text.replace(f":{key}", f"'{quoted}'")
+    return text
+
+def as_databricks(error: Exception) -> Refused | None:  # what Sail says in words of its own
+    text = str(error.details() if isinstance(error, grpc.RpcError) else error)
+    for words, condition in (("Failed to commit transaction", "DELTA_CONCURRENT_APPEND"), ("Table already exists", "TABLE_OR_VIEW_ALREADY_EXISTS")):
+        if words in text: return Refused("INTERNAL", f"[{condition}] {text}", condition)
 
 
 def stream_of(table: pa.Table) -> bytes:
@@ -133,7 +153,7 @@ class Gateway(grpc.GenericRpcHandler):
     def admit(self, context):
         said = dict(context.invocation_metadata())
         token = said.get("authorization", "").removeprefix("Bearer ")
-        if token not in rules()["tokens"]: context.abort(grpc.StatusCode.UNAUTHENTICATED, "Invalid access token.")
+        if SECURE and token not in rules()["tokens"]: context.abort(grpc.StatusCode.UNAUTHENTICATED, "Invalid access token.")
         note(session=said.get("x-databricks-session-id"), cluster=said.get("x-databricks-cluster-id"),
              image=said.get("x-databricks-client-image-version"), agent=said.get("user-agent", ""))
 
@@ -162,7 +182,7 @@ class Gateway(grpc.GenericRpcHandler):
             answer = self.theirs(ask(self.ours(request)), session)
         except grpc.RpcError as error: return pass_on(context, error)
         if name == "AnalyzePlan" and answer.HasField("spark_version"):
-            answer.spark_version.MergeFromString(b"\x82\x32" + bytes([len(RUNTIME)]) + RUNTIME.encode())        # field 800, of Databricks
+            answer.spark_version.MergeFromString(b"\x82\x32" + bytes([len(runtime := rules()["runtime"])]) + runtime.encode())        # field 800, of Databricks
         return answer
 
     def streaming(self, name, ask, request, context, says):
@@ -171,7 +191,7 @@ class Gateway(grpc.GenericRpcHandler):
         self.ours(request)
         def forward(): return [answer for answer in ask(request)]
         try:
-            check(str(request.plan) if name == "ExecutePlan" else "")
+            if session in rules()["over"]: raise Refused("INTERNAL", "[INVALID_HANDLE.SESSION_CLOSED] The handle is invalid. Session was closed.", "INVALID_HANDLE.SESSION_CLOSED")
             if command is not None and command.HasField("write_operation") and not command.write_operation.HasField("source"):
                 command.write_operation.source = "delta"
             text = (command.sql_command.input.sql.query or command.sql_command.sql) if command is not None and command.HasField("sql_command") else ""
@@ -184,7 +204,7 @@ class Gateway(grpc.GenericRpcHandler):
                     return
             for answer in ask(request): yield self.theirs(answer, session)
         except Refused as error: refuse(context, error)
-        except grpc.RpcError as error: pass_on(context, error)
+        except grpc.RpcError as error: refuse(context, said) if (said := as_databricks(error)) else pass_on(context, error)
 
     def answer(self, table, operation, session, says):
         self.own.add(operation)
@@ -221,7 +241,7 @@ def note(**said):
 # --- REST: secrets, the version of a cluster, and the statements of a warehouse
 
 class Rest(BaseHTTPRequestHandler):
-    protocol_version, catalog, results = "HTTP/1.1", None, {}
+    protocol_version, disable_nagle_algorithm, catalog, results, awake = "HTTP/1.1", True, None, {}, False
     def log_message(self, *args): pass
 
     def reply(self):
@@ -232,7 +252,7 @@ class Rest(BaseHTTPRequestHandler):
         if address.path.startswith("/results/"):        # a signed address: it is a secret itself, and takes no token
             if self.headers.get("Authorization"): return self.send(400, b"{}")
             return self.send(200, self.results[address.path.rpartition("/")[2]], "application/octet-stream")
-        if token not in rules()["tokens"]: status, answer = 403, dict(error_code="PERMISSION_DENIED", message="Invalid access token.")
+        if token not in rules()["tokens"] and not address.path.startswith("/.well-known"): status, answer = 403, dict(error_code="PERMISSION_DENIED", message="Invalid access token.")
         else: status, answer = self.answer(address.path, body, query)
         self.send(status, json.dumps(answer).encode())
     do_GET = do_POST = reply
@@ -245,6 +265,7 @@ class Rest(BaseHTTPRequestHandler):
 
     def answer(self, path, body, query):
         note(rest=path)
+        if path == "/.well-known/databricks-config": return 200, dict(oidc_endpoint=f"{self.address}/oidc", account_id="a", workspace_id="1")
         if path == "/api/2.0/secrets/get":
             scopes = rules().get("secrets", {})
             if query["scope"] not in scopes: return 404, dict(error_code="RESOURCE_DOES_NOT_EXIST", message=f"Scope {query['scope']} does not exist!")
@@ -261,14 +282,17 @@ class Rest(BaseHTTPRequestHandler):
 
     def statements(self, path, body):
         parts = path.removeprefix("/api/2.0/sql/statements").strip("/").split("/")
-        if not parts[0]:                                # a new one: it runs in the background, as one does while a warehouse starts
+        if not parts[0]:                                # a new one
             if body["warehouse_id"] not in rules().get("warehouses", ["a1b2c3d4e5f6"]):
                 return 400, dict(error_code="INVALID_PARAMETER_VALUE", message=f"Endpoint {body['warehouse_id']} does not exist.")
             assert body["disposition"] == "EXTERNAL_LINKS" and body["format"] == "ARROW_STREAM", body
             id = str(uuid.uuid4())
             self.results[id] = dict(statement_id=id, status=dict(state="PENDING"))
-            threading.Thread(target=self.execute, args=(id, body), daemon=True).start()
-            return 200, dict(statement_id=id, status=dict(state="PENDING"))
+            work = threading.Thread(target=self.execute, args=(id, body), daemon=True)
+            work.start()
+            if not self.awake: type(self).awake = True
+            else: work.join(30)                         # as it was asked to; the first time it is asleep, and says PENDING
+            parts = [id]
         answer = self.results[parts[0]]
         if parts[1:3] == ["result", "chunks"]: return 200, dict(external_links=[answer["links"][int(parts[3])]])
         links = answer.get("links")
@@ -277,14 +301,13 @@ class Rest(BaseHTTPRequestHandler):
     def execute(self, id, body):
         text, values = body["statement"], {p["name"]: p.get("value") for p in body.get("parameters", [])}
         try:
-            def forward(): return self.catalog.spark.sql(as_delta(text), args=values or None).toArrow()
-            try: table = self.catalog.run(text, forward)
-            except TypeError: raise
-            table = forward() if table is None else table
-        except Refused as error: return self.results[id].update(status=dict(state="FAILED", error=dict(error_code="BAD_REQUEST", message=error.message)))
+            def forward(): return self.catalog.spark.sql(as_delta(bound(text, values)))
+            table = self.catalog.run(text, forward)
+            table = forward().toArrow() if table is None else table
         except Exception as error:
-            return self.results[id].update(status=dict(state="FAILED", error=dict(error_code="BAD_REQUEST", message=str(error)[:500])))
-        half, address = max(1, len(table) // 2), f"https://localhost:{self.server.front}/results"       # two chunks, where there are two rows
+            said = error if isinstance(error, Refused) else as_databricks(error) or Refused("", str(error)[:500])
+            return self.results[id].update(status=dict(state="FAILED", error=dict(error_code="BAD_REQUEST", message=said.message)))
+        half, address = max(1, len(table) // 2), f"{self.address}/results"       # two chunks, where there are two rows
         chunks, links = [table[:half], table[half:]] if len(table) > 1 else [table][:len(table)], []
         for n, chunk in enumerate(chunks):
             name = str(uuid.uuid4())
@@ -349,11 +372,13 @@ def main():
     rest = ThreadingHTTPServer(("127.0.0.1", 0), Rest)
     threading.Thread(target=rest.serve_forever, daemon=True).start()
     def told(front_port):
-        rest.front = front_port
-        ready = FOLDER / "workspace.tmp"
-        ready.write_text(json.dumps(dict(host=f"https://localhost:{front_port}", spark=f"sc://127.0.0.1:{plain}/;token={TOKEN}", plain=plain)))
+        ready, host = FOLDER / "workspace.tmp", f"https://localhost:{front_port}" if SECURE else f"http://127.0.0.1:{front_port}"
+        Rest.address = host
+        ready.write_text(json.dumps(dict(host=host, spark=f"sc://127.0.0.1:{plain}", token=TOKEN)))
         ready.rename(FOLDER / "workspace.json")
-    asyncio.run(front(*certificate(), plain, rest.server_port, told))
+    if SECURE: asyncio.run(front(*certificate(), plain, rest.server_port, told))
+    told(rest.server_port)
+    threading.Event().wait()
 
 
 if __name__ == "__main__": main()

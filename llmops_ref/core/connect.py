@@ -28,7 +28,7 @@ def spark_mode(
         )
     return ("cluster", cluster) if cluster else ("serverless", "")
 
-# %% ../../nbs/lib/core/connect.ipynb #bc93f322
+# %% ../../nbs/lib/core/connect.ipynb #b2df6bfa
 class UnityError(SettingsError):
     "Databricks says no, or is not to be had; the message names what was wanted, and the grant, setting or command that helps."
 
@@ -36,7 +36,7 @@ class WarehouseError(Exception):
     "What a SQL warehouse says of a statement that failed."
 
 NO_TABLE = "TABLE_OR_VIEW_NOT_FOUND|DELTA_TABLE_NOT_FOUND|DELTA_MISSING_DELTA_TABLE|DELTA_PATH_DOES_NOT_EXIST|NO_SUCH_TABLE"
-CONFLICT = r"DELTA_(CONCURRENT|METADATA_CHANGED|PROTOCOL_CHANGED)|Concurrent\w+Exception"
+CONFLICT = r"DELTA_(CONCURRENT|METADATA_CHANGED|PROTOCOL_CHANGED)|Concurrent\w+Exception|ALREADY_EXISTS"
 SESSION_OVER = "INVALID_HANDLE|SESSION_(CLOSED|CHANGED|NOT_FOUND|EXPIRED)|NO_ACTIVE_SESSION|OPERATION_(NOT_FOUND|ABANDONED)"
 
 # %% ../../nbs/lib/core/connect.ipynb #0b5cd411

@@ -7,7 +7,7 @@ Reads and writes what [`Tables`](tables.ipynb) does. Leaves it in Unity Catalog,
 # %% auto #0
 __all__ = ['log', 'as_frame', 'as_rows', 'UnityTables', 'workers_lack', 'work_here']
 
-# %% ../../nbs/lib/core/unity.ipynb #bccba4a1
+# %% ../../nbs/lib/core/unity.ipynb #2f5e8a0e
 import functools, hashlib, importlib, logging, multiprocessing, os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .connect import SparkStatements, asking_databricks, said_by
 from .files import DataError
 from .machine import usable_cores
-from .warehouse import WarehouseStatements, warehouse_id
+from .warehouse import WarehouseStatements, sql_type, warehouse_id
 
 # %% ../../nbs/lib/core/unity.ipynb #52e92cc1
 def as_frame(
@@ -97,7 +97,7 @@ class UnityTables:
         rows = self._sql(table, "DESCRIBE HISTORY {table}").to_pylist()
         return [row | dict(operationMetrics=dict(row["operationMetrics"] or {})) for row in rows]
 
-# %% ../../nbs/lib/core/unity.ipynb #c1863e20
+# %% ../../nbs/lib/core/unity.ipynb #092d0c67
 _WORDS = dict(                                      # of arrow, and in Spark's words
     string="string", large_string="string", bool="boolean", float="float", double="double", int64="long", int32="integer", int16="short",
     int8="byte",
@@ -124,8 +124,9 @@ def _merge(self: UnityTables, table, frame, key):
     )
 
 @patch
-def _create(self: UnityTables, table, frame):                # empty, so that all rows come by `_insert`
-    self._sql(table, "CREATE TABLE IF NOT EXISTS {table} AS SELECT * FROM {rows} WHERE false", "make", as_rows(frame), fetch=False)
+def _create(self: UnityTables, table, frame):       # empty, so that all rows come by `_insert`
+    columns = ", ".join(f"`{field.name}` {sql_type(field.type)}" for field in as_rows(frame).schema)
+    self._sql(table, f"CREATE TABLE IF NOT EXISTS {{table}} ({columns})", "make", fetch=False)
     return False
 
 @patch
