@@ -6,10 +6,11 @@ Reads what the environment says of Databricks. Leaves a session of Spark, and th
 
 # %% auto #0
 __all__ = ['NO_TABLE', 'CONFLICT', 'SESSION_OVER', 'GRANTS', 'REASONS', 'THEIRS', 'spark_mode', 'UnityError', 'WarehouseError',
-           'said_by', 'explain', 'asking_databricks', 'open_session', 'SparkStatements']
+           'said_by', 'explain', 'asking_databricks', 'check_host', 'open_session', 'SparkStatements']
 
-# %% ../../nbs/lib/core/connect.ipynb #89cf3b2e
-import contextlib, os, re, time
+# %% ../../nbs/lib/core/connect.ipynb #3721e5bb
+import contextlib, os, re, socket, time
+from urllib.parse import urlsplit
 
 from .config import SettingsError
 from .files import DataError
@@ -39,7 +40,7 @@ NO_TABLE = "TABLE_OR_VIEW_NOT_FOUND|DELTA_TABLE_NOT_FOUND|DELTA_MISSING_DELTA_TA
 CONFLICT = r"DELTA_(CONCURRENT|METADATA_CHANGED|PROTOCOL_CHANGED)|Concurrent\w+Exception|ALREADY_EXISTS"
 SESSION_OVER = "INVALID_HANDLE|SESSION_(CLOSED|CHANGED|NOT_FOUND|EXPIRED)|NO_ACTIVE_SESSION|OPERATION_(NOT_FOUND|ABANDONED)"
 
-# %% ../../nbs/lib/core/connect.ipynb #0b5cd411
+# %% ../../nbs/lib/core/connect.ipynb #7f2f2ac7
 GRANTS = (
     "GRANT USE CATALOG ON CATALOG `{catalog}` TO `...`; GRANT USE SCHEMA, SELECT, MODIFY, CREATE TABLE ON SCHEMA `{catalog}`.`{schema}`"
     " TO `...`"
@@ -56,7 +57,7 @@ REASONS = (
      "A right is missing. The owner of the schema gives it: " + GRANTS),
     (SESSION_OVER, "The session of Spark is over, and a new one did not help. Start it again: what is done stays done"),
     (r"[Ss]erverless.*(not enabled|not available|not supported|disabled)|FEATURE_DISABLED",
-     "This workspace has no serverless compute: its region or its administrator does not offer it. Name a cluster in DATABRICKS_CLUSTER_ID"),
+     "This workspace offers no serverless compute, by its region or its administrator. Name a cluster in DATABRICKS_CLUSTER_ID"),
     (r"is unsupported with serverless|Unsupported combination of Databricks Runtime",
      "The package databricks-connect is newer than the workspace's Spark. Install the version that it names"),
     (r"cannot be installed at the same time",
@@ -112,13 +113,24 @@ def asking_databricks(doing: str, config):
         if not known and type(error).__module__.split(".")[0] not in THEIRS: raise
         raise explain(error, doing, config) from None
 
-# %% ../../nbs/lib/core/connect.ipynb #a32d9c41
+# %% ../../nbs/lib/core/connect.ipynb #545f35b1
+def check_host(config) -> None:
+    "`UnityError` at once if nothing listens at DATABRICKS_HOST; a client of Spark would try for minutes."
+    host, proxy = os.environ.get("DATABRICKS_HOST", ""), os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")
+    if not host or proxy: return                    # a profile names it, or only the proxy can reach it
+    at = urlsplit(host if "//" in host else f"https://{host}")
+    with asking_databricks(f"reach the workspace at {at.netloc}", config):
+        try: socket.create_connection((at.hostname, at.port or 443), timeout=20).close()
+        except OSError as error: raise ConnectionError(f"Connection refused: {error}") from None
+
+# %% ../../nbs/lib/core/connect.ipynb #0992bb9b
 def open_session(
     config, # Names of environment, catalog and schema
     anew: bool = False, # Even if this process has one
 ): # A `SparkSession`
     "The session of Spark that the environment of this process means; `UnityError` says why there is none."
     mode, where = spark_mode(os.environ)
+    if mode != "remote": check_host(config)
     with asking_databricks(f"open a session of Spark ({mode}{' ' * bool(where)}{where.partition(';')[0]})", config):
         builder = _builder(mode, where)
         try: return builder.create() if anew else builder.getOrCreate()
@@ -131,13 +143,13 @@ def _builder(mode, where):
     try: from databricks.connect import DatabricksSession
     except ImportError:
         raise UnityError(
-            "Spark on Databricks needs the package databricks-connect, which this Python does not have. A job brings it; on a laptop, make an"
-            " environment of its own with the version of your workspace (it cannot live beside pyspark-client), or set"
+            "Spark on Databricks needs the package databricks-connect, which this Python does not have. A job brings it; on a laptop, make"
+            " an environment of its own with the version of your workspace (it cannot live beside pyspark-client), or set"
             " DATABRICKS_WAREHOUSE_ID: then a SQL warehouse is asked for the tables."
         ) from None
     return DatabricksSession.builder.clusterId(where) if mode == "cluster" else DatabricksSession.builder.serverless()
 
-# %% ../../nbs/lib/core/connect.ipynb #3c6e2566
+# %% ../../nbs/lib/core/connect.ipynb #183b6055
 class SparkStatements:
     "Statements of SQL through a session of Spark."
     def __init__(self, config): self.config, self.own = config, None

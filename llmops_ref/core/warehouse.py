@@ -61,7 +61,7 @@ def rows_as_sql(
         rows = rows.set_column(rows.column_names.index(name), name, number)
     return f"(SELECT {columns} FROM (SELECT inline(from_json(:rows, 'ARRAY<STRUCT<{types}>>'))))", json.dumps(rows.to_pylist())
 
-# %% ../../nbs/lib/core/warehouse.ipynb #9cd6f004
+# %% ../../nbs/lib/core/warehouse.ipynb #5f972ed5
 PATIENCE = 600                                      # seconds, in which a warehouse starts and answers
 
 class WarehouseStatements:
@@ -97,12 +97,12 @@ class WarehouseStatements:
         while answer.status.state.value in ("PENDING", "RUNNING"):
             if time.monotonic() > end:
                 self.api.cancel_execution(answer.statement_id)
-                raise WarehouseError(f"DEADLINE_EXCEEDED: the warehouse did not answer within {PATIENCE} seconds")
+                raise WarehouseError(f"DEADLINE_EXCEEDED after {PATIENCE} seconds")
             time.sleep(self.pause)
             answer = self.api.get_statement(answer.statement_id)
         if answer.status.state.value != "SUCCEEDED":
             error = answer.status.error
-            raise WarehouseError(f"{error.error_code.value}: {error.message}" if error else f"The statement was {answer.status.state.value}")
+            raise WarehouseError(f"{error.error_code.value}: {error.message}" if error else f"It was {answer.status.state.value}")
         return answer
 
     def _fetched(self, answer):
