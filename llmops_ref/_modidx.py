@@ -449,6 +449,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'llmops_ref.core.connect.explain': ('lib/core/connect.html#explain', 'llmops_ref/core/connect.py'),
                                          'llmops_ref.core.connect.open_session': ( 'lib/core/connect.html#open_session',
                                                                                    'llmops_ref/core/connect.py'),
+                                         'llmops_ref.core.connect.rest_client': ( 'lib/core/connect.html#rest_client',
+                                                                                  'llmops_ref/core/connect.py'),
                                          'llmops_ref.core.connect.said_by': ('lib/core/connect.html#said_by', 'llmops_ref/core/connect.py'),
                                          'llmops_ref.core.connect.spark_mode': ( 'lib/core/connect.html#spark_mode',
                                                                                  'llmops_ref/core/connect.py')},

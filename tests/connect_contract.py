@@ -259,6 +259,7 @@ def check_secrets(ws, here):
         assert ws.secret("KEY") == "grün"
         with expect(SettingsError, "The secret OTHER is not in the scope 'llmops'", "databricks secrets put-secret llmops OTHER"): ws.secret("OTHER")
         with expect(SettingsError, "We may not read the secret LOCKED"): ws.secret("LOCKED")
+    with mock.patch.dict(os.environ, DATABRICKS_TOKEN=""), expect(UnityError, "give DATABRICKS_HOST and DATABRICKS_TOKEN"): ws.secret("KEY")
     with rule(secrets={}), expect(SettingsError, "is not in the scope 'llmops'"): ws.secret("KEY")
 
 

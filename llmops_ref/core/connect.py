@@ -6,7 +6,7 @@ Reads what the environment says of Databricks. Leaves a session of Spark, and th
 
 # %% auto #0
 __all__ = ['NO_TABLE', 'CONFLICT', 'SESSION_OVER', 'GRANTS', 'REASONS', 'THEIRS', 'spark_mode', 'UnityError', 'WarehouseError',
-           'said_by', 'explain', 'asking_databricks', 'check_host', 'open_session', 'SparkStatements']
+           'said_by', 'explain', 'asking_databricks', 'check_host', 'open_session', 'rest_client', 'SparkStatements']
 
 # %% ../../nbs/lib/core/connect.ipynb #3721e5bb
 import contextlib, os, re, socket, time
@@ -149,7 +149,14 @@ def _builder(mode, where):
         ) from None
     return DatabricksSession.builder.clusterId(where) if mode == "cluster" else DatabricksSession.builder.serverless()
 
-# %% ../../nbs/lib/core/connect.ipynb #183b6055
+# %% ../../nbs/lib/core/connect.ipynb #48474c25
+def rest_client(config): # A `databricks.sdk.WorkspaceClient`
+    "The client of the workspace that the environment names; `UnityError` if it names none."
+    from databricks.sdk import WorkspaceClient
+    try: return WorkspaceClient()
+    except ValueError as error: raise explain(error, "find the workspace", config) from None
+
+# %% ../../nbs/lib/core/connect.ipynb #3a1ed9bd
 class SparkStatements:
     "Statements of SQL through a session of Spark."
     def __init__(self, config): self.config, self.own = config, None

@@ -7,7 +7,7 @@ Reads and writes what [`Tables`](tables.ipynb) does. Leaves it in Unity Catalog,
 # %% auto #0
 __all__ = ['log', 'as_frame', 'as_rows', 'UnityTables', 'workers_lack', 'work_here']
 
-# %% ../../nbs/lib/core/unity.ipynb #2f5e8a0e
+# %% ../../nbs/lib/core/unity.ipynb #be9e2a73
 import functools, hashlib, importlib, logging, multiprocessing, os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
-from .connect import SparkStatements, asking_databricks, said_by
+from .connect import SparkStatements, asking_databricks, rest_client, said_by
 from .files import DataError
 from .machine import usable_cores
 from .warehouse import WarehouseStatements, sql_type, warehouse_id
@@ -50,7 +50,7 @@ def _typed(type, known, rows):
     if _says_nothing(type): return pyarrow.string() if str(type) == "null" else pyarrow.list_(pyarrow.string())
     return pyarrow.string() if str(type) == "large_string" else type
 
-# %% ../../nbs/lib/core/unity.ipynb #a0c0b1d1
+# %% ../../nbs/lib/core/unity.ipynb #2b810142
 class UnityTables:
     "What `Tables` does, in Unity Catalog; its errors name the table and the grant, setting or command that helps."
     def _name(self, table):
@@ -60,9 +60,7 @@ class UnityTables:
     @functools.cached_property
     def statements(self):                           # Spark, or a SQL warehouse
         if not (warehouse := warehouse_id()): return SparkStatements(self.config)
-        with asking_databricks("find the workspace", self.config):
-            from databricks.sdk import WorkspaceClient
-            return WarehouseStatements(WorkspaceClient(), warehouse)
+        return WarehouseStatements(rest_client(self.config), warehouse)
 
     @property
     def spark(self): return self.statements.session

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .charts import png
 from .config import Config, SettingsError
-from .connect import asking_databricks
+from .connect import asking_databricks, rest_client
 from .files import DataError, NOTES, file_digest, folder_digest, write_atomic
 from .machine import on_databricks
 from .tables import Tables
@@ -111,11 +111,10 @@ class DatabricksWorkspace(UnityTables, Workspace):
     cores = 64                                      # a cluster of a few workers, each with a few partitions to choose from
 
     def secret(self, name):                         # over REST: the `dbutils` of a notebook are not in a process that it starts
-        from databricks.sdk import WorkspaceClient
         from databricks.sdk.errors import NotFound, PermissionDenied
         scope = self.config.secret_scope
         with asking_databricks(f"read the secret {name}", self.config):
-            try: return base64.b64decode(WorkspaceClient().secrets.get_secret(scope, name).value).decode()
+            try: return base64.b64decode(rest_client(self.config).secrets.get_secret(scope, name).value).decode()
             except NotFound:
                 raise SettingsError(
                     f"The secret {name} is not in the scope {scope!r} of the workspace. Put it there"
@@ -125,9 +124,7 @@ class DatabricksWorkspace(UnityTables, Workspace):
                 raise SettingsError(
                     f"We may not read the secret {name}. Its owner gives the right: `databricks secrets put-acl {scope} PRINCIPAL READ`."
                 ) from None
-            except ValueError as error:
-                if isinstance(error, UnicodeDecodeError): raise SettingsError(f"The secret {name} is no text.") from None
-                raise SettingsError(f"The secret {name} cannot be read, since no workspace is configured: {str(error)[:120]}") from None
+            except UnicodeDecodeError: raise SettingsError(f"The secret {name} is no text.") from None
 
     def _alias(self, name, alias): return self._ask_mlflow(name, alias)
 
