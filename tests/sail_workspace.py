@@ -64,6 +64,7 @@ def check(text: str):
 class Catalog:
     "The tables as Databricks knows them: where they are, and what Delta's log says of them."
     def __init__(self, sail):
+        self.merging = threading.Lock()
         from pyspark.sql import SparkSession
         self.spark = SparkSession.builder.remote(f"sc://127.0.0.1:{sail}/;session_id={SESSION}").getOrCreate()
         self.spark.conf.set("spark.sql.warehouse.dir", str(FOLDER / "spark-warehouse"))
@@ -98,9 +99,10 @@ class Catalog:
         check(text)
         if found := HISTORY.match(text): return self.history(*found.groups())
         if found := MERGE.match(text):
-            before = str(self.history(found[1], 1).to_pylist()[0]["version"])
-            forward()
-            return self.merged(found[1], before)
+            with self.merging:                          # so that what it reports is its own
+                before = str(self.history(found[1], 1).to_pylist()[0]["version"])
+                forward()
+                return self.merged(found[1], before)
         if text.lstrip().upper().startswith("CREATE TABLE"):
             forward()
             return pa.table(dict(num_affected_rows=[0], num_inserted_rows=[0]))

@@ -9,7 +9,7 @@ __all__ = ['NO_TABLE', 'CONFLICT', 'SESSION_OVER', 'GRANTS', 'REASONS', 'THEIRS'
            'said_by', 'explain', 'asking_databricks', 'check_host', 'open_session', 'rest_client', 'SparkStatements']
 
 # %% ../../nbs/lib/core/connect.ipynb #3721e5bb
-import contextlib, os, re, socket, time
+import contextlib, os, re, socket, sys, time
 from urllib.parse import urlsplit
 
 from .config import SettingsError
@@ -163,9 +163,10 @@ class SparkStatements:
 
     @property
     def session(self):
-        from pyspark.sql import SparkSession
-        if self.own is None:                        # a notebook that somebody opened has one
-            self.own = SparkSession.getActiveSession() or open_session(self.config)
+        if self.own is None and "pyspark" in sys.modules:                               # a notebook that somebody opened has one
+            from pyspark.sql import SparkSession
+            self.own = SparkSession.getActiveSession()
+        if self.own is None: self.own = open_session(self.config)
         return self.own
 
     def frame(self, rows): # Of pyarrow; a Spark DataFrame
