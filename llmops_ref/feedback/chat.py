@@ -6,9 +6,9 @@ Reads whoever serves the assistant. Leaves a web application: answers as they ar
 
 # %% auto #0
 __all__ = ['log', 'FACTS', 'BROKEN', 'HEADERS', 'STEPS', 'PAGE', 'QUESTION', 'AT_ONCE', 'REMEMBERED', 'PATIENCE', 'SMALL',
-           'as_json', 'event', 'answer_events', 'EventStream', 'WithHeaders', 'Refused', 'is_app', 'check_origin',
-           'read_body', 'text_of', 'user_of', 'steps_of', 'find_trace', 'in_words', 'Chat', 'chat_app',
-           'example_questions', 'champion_host', 'serve_chat']
+           'as_json', 'event', 'answer_events', 'EventStream', 'WithHeaders', 'Refused', 'check_origin', 'read_body',
+           'text_of', 'user_of', 'steps_of', 'find_trace', 'in_words', 'Chat', 'chat_app', 'example_questions',
+           'champion_host', 'serve_chat']
 
 # %% ../../nbs/lib/feedback/chat.ipynb #903f963b
 import contextlib, json, logging, os, re, threading, time
@@ -27,6 +27,7 @@ from starlette.routing import Route
 
 from ..core.config import SettingsError, load_config
 from ..core.files import DataError
+from ..core.warehouse import is_app
 from ..core.workspace import Workspace
 from .review import USES, review_feedback, to_review
 from .votes import REASONS, record_feedback
@@ -115,8 +116,6 @@ class WithHeaders:
 class Refused(Exception):
     "A request that is not answered, with the status and words for people."
     def __init__(self, status: int, words: str): self.status, self.words = status, words
-
-def is_app() -> bool: return "DATABRICKS_APP_NAME" in os.environ
 
 def check_origin(request: Request) -> None:
     "`Refused` unless a request that changes something comes from our page, or from no page."
@@ -380,6 +379,9 @@ def example_questions(
     "Short questions that the corpus answers, none of the test split, each about another document, from all packages in turn."
     try: rows = ws.read("questions")
     except DataError: return []
+    except SettingsError as error:                  # a page without examples is a page, and its log says which right is missing
+        log.warning("There are no questions to begin with: %s", error)
+        return []
     tested = {document for gold in rows.gold[rows.split == "test"] for document in gold}
     first = [q for q in _found_first(ws) if not tested & set(q["gold"])]
     if first: rows = pd.DataFrame(first)
