@@ -20,6 +20,7 @@ from ..release.champion import check_deployable, log_candidate
 from ..release.hosting import asking_for, open_client
 from .pipeline import Lines, StageFailed, run_pipeline
 from .plan import STAGES, find_stage, make_plan, preflight
+from .smoke import SMOKE
 
 # %% ../../nbs/lib/runner/jobs.ipynb #f2f8344f
 def run_stage_task(
@@ -105,12 +106,13 @@ def hand_on_credentials() -> None:
 
 # %% ../../nbs/lib/runner/jobs.ipynb #80a4159e
 def run_task(
-    task: str, # A stage, or candidate, evaluate, approve, deploy
+    task: str, # A stage, or candidate, evaluate, approve, deploy, smoke, smoke_gpu, smoke_verdict
     root: str, # Folder of `settings.ini`
     env: str,
     model_name: str = "",
     model_version: str = "",
     commit: str = "", # Of the deployed bundle
+    run: str = "", # Of the job, for the tasks of `smoke`
     **settings: str, # Any settings
 ) -> None:
     "Body of a task: run it, and exit with code 1 and one paragraph if it fails."
@@ -124,6 +126,7 @@ def run_task(
         if task == "candidate":
             with ws.start_run("candidate"): print(f"The candidate is version {log_candidate(ws)[0]} of {ws.registered('assistant')}.")
         elif task in TASKS: TASKS[task](ws, model_version)
+        elif task in SMOKE: SMOKE[task](ws, run)
         else: run_stage_task(ws, task)
     except (DataError, SettingsError, StageFailed) as error: sys.exit(f"Error: {error}")
 
