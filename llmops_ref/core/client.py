@@ -71,14 +71,19 @@ def remedy(
     kind = kind_of(error)
     return own.get(kind) or REMEDIES.get(kind) or own.get("other", "")
 
-# %% ../../nbs/lib/core/client.ipynb #233b1f4f
-def check_login(what: str) -> str: # Who we are there
+# %% ../../nbs/lib/core/client.ipynb #4fa62303
+def check_login(
+    what: str, # Needs the workspace, such as "vector_index = direct_access is AI Search on Databricks"
+    otherwise: str, # What else could be set, such as "vector_index = faiss"
+) -> str: # Who we are there
     "Ask the workspace who we are; `SettingsError` if none is configured or it lets us not in, both within seconds."
     from databricks.sdk.errors import DatabricksError
-    client = brief_client()
+    try: client = brief_client()
+    except SettingsError as error: raise SettingsError(f"{what}. {error} Or set {otherwise}.") from None
     try: return client.current_user.me().user_name
     except (DatabricksError, OSError, ValueError) as error:
+        said = " ".join(str(error).partition(" Config: ")[0].split())[:160].rstrip(".")
         raise SettingsError(
-            f"{what}, and {client.config.host} does not let us in: {' '.join(str(error).split())[:160].rstrip('.')}."
-            f" {remedy(error, other='Look at its address and at the login.')}"
+            f"{what}, and {client.config.host} does not let us in: {said}. {remedy(error, other='Look at its address and at the login.')}"
+            f" Or set {otherwise}."
         ) from None

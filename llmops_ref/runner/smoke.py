@@ -101,12 +101,12 @@ def check_kernel(ws: Workspace) -> str:
         *(text for name in NOTED for text in _version(name)),
     ])
 
-# %% ../../nbs/lib/runner/smoke.ipynb #5497883c
+# %% ../../nbs/lib/runner/smoke.ipynb #07cc4338
 @smoke_check("login", right="The job's service principal may not use this workspace: add it there, under Identity and access.")
 def check_who(ws: Workspace) -> str:
     "Who a process that a task starts is, by the host and the token that were handed to it."
     if ws.config.platform == "local": raise Skipped("this machine asks nobody")
-    return f"{check_login('A kernel asks the workspace')} at {os.environ.get('DATABRICKS_HOST', 'the host of a profile')}"
+    return f"{check_login('A kernel asks the workspace', 'platform = local')} at {os.environ.get('DATABRICKS_HOST', 'the host of a profile')}"
 
 # %% ../../nbs/lib/runner/smoke.ipynb #9e389029
 @smoke_check(
@@ -130,7 +130,7 @@ def probe_table(ws: Workspace):
         if ws.config.platform == "databricks": ws.spark.sql(f"DROP TABLE IF EXISTS {ws._name(table)}")
         else: shutil.rmtree(ws.store / "tables" / table, ignore_errors=True)
 
-# %% ../../nbs/lib/runner/smoke.ipynb #fe83fc24
+# %% ../../nbs/lib/runner/smoke.ipynb #21f35445
 @smoke_check(
     "table",
     missing="The catalog or the schema is not there: CREATE CATALOG {catalog} (or name another in settings.ini, `catalog`), then deploy again.",
@@ -142,12 +142,12 @@ def check_table(ws: Workspace) -> str:
     "A table is written, read back, changed by a merge, and dropped."
     frame = pd.DataFrame(dict(id=["a", "b"], time=pd.Timestamp("2026-01-02 03:04:05", tz="UTC"), words=[["one"], ["two", "three"]]))
     with probe_table(ws) as table:
-        ws.write(table, frame)
+        ws.merge(table, frame)
         found = ws.read(table).sort_values("id")
         if (found.time > pd.Timestamp.now(tz="UTC")).any() or found.time.iloc[0] != frame.time.iloc[0]:
             raise DataError(f"a time stamp came back as {found.time.iloc[0]}")
         if [list(words) for words in found.words] != frame.words.tolist(): raise DataError(f"a list came back as {found.words.tolist()}")
-        changes = ws.merge(table, frame.iloc[:1])
+        changes = ws.merge(table, frame.assign(id=["b", "c"]))
     return f"written, read back with its time stamps and lists, merged ({changes}), dropped"
 
 # %% ../../nbs/lib/runner/smoke.ipynb #81477e84
@@ -289,7 +289,7 @@ def check_alias(ws: Workspace) -> str:
     finally: client.delete_registered_model(name)
     return f"no model: {codes[0]}, no alias: {codes[1]}"
 
-# %% ../../nbs/lib/runner/smoke.ipynb #e8d54581
+# %% ../../nbs/lib/runner/smoke.ipynb #485e9e91
 TEXTS = ["Log a metric.", "Log a number of a run.", "A cat sleeps."]
 
 def _vectors(ws):
@@ -297,7 +297,7 @@ def _vectors(ws):
     if config.vector_index == "delta_sync":         # Databricks embeds
         return [part.embedding for part in brief_client(60).serving_endpoints.query(config.ai_search_embedding, input=TEXTS).data]
     from llmops_ref.models.embedding import open_embedder
-    return open_embedder(ws, "fp32" if config.embedder == "auto" else config.embedder).embed(TEXTS)
+    return open_embedder(ws, "fp32" if config.embedder == "auto" else config.embedder).embed(TEXTS, of="document")
 
 @smoke_check(
     "embedder",
@@ -305,7 +305,7 @@ def _vectors(ws):
             " vector_index = faiss in [{env}].",
     region="The region has no Foundation Model APIs: vector_index = faiss in [{env}] of settings.ini embeds in the task.",
     right="CAN QUERY on the endpoint {embedding} for whoever runs the job",
-    other="Ask the endpoint {embedding} by hand, under Serving; or set vector_index = faiss in [{env}] of settings.ini.",
+    other="With vector_index = delta_sync ask the endpoint {embedding} by hand, under Serving; else see `llmops models list`.",
 )
 def check_embedder(ws: Workspace) -> str:
     "Whatever embeds the chunks is asked, and what is alike is closer to each other."
@@ -382,7 +382,7 @@ def rows_table(rows: list[Row]) -> pd.DataFrame: # Columns `check state seen fix
     "Rows as a table."
     return pd.DataFrame([vars(row) for row in rows], columns=["check", "state", "seen", "fix", "seconds"])
 
-# %% ../../nbs/lib/runner/smoke.ipynb #201b3c7f
+# %% ../../nbs/lib/runner/smoke.ipynb #84088370
 CODE = """from llmops_ref.core.config import load_config
 from llmops_ref.core.workspace import open_workspace
 from llmops_ref.runner.smoke import run_checks
@@ -392,7 +392,7 @@ run_checks(open_workspace(load_config(env)), report, names)"""
 def smoke_notebook(): # As papermill takes it
     "What the kernel executes: parameters, and one call."
     import nbformat
-    cells = [nbformat.v4.new_code_cell(source) for source in ('env, report, names = "dev", "", []', CODE)]
+    cells = [nbformat.v4.new_code_cell(source) for source in ('env = "dev"\nreport = ""\nnames = []', CODE)]
     cells[0].metadata["tags"] = ["parameters"]
     return nbformat.v4.new_notebook(
         cells=cells, metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3"))
