@@ -36,9 +36,9 @@ def brief_client(
             f" ({str(error).splitlines()[0][:120]})"
         ) from None
 
-# %% ../../nbs/lib/core/client.ipynb #94d9c0ad
+# %% ../../nbs/lib/core/client.ipynb #23bce5e6
 KINDS = dict(                                       # kind -> what says so: the type of the error, its code or its words
-    expired=r"(token|credential|login|session)\b.{0,60}\bexpired|expired.{0,30}\b(token|credential)|ExpiredToken",
+    expired=r"(?i)\b(token|credentials?|login|session)\b.{0,60}\bexpired|expired.{0,30}\b(token|credential)|ExpiredToken",
     full=r"No space left|[Qq]uota exceeded|QUOTA_EXCEEDED|RESOURCE_LIMIT|storage (limit|quota)|Insufficient Storage",
     region=r"FEATURE_DISABLED|(not|n't|un)[ -]?(yet )?(available|supported|enabled)\b.{0,40}\b(region|workspace|cloud|account)"
     r"|\b(region|workspace|cloud)\b.{0,60}\b(not|n't) (yet )?(support|have|available|enabled)",

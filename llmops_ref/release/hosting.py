@@ -28,7 +28,8 @@ def asking_for(what: str):
     try: yield
     except (PermissionDenied, Unauthenticated) as error:
         if kind_of(error) == "expired":             # in the middle of a stage: nobody took a right away
-            raise SettingsError(f"The workspace was asked for {what}: {str(error).rstrip('.')}. {REMEDIES['expired']}") from None
+            said = str(error).partition(" Config: ")[0].rstrip(".")
+            raise SettingsError(f"The workspace was asked for {what}: {said}. {REMEDIES['expired']}") from None
         raise SettingsError(
             f"We may not use {what}: {str(error).rstrip('.')}. Ask its owner for the right to manage it, and, if it serves, for EXECUTE on"
             " the registered model."

@@ -61,10 +61,11 @@ def _filled(fix, config):
     return fix.format(catalog=config.catalog, schema=config.schema, env=config.env, scope=config.secret_scope,
                       search=config.ai_search_endpoint, embedding=config.ai_search_embedding)
 
-# %% ../../nbs/lib/runner/smoke.ipynb #1c87ea96
+# %% ../../nbs/lib/runner/smoke.ipynb #b101f70b
 PATIENCE = 180.0                                    # seconds for one check
 
-def _said(error): return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+def _said(error):                                   # without the login that the SDK adds
+    return " ".join(f"{type(error).__name__}: {error}".partition(" Config: ")[0].split())[:400]
 
 def try_check(
     check: Check,
