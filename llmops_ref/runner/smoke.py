@@ -10,10 +10,10 @@ __all__ = ['CHECKS', 'PATIENCE', 'NOTED', 'TEXTS', 'NO_GPU', 'IN_A_KERNEL', 'COD
            'probe_table', 'check_table', 'ask_workers', 'check_worker', 'probe_folder', 'check_file', 'check_folder',
            'check_mapped', 'wanted_secrets', 'check_secret', 'check_run', 'check_trace', 'check_alias',
            'check_embedder', 'check_search', 'check_serving', 'wants_gpu', 'check_cuda', 'run_checks', 'rows_table',
-           'smoke_notebook', 'checks_in_a_kernel', 'set_values', 'keep_rows', 'kept_rows', 'rows_of_run', 'in_words',
+           'smoke_notebook', 'checks_in_a_kernel', 'leave_values', 'keep_rows', 'kept_rows', 'rows_of_run', 'in_words',
            'in_lines', 'smoke_task', 'gpu_task', 'verdict_task', 'read_report']
 
-# %% ../../nbs/lib/runner/smoke.ipynb #df1dd16a
+# %% ../../nbs/lib/runner/smoke.ipynb #bd64a94d
 import contextlib, hashlib, importlib.metadata, json, mmap, os, platform, shutil, tempfile, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ import pandas as pd
 from ..core.client import brief_client, check_login, remedy
 from ..core.config import Config
 from ..core.files import DataError, write_atomic
-from ..core.machine import git_commit, on_databricks
+from ..core.machine import git_commit
 from ..core.workspace import Workspace
 from .pipeline import StageKernel, _execute, explain_error
 from .plan import Stage
@@ -421,18 +421,16 @@ def checks_in_a_kernel(
         rows.append(Row("papermill", "failed", error, f"The kernel ended after {len(rows)} checks. Look at the log of the task.", seconds))
     return rows
 
-# %% ../../nbs/lib/runner/smoke.ipynb #1db23d7b
+# %% ../../nbs/lib/runner/smoke.ipynb #f2dbeb07
 SEEN, GPU_WANTED = "smoke", "gpu"                   # names of the values, as resources/smoke.yml reads them
 
-def set_values(ws: Workspace) -> str:
-    "Set the values that the conditions of the job read."
-    if not on_databricks(): raise Skipped("no task of a job")
-    from databricks.sdk.runtime import dbutils
-    wanted = str(wants_gpu(ws.config)).lower()
-    for key, value in {SEEN: "seen", GPU_WANTED: wanted}.items(): dbutils.jobs.taskValues.set(key=key, value=value)
-    return f"{SEEN} = seen, {GPU_WANTED} = {wanted}"
+def leave_values(ws: Workspace) -> str:
+    "Leave the values that the conditions of the job read, for the notebook that sets them."
+    values = {SEEN: "seen", GPU_WANTED: str(wants_gpu(ws.config)).lower()}
+    write_atomic(ws.path("handed_over", "smoke.json"), json.dumps(values))
+    return ", ".join(f"{name} = {value}" for name, value in values.items())
 
-VALUES = Check("task values", set_values, dict(other="Task values are set by notebooks: look at the kind of the task in resources/smoke.yml."))
+VALUES = Check("task values", leave_values, _VOLUME)
 
 # %% ../../nbs/lib/runner/smoke.ipynb #55091941
 def keep_rows(ws: Workspace, part: str, rows: list[Row], run: str) -> Path:
@@ -445,9 +443,10 @@ def kept_rows(ws: Workspace, part: str, run: str) -> list[Row]:
     except (OSError, ValueError): return []
     return [Row(**row) for row in kept["rows"]] if kept["run"] == run else []
 
-# %% ../../nbs/lib/runner/smoke.ipynb #e575d681
+# %% ../../nbs/lib/runner/smoke.ipynb #4e022dd1
 _TASKS = dict(                                      # of resources/smoke.yml -> what to do if it failed on its own
     checks="Its environment could not be made, or it could not write to the Volume: look at its log, and at `environments` in databricks.yml.",
+    values="The notebook resources/runtime/asked.py could not read what the task before it left, or may set no values: look at its page.",
     gpu=NO_GPU,
 )
 
@@ -465,7 +464,7 @@ def rows_of_run(
     if condition and condition.condition_task and condition.condition_task.outcome:
         read = condition.condition_task.outcome == "true"
         rows.append(Row("condition", "passed" if read else "failed", f"its outcome is {condition.condition_task.outcome}",
-                        "" if read else VALUES.fixes["other"]))
+                        "" if read else "The value that a notebook set was not seen: look at the tasks `values` and `value_is_seen` of this run."))
     for key, fix in _TASKS.items():
         state = tasks[key].state if key in tasks else None
         if state and state.result_state and state.result_state.value in ("FAILED", "TIMEDOUT", "CANCELED"):
