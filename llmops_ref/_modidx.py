@@ -2325,6 +2325,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'llmops_ref/runner/smoke.py'),
                                          'llmops_ref.runner.smoke.check_mapped': ( 'lib/runner/smoke.html#check_mapped',
                                                                                    'llmops_ref/runner/smoke.py'),
+                                         'llmops_ref.runner.smoke.check_prompt': ( 'lib/runner/smoke.html#check_prompt',
+                                                                                   'llmops_ref/runner/smoke.py'),
                                          'llmops_ref.runner.smoke.check_run': ( 'lib/runner/smoke.html#check_run',
                                                                                 'llmops_ref/runner/smoke.py'),
                                          'llmops_ref.runner.smoke.check_search': ( 'lib/runner/smoke.html#check_search',

@@ -1,4 +1,4 @@
-"""A client of the workspace that keeps nobody waiting, and what its refusals mean
+"""A client that keeps nobody waiting, and what refusals mean
 
 Reads what the environment says of a workspace. Leaves a client whose patience ends soon, and a word for each kind of refusal."""
 

@@ -8,7 +8,7 @@ Reads one environment, by doing once, in small, what the stages do. Leaves a row
 __all__ = ['CHECKS', 'PATIENCE', 'NOTED', 'TEXTS', 'NO_GPU', 'IN_A_KERNEL', 'CODE', 'SEEN', 'GPU_WANTED', 'VALUES', 'SMOKE',
            'Row', 'Skipped', 'Check', 'smoke_check', 'try_check', 'check_kernel', 'check_who', 'check_session',
            'probe_table', 'check_table', 'ask_workers', 'check_worker', 'probe_folder', 'check_file', 'check_folder',
-           'check_mapped', 'wanted_secrets', 'check_secret', 'check_run', 'check_trace', 'check_alias',
+           'check_mapped', 'wanted_secrets', 'check_secret', 'check_run', 'check_trace', 'check_alias', 'check_prompt',
            'check_embedder', 'check_search', 'check_serving', 'wants_gpu', 'check_cuda', 'run_checks', 'rows_table',
            'smoke_notebook', 'checks_in_a_kernel', 'leave_values', 'keep_rows', 'kept_rows', 'rows_of_run', 'in_words',
            'in_lines', 'smoke_task', 'gpu_task', 'verdict_task', 'read_report']
@@ -289,6 +289,29 @@ def check_alias(ws: Workspace) -> str:
         except DataError as error: raise DataError(f"no model: {codes[0]}, no alias: {codes[1]}. {error}") from None
     finally: client.delete_registered_model(name)
     return f"no model: {codes[0]}, no alias: {codes[1]}"
+
+# %% ../../nbs/lib/runner/smoke.ipynb #8240e9f5
+@smoke_check(
+    "prompt",
+    right="GRANT CREATE FUNCTION, EXECUTE, MANAGE ON SCHEMA {catalog}.{schema} TO `<who runs the job>`, and USE CATALOG, USE SCHEMA",
+    region="The prompt registry is a preview: an admin switches it on, under Previews of the workspace.",
+    other="Look under Prompts on the page of the experiment. If a prompt can be made there by hand, this is a defect of ours: tell us what was seen.",
+)
+def check_prompt(ws: Workspace) -> str:
+    "A prompt is registered, found by an alias and not by one that is not there, and deleted."
+    mlflow, noun = ws.mlflow(), f"smoke_{os.urandom(4).hex()}"
+    client, name = mlflow.MlflowClient(), ws.registered(noun)
+    made = mlflow.genai.register_prompt(name, "Answer {{question}}")
+    try:
+        nobody = ws.prompt(noun, "nobody", record=False)
+        ws.set_prompt_alias(noun, "somebody", made.version)
+        found = ws.prompt(noun, "somebody", record=False)
+    finally:
+        with contextlib.suppress(Exception): client.delete_prompt_alias(name, "somebody")
+        client.delete_prompt_version(name, str(made.version))
+        client.delete_prompt(name)
+    if nobody is not None or found is None: raise DataError(f"the alias that is there gave {found}, the one that is not {nobody}")
+    return "registered, found by its alias, deleted"
 
 # %% ../../nbs/lib/runner/smoke.ipynb #485e9e91
 TEXTS = ["Log a metric.", "Log a number of a run.", "A cat sleeps."]
