@@ -184,7 +184,7 @@ def test_a_table_that_cannot_be_made(ws, monkeypatch, words, fix):
 def test_without_a_session_it_says_what_the_environment_lacks(ws, monkeypatch):
     monkeypatch.setitem(sys.modules, "databricks.connect", None)
     row = made(ws, "session")
-    assert row.state == "failed" and "databricks-connect" in row.fix
+    assert row.state == "failed" and "databricks-connect" in row.fix, row
 
 
 # --- what the service says of a run

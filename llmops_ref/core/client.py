@@ -36,7 +36,7 @@ def brief_client(
             f" ({str(error).splitlines()[0][:120]})"
         ) from None
 
-# %% ../../nbs/lib/core/client.ipynb #23bce5e6
+# %% ../../nbs/lib/core/client.ipynb #348f5e48
 KINDS = dict(                                       # kind -> what says so: the type of the error, its code or its words
     expired=r"(?i)\b(token|credentials?|login|session)\b.{0,60}\bexpired|expired.{0,30}\b(token|credential)|ExpiredToken",
     full=r"No space left|[Qq]uota exceeded|QUOTA_EXCEEDED|RESOURCE_LIMIT|storage (limit|quota)|Insufficient Storage",
@@ -47,7 +47,7 @@ KINDS = dict(                                       # kind -> what says so: the 
     missing=r"\bNotFound\b|NO_SUCH_CATALOG|(CATALOG|SCHEMA|TABLE_OR_VIEW|ENDPOINT)_NOT_FOUND|(RESOURCE|ENDPOINT|SCHEMA|CATALOG)_DOES_NOT_EXIST"
     r"|does not exist",
     unreachable=r"TimeoutError|ConnectionError|ConnectTimeout|[Tt]imed out|Connection refused|Failed to resolve|no answer within",
-    package=r"ModuleNotFoundError|ImportError",
+    package=r"ModuleNotFoundError|ImportError|needs the package",
 )
 
 def kind_of(error: BaseException) -> str:
