@@ -15,45 +15,54 @@ from llmops_ref.evaluation.judges import check_judges
 from llmops_ref.kit.doctor import check_workspace
 from llmops_ref.release.hosting import asking_for
 from llmops_ref.runner.bundle import load_bundle
+from llmops_ref.runner import smoke
 from llmops_ref.runner.plan import check_databricks
 from llmops_ref.runner.smoke import CHECKS, IN_A_KERNEL, Row, keep_rows, rows_of_run, try_check, verdict_task
 from socket_workspace import MISSING, SocketWorkspace, on_a_socket, strict
+from test_bundle import VALUES, Emulator
 
 ME = "ada.lovelace@acme.example"
-VALUES = dict(service_principal="5e0c2f1a-1d7b", approvers="ml-leads")
 
 
 # --- for real, on this machine
 
-def task(*words, store, **settings):
-    given = dict(env="dev", root=ROOT, platform="local", store=store, cache=CACHE) | settings
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOPS_", "MLFLOW_"))} | dict(PYTHONPATH=str(ROOT))
-    return subprocess.run(
-        [sys.executable, str(ROOT / "resources" / "runtime" / "task.py"), *words, " ".join(f"{k}='{v}'" for k, v in given.items())],
-        capture_output=True, text=True, env=environment,
-    )
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    "The job on an emulated workspace, which starts each task as a process of this machine; the store, and what each task said."
+    folder = tmp_path_factory.mktemp("smoke")
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("LLMOPS_", "MLFLOW_", "DATABRICKS_"))}
+    emulator = Emulator(folder, keep | dict(PYTHONPATH=str(ROOT), LLMOPS_CACHE=CACHE))
+    try:
+        files = emulator.upload(load_bundle(ROOT, "staging", VALUES).workspace["file_path"])
+        words = dict(env="staging", root=files, platform="local", store=folder / "store", commit="0123456789ab", vector_index="faiss",
+                     embedder="int8", embedder_model="auto", models="data/models.toml", serving_token="", serving_target="model_serving")
+        said = dict(settings=" ".join(f"{k}='{v}'" for k, v in words.items()), handed_over=f"{folder}/store/handed_over")
+        job = load_bundle(ROOT, "staging", VALUES | said).resources["jobs"]["smoke"]
+        next(task for task in job["tasks"] if task["task_key"] == "gpu")["depends_on"] = [dict(task_key="checks")]     # minilake knows no conditions
+        yield folder / "store", emulator.run(job)
+    finally: emulator.process.terminate(); emulator.process.wait(); emulator.log.close()
 
 
-def test_the_whole_of_it_on_this_machine(tmp_path):
+def test_the_whole_job_on_this_machine(ran):
     "From a kernel of papermill that a task starts: each check that has a meaning here passes, and nothing of it stays."
-    store = tmp_path / "store"
-    first = task("smoke", "run=77", store=store, vector_index="faiss", embedder="int8", serving_token="")
-    assert first.returncode == 0, first.stdout + first.stderr
-    rows = {row["check"]: row for row in json.loads((store / "smoke" / "checks.json").read_text())["rows"]}
-    skipped = {"login", "secret", "AI Search", "serving"}
-    assert list(rows) == [*IN_A_KERNEL, "task values"]
+    store, ended = ran
+    assert {name: end for name, (end, _) in ended.items()} == dict.fromkeys(("checks", "gpu", "verdict"), "SUCCESS"), ended
+    report = json.loads((store / "smoke" / "report.json").read_text())
+    rows = {row["check"]: row for row in report["rows"]}
+    assert list(rows) == [*IN_A_KERNEL, "task values", "GPU"] and (report["env"], report["commit"]) == ("staging", "0123456789ab")
+    skipped = {"login", "secret", "AI Search", "serving", "GPU"}
     assert {name: row["state"] for name, row in rows.items()} == {name: "skipped" if name in skipped else "passed" for name in rows}, rows
-    assert "1 new, 1 changed, 1 gone" in rows["table"]["seen"]
+    assert "1 new, 1 changed, 1 gone" in rows["table"]["seen"] and "passed" in ended["verdict"][1]
+    assert json.loads((store / "handed_over" / "smoke.json").read_text()) == dict(smoke="seen", gpu="false")
     assert not list((store / "tables").iterdir()) and not list((store / "smoke").glob("probe-*"))
 
-    other = task("smoke_verdict", "run=78", store=store)
-    assert other.returncode == 1 and "left no rows of this run" in other.stderr, "those of another run do not count"
-    verdict = task("smoke_verdict", store=store)            # a run of no job: nobody is asked about it
-    assert verdict.returncode == 1 and "left no rows" in verdict.stderr
-    checks = json.loads((store / "smoke" / "checks.json").read_text())
-    (store / "smoke" / "checks.json").write_text(json.dumps(checks | dict(run="")))
-    verdict = task("smoke_verdict", store=store)
-    assert verdict.returncode == 0 and "checks passed" in verdict.stdout, verdict.stderr
+
+def test_a_kernel_that_dies_keeps_the_rows_before_it(tmp_path, monkeypatch):
+    "Out of memory, as the system does it: what was seen until then is in the report, and the death is a row."
+    monkeypatch.setattr(smoke, "CODE", f"{smoke.CODE}\nimport os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    rows = smoke.checks_in_a_kernel(open_workspace(load_config("dev", ROOT, platform="local", store=str(tmp_path))), ["file", "folder"])
+    assert [(row.check, row.state) for row in rows] == [("file", "passed"), ("folder", "passed"), ("papermill", "failed")]
+    assert "kernel died" in rows[-1].seen and "after 2 checks" in rows[-1].fix
 
 
 @pytest.mark.skipif(

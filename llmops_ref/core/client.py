@@ -56,9 +56,10 @@ def kind_of(error: BaseException) -> str:
     text = f"{type(error).__name__} {getattr(error, 'error_code', '')}: {error}"
     return next((kind for kind, says in KINDS.items() if re.search(says, text, re.S)), "other")
 
-# %% ../../nbs/lib/core/client.ipynb #00759d96
+# %% ../../nbs/lib/core/client.ipynb #e5a3f1ac
 REMEDIES = dict(
     expired="The login has ended. A task: run it again, each run gets a new token and what is done stays done. By hand: databricks auth login",
+    full="Make room on the disk or the Volume: old runs in `runs` can go. What is there is whole, and the next run goes on from it.",
     login="databricks auth login --host https://<workspace>, or set DATABRICKS_HOST and DATABRICKS_TOKEN",
     unreachable="Nobody answers there. Look at the address, the network (VPN, private link, allowed addresses), and the workspace's status page.",
 )
