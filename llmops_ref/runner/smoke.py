@@ -61,7 +61,7 @@ def _filled(fix, config):
     return fix.format(catalog=config.catalog, schema=config.schema, env=config.env, scope=config.secret_scope,
                       search=config.ai_search_endpoint, embedding=config.ai_search_embedding)
 
-# %% ../../nbs/lib/runner/smoke.ipynb #b101f70b
+# %% ../../nbs/lib/runner/smoke.ipynb #004244eb
 PATIENCE = 180.0                                    # seconds for one check
 
 def _said(error):                                   # without the login that the SDK adds
@@ -77,7 +77,7 @@ def try_check(
     def work():
         try: ended.append(("passed", check.look(ws), None))
         except Skipped as reason: ended.append(("skipped", str(reason), None))
-        except Exception as error: ended.append(("failed", _said(error), error))
+        except BaseException as error: ended.append(("failed", _said(error), error))      # PySpark may exit
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(patience)
