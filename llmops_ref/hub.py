@@ -73,8 +73,8 @@ def _check(candidate):
         )
     elif candidate.source == "databricks":
         if not _databricks(): raise LookupError("no Databricks credentials are configured")
-        from databricks.sdk import WorkspaceClient
-        WorkspaceClient().serving_endpoints.get(candidate.model)
+        from llmops_ref.core.client import brief_client
+        brief_client().serving_endpoints.get(candidate.model)
 
 def _databricks():                                  # whether the SDK would find a workspace
     profile = Path(os.environ.get("DATABRICKS_CONFIG_FILE", "~/.databrickscfg")).expanduser()
@@ -120,8 +120,8 @@ def _job(ws, candidate, file):
     if file: return dict(file=str(file), folder=str(file.parent), slots=ws.config.chat_slots)
     if candidate.source == "gateway": endpoint = gateway_endpoint(ws)
     else:
-        from databricks.sdk import WorkspaceClient
-        me = WorkspaceClient().config
+        from llmops_ref.core.client import brief_client
+        me = brief_client().config
         endpoint = Endpoint(f"{me.host}/serving-endpoints", candidate.model, me.authenticate()["Authorization"].removeprefix("Bearer "))
     return dict(url=endpoint.base_url, model=endpoint.model, key=endpoint.api_key() if callable(endpoint.api_key) else endpoint.api_key)
 

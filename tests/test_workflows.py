@@ -336,13 +336,13 @@ def done(here):
     return [call for call in here.calls("databricks", "llmops") if not re.match(r"llmops (config|bundle plan)|databricks fs", call)]
 
 STAGING = [
-    "databricks bundle deploy -t staging", "databricks bundle run data_and_index -t staging",
+    "databricks bundle deploy -t staging", "databricks bundle run smoke -t staging", "databricks bundle run data_and_index -t staging",
     "databricks bundle run finetune -t staging", "llmops bundle connect --env staging",
     "databricks bundle run deployment -t staging",
 ]
 REMOVED = ["llmops destroy --env staging --platform databricks --yes", "databricks bundle destroy -t staging --auto-approve"]
 PROD = [
-    "databricks bundle deploy -t prod", "llmops bundle connect --env prod",
+    "databricks bundle deploy -t prod", "databricks bundle run smoke -t prod", "llmops bundle connect --env prod",
     "databricks bundle run data_and_index -t prod", "databricks bundle run finetune -t prod",
 ]
 
@@ -387,7 +387,8 @@ def test_monitoring_runs_in_staging_where_there_are_traces(machine, planned):
 @pytest.mark.parametrize(
     "broken, left",
     [
-        ("databricks bundle deploy", STAGING[:1] + REMOVED), ("databricks bundle run finetune", STAGING[:3] + REMOVED),
+        ("databricks bundle deploy", STAGING[:1] + REMOVED), ("databricks bundle run smoke", STAGING[:2] + REMOVED),
+        ("databricks bundle run finetune", STAGING[:4] + REMOVED),
         ("llmops destroy", STAGING + REMOVED), ("make setup", []),
     ],
 )

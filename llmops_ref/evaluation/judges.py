@@ -24,7 +24,7 @@ from ..models.llm import server_key
 def check_judges(
     ws: Workspace,
 ) -> str | None: # The key to send, if there is one
-    "`SettingsError` if the settings of the judge cannot work; nothing is sent."
+    "`SettingsError` if the settings of the judge cannot work; no judge is asked, a workspace only who we are."
     model, url = ws.config.judge_model, ws.config.judge_url
     if url and not model:
         raise SettingsError(
@@ -43,13 +43,8 @@ def check_judges(
         )
     provider, name = model.split(":/", 1)
     if provider == "databricks":
-        from databricks.sdk.core import Config as Credentials
-        try: Credentials()
-        except ValueError as error:
-            raise SettingsError(
-                f"`judge_model` is {model!r}, and no workspace is configured. Set DATABRICKS_HOST and DATABRICKS_TOKEN, or name a model of"
-                f" another provider. ({str(error)[:120]})"
-            ) from None
+        from llmops_ref.core.client import check_login
+        check_login(f"`judge_model` is {model!r}", "a model of another provider")
         return None
     if provider not in PROVIDERS:
         raise SettingsError(

@@ -24,8 +24,12 @@ from .serving import LocalHost, ROUTE, check_shares, read_events, stream_endpoin
 def asking_for(what: str):
     "Turn the errors of the workspace's API into ours, which name the thing and the fix."
     from databricks.sdk.errors import DatabricksError, NotFound, OperationFailed, PermissionDenied, Unauthenticated
+    from llmops_ref.core.client import REMEDIES, kind_of
     try: yield
     except (PermissionDenied, Unauthenticated) as error:
+        if kind_of(error) == "expired":             # in the middle of a stage: nobody took a right away
+            said = str(error).partition(" Config: ")[0].rstrip(".")
+            raise SettingsError(f"The workspace was asked for {what}: {said}. {REMEDIES['expired']}") from None
         raise SettingsError(
             f"We may not use {what}: {str(error).rstrip('.')}. Ask its owner for the right to manage it, and, if it serves, for EXECUTE on"
             " the registered model."

@@ -23,6 +23,7 @@ from ..release.champion import check_deployable, log_candidate
 from ..release.hosting import asking_for, open_client
 from .pipeline import Lines, StageFailed, run_pipeline
 from .plan import STAGES, find_stage, make_plan, preflight
+from .smoke import SMOKE
 
 # %% ../../nbs/lib/runner/jobs.ipynb #f2f8344f
 def run_stage_task(
@@ -149,7 +150,7 @@ def check_gpu() -> str: # Its name
 
 # %% ../../nbs/lib/runner/jobs.ipynb #80a4159e
 def run_task(
-    task: str, # A stage, or candidate, evaluate, approve, deploy
+    task: str, # A stage, or candidate, evaluate, approve, deploy, smoke, smoke_gpu, smoke_verdict
     root: str, # Folder of `settings.ini`
     env: str,
     model_name: str = "",
@@ -157,6 +158,7 @@ def run_task(
     commit: str = "", # Of the deployed bundle
     leave: str = "", # File for the task after it: what monitoring asks for, or this project for a task on a GPU
     gpu: str = "", # Not empty: it runs where a GPU must be
+    run: str = "", # Of the job, by which the tasks of `smoke` know each other
     **settings: str, # Any settings
 ) -> None:
     "Body of a task: run it, and exit with code 1 and one paragraph if it fails."
@@ -172,9 +174,10 @@ def run_task(
         if task == "candidate":
             with ws.start_run("candidate"): print(f"The candidate is version {log_candidate(ws)[0]} of {ws.registered('assistant')}.")
         elif task in TASKS: TASKS[task](ws, model_version)
+        elif task in SMOKE: SMOKE[task](ws, run)
         else: record = run_stage_task(ws, task)
         if leave and task == "monitoring": leave_asked(record, leave)
-        elif leave: leave_project(root, dict(env=env, commit=commit) | settings, leave)
+        elif leave: leave_project(root, dict(env=env, commit=commit) | (dict(run=run) if run else {}) | settings, leave)
     except (DataError, SettingsError, StageFailed) as error: sys.exit(f"Error: {error}")
 
 # %% ../../nbs/lib/runner/jobs.ipynb #b5ea5f35

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from jupyter_core.utils import run_sync
 
+from ..core.client import REMEDIES, kind_of
 from ..core.config import explain, sleep_while_waiting
 from ..core.files import write_atomic
 from ..core.machine import git_commit, usable_cores
@@ -82,7 +83,8 @@ def explain_error(
     if type(error).__name__ != "PapermillExecutionError": return _shortened(f"{type(error).__name__}: {error}")
     said = f"{error.ename}: {error.evalue or 'it says no more'}"
     if error.ename in OURS: return "\n".join(_lines(said))
-    return f"{_shortened(said)}\n{_place(error, executed)}"
+    helps = [REMEDIES[kind]] if (kind := kind_of(RuntimeError(said))) in ("expired", "full") else []      # whoever raised it
+    return "\n".join([_shortened(said), _place(error, executed), *helps])
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #6100217c
 def _shortened(text):

@@ -366,19 +366,14 @@ def check_platform(config: Config) -> None:
 
 # %% ../../nbs/lib/runner/plan.ipynb #f4c81598
 def check_databricks(config: Config) -> None:
-    "`SettingsError` if AI Search is asked for and no workspace can be."
+    "`SettingsError` if AI Search is asked for and no workspace can be, or lets us not in; it waits for seconds, not for minutes."
     if config.vector_index == "delta_sync" and config.platform != "databricks":
         raise SettingsError(
             "vector_index = delta_sync follows a Unity Catalog table, which platform = local does not write. Set platform = databricks, or"
             " vector_index = direct_access or faiss."
         )
-    from databricks.sdk.core import Config as Credentials
-    try: Credentials()
-    except ValueError as error:
-        raise SettingsError(
-            f"vector_index = {config.vector_index} is AI Search on Databricks, and no workspace is configured. Set DATABRICKS_HOST and"
-            f" DATABRICKS_TOKEN, or vector_index = faiss. ({str(error).splitlines()[0][:120]})"
-        ) from None
+    from llmops_ref.core.client import check_login
+    check_login(f"vector_index = {config.vector_index} is AI Search on Databricks", "vector_index = faiss")
 
 # %% ../../nbs/lib/runner/plan.ipynb #8469c2a2
 def waits_for(
