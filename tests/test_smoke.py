@@ -38,7 +38,8 @@ def ran(tmp_path_factory):
                      embedder="int8", embedder_model="auto", models="data/models.toml", serving_token="", serving_target="model_serving")
         said = dict(settings=" ".join(f"{k}='{v}'" for k, v in words.items()), handed_over=f"{folder}/store/handed_over")
         job = load_bundle(ROOT, "staging", VALUES | said).resources["jobs"]["smoke"]
-        next(task for task in job["tasks"] if task["task_key"] == "gpu")["depends_on"] = [dict(task_key="checks")]     # minilake knows no conditions
+        gpu = next(task for task in job["tasks"] if task["task_key"] == "gpu")
+        gpu["depends_on"] = [dict(task_key="checks")]                           # minilake knows no conditions
         yield folder / "store", emulator.run(job)
     finally: emulator.process.terminate(); emulator.process.wait(); emulator.log.close()
 
@@ -85,7 +86,8 @@ try: smoke._hand_on(ws, "checks", [row], "77")
 except DataError as error: print(error)
 """
     small = 'mount -t tmpfs -o size=256k tmpfs "$0" && exec "$@"'
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", small, tmp_path, sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    words = ["unshare", "-rm", "sh", "-c", small, tmp_path, sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
     assert [line[:2] for line in lines] == [["failed", "file"], ["passed", "folder"], ["failed", "mapped file"]], done.stdout + done.stderr
     assert all("No space left on device" in line[2] and line[3].startswith("The Volume is full. Delete old runs") for line in lines[::2])
@@ -180,7 +182,7 @@ class Spark:
     "words, fix",
     [
         ("[NO_SUCH_CATALOG_EXCEPTION] Catalog 'acme_dev' was not found.", "CREATE CATALOG acme_dev"),
-        ("[INSUFFICIENT_PERMISSIONS] Insufficient privileges: User does not have CREATE TABLE on Schema 'acme_dev.reference'.", "CREATE TABLE"),
+        ("[INSUFFICIENT_PERMISSIONS] User does not have CREATE TABLE on Schema 'acme_dev.reference'.", "CREATE TABLE"),
         ("[QUOTA_EXCEEDED] Cannot create 1 table: limit 10000 reached", "llmops doctor --databricks"),
     ],
 )
@@ -293,7 +295,7 @@ def test_doctor_reads_the_report(service, dev):
 @pytest.mark.parametrize(
     "path, answer, about, says",
     [
-        ("/catalogs/acme_dev", no(404, "CATALOG_DOES_NOT_EXIST", "Catalog 'acme_dev' does not exist."), "catalog", "CREATE CATALOG acme_dev"),
+        ("/catalogs/acme_dev", no(404, "CATALOG_DOES_NOT_EXIST", "'acme_dev' does not exist."), "catalog", "CREATE CATALOG acme_dev"),
         (
             "/effective-permissions/CATALOG/acme_dev", (200, dict(privilege_assignments=[])), "rights in acme_dev",
             f"GRANT USE CATALOG, CREATE SCHEMA ON CATALOG acme_dev TO `{ME}`",
@@ -344,7 +346,7 @@ def test_a_judge_on_a_workspace_is_looked_for_first(service):
     judged = open_workspace(load_config("dev", ROOT, platform="local", judge_model="databricks:/large", judge_url=""))
     assert check_judges(judged) is None
     service.says["/scim/v2/Me"] = no(403, "PERMISSION_DENIED", "Token is expired")
-    with pytest.raises(SettingsError, match="`judge_model` is 'databricks:/large'.*Or set a model of another provider"): check_judges(judged)
+    with pytest.raises(SettingsError, match="databricks:/large.*Or set a model of another provider"): check_judges(judged)
     patience = brief_client().config
     assert patience.retry_timeout_seconds + patience.http_timeout_seconds <= 20
 

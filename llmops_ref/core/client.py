@@ -36,7 +36,7 @@ def brief_client(
             f" ({str(error).splitlines()[0][:120]})"
         ) from None
 
-# %% ../../nbs/lib/core/client.ipynb #348f5e48
+# %% ../../nbs/lib/core/client.ipynb #dca52304
 KINDS = dict(                                       # kind -> what says so: the type of the error, its code or its words
     expired=r"(?i)\b(token|credentials?|login|session)\b.{0,60}\bexpired|expired.{0,30}\b(token|credential)|ExpiredToken",
     full=r"No space left|[Qq]uota exceeded|QUOTA_EXCEEDED|RESOURCE_LIMIT|storage (limit|quota)|Insufficient Storage",
@@ -44,8 +44,8 @@ KINDS = dict(                                       # kind -> what says so: the 
     r"|\b(region|workspace|cloud)\b.{0,60}\b(not|n't) (yet )?(support|have|available|enabled)",
     right=r"\bPermissionDenied\b|PERMISSION_DENIED|INSUFFICIENT_PERMISSIONS|does not have .{0,60}(privilege|permission|access)",
     login=r"\bUnauthenticated\b|\b401\b|[Ii]nvalid access token|default auth|No workspace is configured",
-    missing=r"\bNotFound\b|NO_SUCH_CATALOG|(CATALOG|SCHEMA|TABLE_OR_VIEW|ENDPOINT)_NOT_FOUND|(RESOURCE|ENDPOINT|SCHEMA|CATALOG)_DOES_NOT_EXIST"
-    r"|does not exist",
+    missing=r"\bNotFound\b|NO_SUCH_CATALOG|(CATALOG|SCHEMA|TABLE_OR_VIEW|ENDPOINT)_NOT_FOUND"
+    r"|(RESOURCE|ENDPOINT|SCHEMA|CATALOG)_DOES_NOT_EXIST|does not exist",
     unreachable=r"TimeoutError|ConnectionError|ConnectTimeout|[Tt]imed out|Connection refused|Failed to resolve|no answer within",
     package=r"ModuleNotFoundError|ImportError|needs the package",
 )
@@ -56,12 +56,12 @@ def kind_of(error: BaseException) -> str:
     text = f"{type(error).__name__} {getattr(error, 'error_code', '')}: {error}"
     return next((kind for kind, says in KINDS.items() if re.search(says, text, re.S)), "other")
 
-# %% ../../nbs/lib/core/client.ipynb #e5a3f1ac
+# %% ../../nbs/lib/core/client.ipynb #1cfbccd7
 REMEDIES = dict(
-    expired="The login has ended. A task: run it again, each run gets a new token and what is done stays done. By hand: databricks auth login",
+    expired="The login has ended. A task: run it again, a run gets a new token and what is done stays done. By hand: databricks auth login",
     full="Make room on the disk or the Volume: old runs in `runs` can go. What is there is whole, and the next run goes on from it.",
     login="databricks auth login --host https://<workspace>, or set DATABRICKS_HOST and DATABRICKS_TOKEN",
-    unreachable="Nobody answers there. Look at the address, the network (VPN, private link, allowed addresses), and the workspace's status page.",
+    unreachable="Nobody answers there. Look at the address, the network (VPN, private link, allowed addresses), and the status page.",
 )
 
 def remedy(

@@ -416,14 +416,14 @@ def _command_line(root):
 def _smoke(client, config):
     from llmops_ref.runner.smoke import read_report
     how, report = f"databricks bundle run smoke -t {config.env}", read_report(config, client)
-    if report is None: return [Finding("smoke job", "note", f"no report in {config.store}", f"After the first deployment, before all else: {how}")]
+    if report is None:
+        return [Finding("smoke job", "note", f"no report in {config.store}", f"After the first deployment, before all else: {how}")]
     rows, when = report["rows"], time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(report["made"]))
     count = {state: sum(row.state == state for row in rows) for state in ("passed", "skipped", "failed")}
-    said = f"{when}, commit {report['commit']}: {', '.join(f'{n} {state}' for state, n in count.items() if n)}"
-    return [Finding("smoke job", "fail" if count["failed"] else "ok", said, f"Mend what failed, then: {how}" if count["failed"] else "")] + [
-        Finding(f"smoke: {r.check}", "fail" if r.state == "failed" else "ok", f"skipped: {r.seen}" if r.state == "skipped" else r.seen, r.fix)
-        for r in rows
-    ]
+    said, bad = ", ".join(f"{n} {state}" for state, n in count.items() if n), "fail" if count["failed"] else "ok"
+    whole = Finding("smoke job", bad, f"{when}, commit {report['commit']}: {said}", f"Mend it, then: {how}" if count["failed"] else "")
+    def found(row): return f"skipped: {row.seen}" if row.state == "skipped" else row.seen
+    return [whole] + [Finding(f"smoke: {r.check}", "fail" if r.state == "failed" else "ok", found(r), r.fix) for r in rows]
 
 # %% ../../nbs/lib/kit/doctor.ipynb #8e1382d8
 SAMPLES = {
