@@ -4,7 +4,7 @@ It runs in an environment of its own, where nothing of the project is but its wh
 environment names: the one of tests/sail_workspace.py, or a real one. FOLDER holds settings.ini. Where CONTRACT_RULES names
 the rules of the former, what a workspace refuses is tried, too.
 """
-import contextlib, json, logging, os, sys, tempfile, time, traceback
+import contextlib, gc, json, logging, os, sys, tempfile, time, traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -351,6 +351,7 @@ def main(folder):
         try: said = dict(ok=True, facts=check(ws, here))
         except Exception: said = dict(ok=False, facts=traceback.format_exc()[-3000:])
         print(json.dumps(dict(check=check.__name__, seconds=round(time.monotonic() - begun, 2)) | said), flush=True)
+    gc.collect()                                        # a session that was replaced and is collected has locked the client up
     for table in dict.fromkeys(made):
         with contextlib.suppress(Exception): ws.spark.sql(f"DROP TABLE IF EXISTS {ws._name(table)}").collect()
 

@@ -133,8 +133,12 @@ def open_session(
     if mode != "remote": check_host(config)
     with asking_databricks(f"open a session of Spark ({mode}{' ' * bool(where)}{where.partition(';')[0]})", config):
         builder = _builder(mode, where)
-        try: return builder.create() if anew else builder.getOrCreate()
+        try: session = builder.create() if anew else builder.getOrCreate()
         except ValueError as error: raise explain(error, "open a session of Spark", config) from None       # the SDK's, of settings
+    _OPENED.append(session)
+    return session
+
+_OPENED = []    # one that Python collects closes itself, in the middle of whatever is asked at that moment, and the client hangs
 
 def _builder(mode, where):
     if mode == "remote":

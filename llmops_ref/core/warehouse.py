@@ -119,7 +119,8 @@ class WarehouseStatements:
 # %% ../../nbs/lib/core/warehouse.ipynb #c74e1d8b
 def _empty(manifest):
     import pyarrow
-    kinds = {words: pyarrow.type_for_alias(name) for name, words in reversed(_TYPES.items())} | dict(TIMESTAMP=pyarrow.timestamp("us", "UTC"))
+    kinds = {words: pyarrow.type_for_alias(name) for name, words in reversed(_TYPES.items())}
+    kinds["TIMESTAMP"] = pyarrow.timestamp("us", "UTC")
     def kind(words): return pyarrow.list_(kind(words[6:-1])) if words.startswith("ARRAY<") else kinds.get(words, pyarrow.string())
     columns = manifest.schema.columns if manifest and manifest.schema and manifest.schema.columns else []
     return pyarrow.schema([(column.name, kind((column.type_text or "").upper())) for column in columns]).empty_table()
