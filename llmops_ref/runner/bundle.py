@@ -241,7 +241,8 @@ def _put_together(root):
         _check_parts(path.name, part, PARTS)
         for kind, found in (part.get("resources") or {}).items():
             for key, what in (found or {}).items():
-                if not isinstance(what, dict): raise SettingsError(f"{path.name} says nothing of {kind}.{key}. Give it fields, or remove it.")
+                if not isinstance(what, dict):
+                    raise SettingsError(f"{path.name} says nothing of {kind}.{key}. Give it fields, or remove it.")
                 if key in where:
                     raise SettingsError(
                         f"{kind}.{key} in {path.name} has the key of {where[key]}. Rename one: `databricks bundle run {key}` must know"
@@ -325,7 +326,9 @@ def _check_task(key, job, task):
         kind, count = str(group["compute"]["accelerator_type"]), group["compute"]["accelerator_count"]
         each = int((re.match(r"GPU_(\d+)x", kind) or [0, "1"])[1])
         if not str(count).isdecimal() or not int(count) or int(count) % each:
-            raise SettingsError(f"{where} would have {count} GPUs, and {kind} has {each} a machine: give a multiple with --var gpus={each}.")
+            raise SettingsError(
+                f"{where} would have {count} GPUs, and {kind} has {each} a machine: give a multiple with --var gpus={each}."
+            )
 
 # %% ../../nbs/lib/runner/bundle.ipynb #14c9c1b9
 LATER = dict(id="0", service_principal_client_id="00000000-0000-0000-0000-000000000000")     # known once it is deployed
