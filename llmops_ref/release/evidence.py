@@ -61,10 +61,11 @@ def say_before(
 ) -> str: # Empty where neither the gates nor the verdict have changed
     "What became of a version when it was judged before, and which gates have changed since."
     if earlier.get("verdict") not in ("PASSED", "FAILED"): return ""
-    old, new = ({row["gate"]: row["must_be"] for row in rows if not _of_the_moment(row["gate"])} for rows in (earlier["gates"], gates))
-    changes = [f"{gate} {bound} is new" for gate, bound in new.items() if gate not in old]
-    changes += [f"{gate} {bound} is gone" for gate, bound in old.items() if gate not in new]
-    changes += [f"{gate} {bound} was {old[gate]}" for gate, bound in new.items() if old.get(gate, bound) != bound]
+    old, new = ([(r["gate"], r["must_be"]) for r in rows if not _of_the_moment(r["gate"])] for rows in (earlier["gates"], gates))
+    came, went = dict(pair for pair in new if pair not in old), dict(pair for pair in old if pair not in new)
+    changes = [f"{gate} {bound} is new" for gate, bound in came.items() if gate not in went]
+    changes += [f"{gate} {bound} is gone" for gate, bound in went.items() if gate not in came]
+    changes += [f"{gate} {bound} was {went[gate]}" for gate, bound in came.items() if gate in went]
     if not changes and earlier["verdict"] == verdict: return ""
     when = time.strftime("%d %B %Y", time.gmtime(earlier.get("time") or 0)).lstrip("0")
     return f"It was {earlier['verdict']} on {when}, " + (f"by other gates: {'; '.join(changes)}." if changes else "by the same gates.")
