@@ -84,6 +84,7 @@ def init(
             "\nNext:  make run                    the whole life cycle under the new name\n       .venv/bin/llmops todo       what is still"
             " the sample's\n       git push"
         )
+        if not smoke and new.package != old.package: typer.echo("`llmops` answers again after `make setup` or `make run`, which install it.")
 
 # %% ../../nbs/lib/commands/project.ipynb #80288882
 def _smoke(root, old, new):

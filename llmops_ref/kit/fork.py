@@ -329,7 +329,10 @@ def fork_project(
     check_clean(root)
     old, taken = read_identity(root), read_upstream(root)
     if new.package != old.package:
-        if (Path(root) / new.package).exists():
+        there = Path(root) / new.package
+        held = [path for path in there.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        if not held: shutil.rmtree(there, ignore_errors=True)           # what Python leaves of a rename that was undone
+        if there.exists():
             raise SettingsError(f"There is something called {new.package} here already. Choose another --package.")
         if subprocess.run(["git", "-C", str(root), "check-ignore", "-q", new.package]).returncode == 0:
             raise SettingsError(f"Git ignores {new.package}, so the package would not be committed. Choose another --package.")
