@@ -477,6 +477,10 @@ def site(finished, wheel, tmp_path_factory):
         emulator.process.terminate(); emulator.process.wait(); emulator.log.close()
 
 
+JOBS = pytest.mark.slow(reason="the stages once more, as the jobs of a workspace: minutes, most of which the life cycle takes as well")
+
+
+@JOBS
 def test_data_and_index(site, tmp_path):
     "On an empty store, each stage really runs; a second run finds everything up to date; a stage that fails fails the job."
     emulator, project, files, jobs = site
@@ -499,6 +503,7 @@ def test_data_and_index(site, tmp_path):
     assert len(ws.read("chunks")) > 100, "what was there is there"
 
 
+@JOBS
 def test_from_a_fine_tuned_model_to_a_deployed_version(site):
     "The job `finetune` ends with a candidate; `deployment` validates it, stops at the person, and deploys what that person approved."
     emulator, project, files, jobs = site
