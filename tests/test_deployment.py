@@ -126,6 +126,7 @@ def test_approval_rollout_and_rollback(shop):
     back = shop.llmops("rollback", "--env", "staging", "--yes")
     print(f"rollback took {time.time() - start:.1f} s")
     assert back.returncode == 0 and f"Version {before} of the assistant is champion" in back.stdout
+    assert f"Version {before} serves now: somebody went back to it from version {new}" in shop.inside("status", "--env", "staging").stdout
     assert json.loads(shop.llmops("ask", "How do I log a metric?", "--env", "staging", "--json").stdout)["version"] == before
     again = shop.llmops("run", "--env", "staging", "--only", "deployment", "--force", APPROVAL="person", **NEW, **BRIEF)
     assert again.returncode == 1 and "was taken back" in again.stderr and alias(shop, "champion") == before

@@ -10,7 +10,7 @@ __all__ = ['app', 'WAITING', 'Question', 'questions_app', 'bundle_app', 'Vars', 
            'destroy_environment']
 
 # %% ../../nbs/lib/commands/cli.ipynb #351b98b2
-import contextlib, os, shlex, sys
+import contextlib, json, os, shlex, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -151,6 +151,8 @@ def status(env: Env = "dev", as_json: Json = False):
         for row in rows:
             took = duration(row["seconds"]) or "–"
             typer.echo(f"  {row['stage']:14} {row['state']:11} {took:>10}   {row['headline'] or '; '.join(row['why'])}")
+        if (note := ws.path("deployment.json")).is_file() and (last := json.loads(note.read_text())).get("rolled_back"):
+            typer.echo(f"\nVersion {last['version']} serves now: somebody went back to it from version {last['previous']}.")
         typer.echo(f"\nReport: {_report(ws)}")
 
 # %% ../../nbs/lib/commands/cli.ipynb #86c1f8eb

@@ -326,7 +326,9 @@ def load_config(
         except ValueError as error: wrong.append(f"{where} = {text!r}: expected {error}")
         origin[key] = where
     wrong += [f"{path.name} [DEFAULT]: the key {key!r} is missing" for key in kinds if key not in raw]
-    if wrong: raise SettingsError(f"{path} cannot be used:\n  " + "\n  ".join(wrong))
+    if wrong:
+        what = path if any(text.startswith(path.name) for text in wrong) else "The settings"        # else the fault is not in the file
+        raise SettingsError(f"{what} cannot be used:\n  " + "\n  ".join(wrong))
     return Config(env=env, root=path.parent, origin=origin, **values)
 
 # %% ../../nbs/lib/core/config.ipynb #5d1d5736

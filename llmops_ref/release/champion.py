@@ -94,10 +94,12 @@ SMOKE = "How do I log a metric?"                    # asked where nothing is kno
 
 def known_answers(ws: Workspace, version: str) -> list[dict]: # `question gold reference ...`; empty if its evidence is gone
     "What a version was asked when it was validated, and answered right."
-    try: examples = read_evidence(ws, version_facts(ws, version)).get("examples") or []
-    except DataError: return []
-    right = [example for example in examples if example["candidate"]["correct"]]
+    right = [example for example in _examples(ws, version) if example["candidate"]["correct"]]
     return [example for example in right if example["gold"]] or right            # whoever refuses everything is right about the others
+
+def _examples(ws, version):                         # what it was asked when it was validated
+    try: return read_evidence(ws, version_facts(ws, version)).get("examples") or []
+    except DataError: return []
 
 # %% ../../nbs/lib/release/champion.ipynb #f61b6f32
 def _still_right(ask, version, known, env):         # a question and its answer
@@ -113,6 +115,17 @@ def _still_right(ask, version, known, env):         # a question and its answer
         f"Version {version} was right about this when it was validated, and is wrong today:\n  " + "\n  ".join(said)
         + f"\nNothing was changed. Look at its files, or let it answer a question of your own: `llmops rollback --env {env}"
         " --question \"...\"`."
+    )
+
+# %% ../../nbs/lib/release/champion.ipynb #7c51aa02
+def _answered(ask, version, questions, env):        # the first question that is answered, and its answer
+    for question in questions:
+        reply = ask(question)
+        if reply.get("asked_model", True) or not reply.get("refused"): return question, reply["answer"]
+    raise DataError(
+        f"Version {version} refused what it was asked, and asked no model for that, so nobody knows whether its model answers:\n  "
+        + "\n  ".join(questions)
+        + f"\nNothing was changed. Let it answer a question of your own: `llmops rollback --env {env} --question \"...\"`."
     )
 
 # %% ../../nbs/lib/release/champion.ipynb #90f29bdc
@@ -161,7 +174,8 @@ def _tried(ws, host, version, question):            # a question and its answer;
         host.start(version)
         known = [] if question else known_answers(ws, version)
         if known: return _still_right(ask, version, known, ws.config.env)
-        return question or SMOKE, ask(question or SMOKE)["answer"]
+        if question: return question, ask(question)["answer"]
+        return _answered(ask, version, [example["question"] for example in _examples(ws, version)][:5] or [SMOKE], ws.config.env)
     except BaseException:
         host.retire(version)
         host.close()
