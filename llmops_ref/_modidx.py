@@ -2366,6 +2366,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'llmops_ref/runner/plan.py'),
                                         'llmops_ref.runner.plan.check_platform': ( 'lib/runner/plan.html#check_platform',
                                                                                    'llmops_ref/runner/plan.py'),
+                                        'llmops_ref.runner.plan.check_words': ( 'lib/runner/plan.html#check_words',
+                                                                                'llmops_ref/runner/plan.py'),
                                         'llmops_ref.runner.plan.code_digest': ( 'lib/runner/plan.html#code_digest',
                                                                                 'llmops_ref/runner/plan.py'),
                                         'llmops_ref.runner.plan.find_stage': ( 'lib/runner/plan.html#find_stage',

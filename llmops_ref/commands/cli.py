@@ -45,7 +45,7 @@ def run(
 ):
     "Run the stages of the life cycle that are not up to date, in order."
     with manners():
-        from llmops_ref.runner.plan import find_stage, make_plan, preflight
+        from llmops_ref.runner.plan import check_words, find_stage, make_plan, preflight
         for text in (settings or []) + ([f"app={app_name}"] if app_name else []):
             key, found, value = text.partition("=")
             if not found: raise SettingsError(f"--set takes KEY=VALUE, not {text!r}.")
@@ -54,6 +54,7 @@ def run(
             os.environ[f"LLMOPS_{key.upper()}"] = value        # the kernels of the stages read it there
         stages = [find_stage(s) if s else None for s in (start, end, only)]
         ws = workspace_of(env)
+        check_words(ws.config)
         steps = make_plan(ws, *stages, force)
         _show_plan(ws, steps)
         if dry_run: return

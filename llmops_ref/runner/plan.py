@@ -6,7 +6,7 @@ Reads the notebooks, the settings and the books of each stage. Leaves a plan: wh
 
 # %% auto #0
 __all__ = ['STAGES', 'Stage', 'find_stage', 'code_digest', 'lessons', 'imports_of', 'stage_code', 'manifest', 'reasons', 'Step',
-           'not_needed', 'make_plan', 'check_parameters', 'check_models', 'preflight', 'check_platform',
+           'not_needed', 'make_plan', 'check_parameters', 'check_models', 'check_words', 'preflight', 'check_platform',
            'check_databricks', 'waits_for']
 
 # %% ../../nbs/lib/runner/plan.ipynb #32873e81
@@ -304,6 +304,16 @@ def _may_serve(config, setting, model):
     if model.licence.lower() not in [licence.lower() for licence in config.licences]:
         raise SettingsError(f"`{setting}` names {model.name}, whose licence {model.licence!r} is not in `licences`. It could never serve.")
 
+# %% ../../nbs/lib/runner/plan.ipynb #8d20bb02
+def check_words(config: Config) -> None:
+    "`SettingsError` names the part of a setting that cannot be read: of `gates`, `prices`, `rollout_steps` or the gateway's route."
+    from llmops_ref.evaluation.answers import read_gates
+    from llmops_ref.models.llm import read_prices
+    read_prices(config), read_shares(config, "rollout_steps"), read_gates(config.gates)
+    if config.app == "third_party" and not config.gateway_url:
+        from llmops_ref.models.gateway import read_route
+        read_route(config)
+
 # %% ../../nbs/lib/runner/plan.ipynb #f23c6623
 def preflight(
     ws: Workspace,
@@ -314,10 +324,8 @@ def preflight(
     from llmops_ref.evaluation.questions import check_splits, load_questions
     from llmops_ref.documents.packages import installed
     from llmops_ref.documents.folder import corpus_source, folder_files
-    from llmops_ref.evaluation.answers import read_gates
     from llmops_ref.models.gateway import read_keys
     from llmops_ref.evaluation.judges import check_judges
-    from llmops_ref.models.llm import read_prices
     from llmops_ref.assistant.prompt_registry import designs
     from llmops_ref.core.services import free_port, stop_leftovers
     from llmops_ref.release.serving import find_front
@@ -334,7 +342,7 @@ def preflight(
     if config.red_team: load_attacks(config.root / config.red_team)
     if config.regressions: load_regressions(config.root / config.regressions)
     check_models(ws)
-    read_prices(config), read_shares(config, "rollout_steps"), read_gates(config.gates)
+    check_words(config)
     if any(s.name == "prompts" for s in stages):
         designs(open_workspace(config))
         check_judges(open_workspace(config))
