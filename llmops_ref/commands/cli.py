@@ -54,8 +54,8 @@ def run(
             os.environ[f"LLMOPS_{key.upper()}"] = value        # the kernels of the stages read it there
         stages = [find_stage(s) if s else None for s in (start, end, only)]
         ws = workspace_of(env)
-        check_words(ws.config)
         steps = make_plan(ws, *stages, force)
+        if dry_run: check_words(ws.config)              # before it shows what it says; a run looks at more, in `preflight`
         _show_plan(ws, steps)
         if dry_run: return
         if all(step.state in ("cached", "skipped") for step in steps): return _nothing_to_do(ws, env)
