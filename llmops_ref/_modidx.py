@@ -2396,6 +2396,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'llmops_ref/runner/report.py'),
                                           'llmops_ref.runner.report._numbers': ( 'lib/runner/report.html#_numbers',
                                                                                  'llmops_ref/runner/report.py'),
+                                          'llmops_ref.runner.report._prompt_fails': ( 'lib/runner/report.html#_prompt_fails',
+                                                                                      'llmops_ref/runner/report.py'),
                                           'llmops_ref.runner.report._row': ('lib/runner/report.html#_row', 'llmops_ref/runner/report.py'),
                                           'llmops_ref.runner.report._sentence': ( 'lib/runner/report.html#_sentence',
                                                                                   'llmops_ref/runner/report.py'),

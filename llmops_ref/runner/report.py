@@ -70,6 +70,12 @@ def _sentence(passed, version, live, before, stopped, env, waiting="", champion=
         )
     return f"{who} did not pass validation and is not deployed" + (f"; version {live} stays" if live else "")
 
+# %% ../../nbs/lib/runner/report.ipynb #6ab31c02
+def _prompt_fails(stages):                          # nothing, or one sentence
+    found = (stages.get("prompts") or {}).get("details") or {}
+    if found.get("verdict") != "FAILED": return []
+    return [f"Attention: the prompt {found.get('winner')} did not pass its own gates. {' '.join(say_gates(found.get('gates') or []))}"]
+
 # %% ../../nbs/lib/runner/report.ipynb #488352df
 def verdict(
     run: dict,
@@ -82,7 +88,7 @@ def verdict(
     passed = {"PASSED": True, "FAILED": False}.get(
         str(checked.get("verdict")).upper(), False if "Validation failed" in str((stop or {}).get("error")) else None
     )
-    reasons = say_gates(checked.get("gates") or [])
+    reasons = say_gates(checked.get("gates") or []) + _prompt_fails(stages)
     if checked.get("before"): reasons.append(f"Attention: {checked['before']}")
     if checked.get("against_champion") and checked.get("champion") != checked.get("version"):
         reasons.append(f"Right answers against version {checked.get('champion')}, the champion: {checked['against_champion']}.")
