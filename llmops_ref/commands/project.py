@@ -80,11 +80,11 @@ def init(
         fork_project(root, new, settings, host)
         typer.echo(f"The last commit: {git(root, 'log', '-1', '--format=%h %s')}")
         if smoke: _smoke(root, old, new)
+        install = "make setup                  install it anew: the command looks for the old name\n       "
         typer.echo(
-            "\nNext:  make run                    the whole life cycle under the new name\n       .venv/bin/llmops todo       what is still"
-            " the sample's\n       git push"
+            f"\nNext:  {install if not smoke and new.package != old.package else ''}make run                    the whole life cycle under the"
+            " new name\n       .venv/bin/llmops todo       what is still the sample's\n       git push"
         )
-        if not smoke and new.package != old.package: typer.echo("`llmops` answers again after `make setup` or `make run`, which install it.")
 
 # %% ../../nbs/lib/commands/project.ipynb #80288882
 def _smoke(root, old, new):
