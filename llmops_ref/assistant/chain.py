@@ -15,7 +15,7 @@ import contextlib, functools, os, re
 from dataclasses import asdict
 
 from .examples import open_examples, wants_examples
-from .quotes import quote, quotes
+from .quotes import CLOSER, quote, quotes
 from ..core.config import Config, SettingsError
 from ..core.scoring import CITED, CODE, REFUSAL, citations, is_refusal
 from ..core.workspace import Workspace
@@ -203,7 +203,8 @@ def make_chain(
         return build_messages(template, state["asked"], [_Shown(d.page_content) for d in state["documents"]], max_words, examples)
     def say(state):                                 # in the place of the model, where the template quotes
         from langchain_core.messages import AIMessage
-        said = quote(state["asked"], [(d.metadata["document_id"], d.page_content) for d in state["documents"]], _embed_of(retriever))
+        least = refuse_below + CLOSER if refuse_below > 0 else -1.0
+        said = quote(state["asked"], [(d.metadata["document_id"], d.page_content) for d in state["documents"]], _embed_of(retriever), least)
         return AIMessage(said, response_metadata=dict(model_name="quote"))
     def irrelevant(state): return retriever is not None and _beside_the_point([d.metadata for d in state["documents"]], refuse_below)
     writes = RunnableLambda(say, name="quote") if quotes(template) else RunnableLambda(prompt, name="prompt") | client

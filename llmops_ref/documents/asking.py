@@ -6,8 +6,8 @@ Reads chunks of documents. Leaves questions of many forms, each with its answer 
 
 # %% auto #0
 __all__ = ['SYNONYMS', 'HOW', 'WHAT', 'THAT', 'NAME', 'ABOUT', 'OUTSIDE', 'EVERYDAY', 'BEYOND', 'INVENTED', 'first_sentence',
-           'ask_about', 'plain_markdown', 'page_sentences', 'page_heading', 'lower_first', 'ask_page', 'ask_outside',
-           'ask_everyday', 'ask_beyond', 'question_about', 'ask_invented']
+           'ask_about', 'plain_markdown', 'page_sentences', 'table_rows', 'page_heading', 'lower_first', 'ask_page',
+           'ask_outside', 'ask_everyday', 'ask_beyond', 'question_about', 'ask_invented']
 
 # %% ../../nbs/lib/documents/asking.ipynb #59e7495f
 import random, re
@@ -139,6 +139,24 @@ def page_sentences(
             if said[-1] and (_SHORT.search(said[-1]) or piece[:1].islower()): said[-1] += " " + piece
             else: said.append(piece)
         found += filter(_whole, said)
+    return found
+
+# %% ../../nbs/lib/documents/asking.ipynb #b7e4d002
+def _cells(line): return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+def table_rows(
+    text: str, # A chunk of a page, with tables in Markdown
+) -> list[str]: # One text a row, in their order
+    "What the rows of the tables say, each with the heads of its columns."
+    found, heads, last = [], None, ""
+    for line in plain_markdown(text).splitlines():
+        if "|" in line and set(line) <= set("|:- \t"): heads = _cells(last)           # the rule under the heads
+        elif heads and "|" in line:
+            first, *values = _cells(line)
+            told = [f"{head} {value}".strip() for head, value in zip(heads[1:], values) if value]
+            if first and told: found.append(f"{first}: {', '.join(told)}.")
+        else: heads = None
+        last = line
     return found
 
 # %% ../../nbs/lib/documents/asking.ipynb #97c5ed69

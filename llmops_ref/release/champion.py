@@ -121,7 +121,8 @@ def _still_right(ask, version, known, env):         # a question and its answer
 def _answered(ask, version, questions, env):        # the first question that is answered, and its answer
     for question in questions:
         reply = ask(question)
-        if reply.get("asked_model", True) or not reply.get("refused"): return question, reply["answer"]
+        wrote = reply.get("asked_model", True) and reply.get("served_by") != "quote"
+        if wrote or not reply.get("refused"): return question, reply["answer"]
     raise DataError(
         f"Version {version} refused what it was asked, and asked no model for that, so nobody knows whether its model answers:\n  "
         + "\n  ".join(questions)
