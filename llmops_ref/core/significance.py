@@ -65,9 +65,10 @@ class Comparison:
     def why(self) -> str:
         "What would have been enough; empty where there is enough."
         if self.verdict != UNSURE: return ""
-        if self.needed: return f"a difference this large takes about n = {self.needed:,}"
-        if self.detectable != self.detectable: return "so few show no difference"
-        return f"so many show a difference of {self.detectable:.2f} or more"
+        exact = f"p = {self.p_value:.2f} by an exact test; " if self.p_value is not None and self.low * self.high > 0 else ""
+        if self.needed: return f"{exact}a difference this large takes about n = {self.needed:,}"
+        if self.detectable != self.detectable: return f"{exact}so few show no difference"
+        return f"{exact}so many show a difference of {self.detectable:.2f} or more"
 
     def __str__(self):
         why = f" ({self.why})" if self.why else ""
