@@ -271,6 +271,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'llmops_ref.commands.cli._something': ( 'lib/commands/cli.html#_something',
                                                                                  'llmops_ref/commands/cli.py'),
                                          'llmops_ref.commands.cli._to_try': ('lib/commands/cli.html#_to_try', 'llmops_ref/commands/cli.py'),
+                                         'llmops_ref.commands.cli._went_back': ( 'lib/commands/cli.html#_went_back',
+                                                                                 'llmops_ref/commands/cli.py'),
                                          'llmops_ref.commands.cli.add': ('lib/commands/cli.html#add', 'llmops_ref/commands/cli.py'),
                                          'llmops_ref.commands.cli.ask': ('lib/commands/cli.html#ask', 'llmops_ref/commands/cli.py'),
                                          'llmops_ref.commands.cli.begin': ('lib/commands/cli.html#begin', 'llmops_ref/commands/cli.py'),

@@ -81,9 +81,15 @@ def _show_plan(ws, steps):
             for line in said_beforehand(ws): typer.echo(f"  {'':22} {'':>16}   {line}")
 
 # %% ../../nbs/lib/commands/cli.ipynb #fa864efa
+def _went_back(ws):                                 # a line where a rollback came after the last deployment
+    note = ws.path("deployment.json")
+    last = json.loads(note.read_text()) if note.is_file() else {}
+    if not last.get("rolled_back"): return ""
+    return f"\nVersion {last['version']} serves now: somebody went back to it from version {last['previous']}.\n"
+
 def _nothing_to_do(ws, env):
     typer.echo(
-        f"\nEverything is up to date. Report: {_report(ws)}\nRun a stage anyway with `{me()} run --env {env} --only retrieval --force`."
+        f"{_went_back(ws)}\nEverything is up to date. Report: {_report(ws)}\nRun a stage anyway with `{me()} run --env {env} --only retrieval --force`."
     )
 
 # %% ../../nbs/lib/commands/cli.ipynb #ddbe7f86
@@ -152,9 +158,7 @@ def status(env: Env = "dev", as_json: Json = False):
         for row in rows:
             took = duration(row["seconds"]) or "–"
             typer.echo(f"  {row['stage']:14} {row['state']:11} {took:>10}   {row['headline'] or '; '.join(row['why'])}")
-        if (note := ws.path("deployment.json")).is_file() and (last := json.loads(note.read_text())).get("rolled_back"):
-            typer.echo(f"\nVersion {last['version']} serves now: somebody went back to it from version {last['previous']}.")
-        typer.echo(f"\nReport: {_report(ws)}")
+        typer.echo(f"{_went_back(ws)}\nReport: {_report(ws)}")
 
 # %% ../../nbs/lib/commands/cli.ipynb #86c1f8eb
 @app.command()

@@ -239,7 +239,9 @@ class Lines(Quiet):
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #ae94d066
 def progress_text(progress: dict) -> str:
-    return f"{progress.get('text', '')} {100 * progress['done'] / max(progress['total'], 1e-9):.0f}%"[:80] if progress else ""
+    if not progress: return ""
+    if progress["total"] <= 1: return progress.get("text", "")[:80]     # nothing is counted
+    return f"{progress.get('text', '')} {100 * progress['done'] / progress['total']:.0f}%"[:80]
 
 def last_words(done: dict | None) -> str:
     return (done or {}).get("headline") or next(iter(((done or {}).get("error") or "").splitlines()), "")
