@@ -287,18 +287,6 @@ def test_a_good_version_passes_the_gates_that_block(shop):
     assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr
 
 
-def test_a_verdict_by_other_gates_says_so(shop):
-    "Somebody tries a gate. The version is judged anew; who reads its verdict reads what it was before, and by which gates."
-    done = shop.llmops("run", "--env", "staging", "--only", "validation", "--set", "gates=token_f1 >= 0.99", **BRIEF)
-    assert done.returncode == 0 and "token_f1 ≥ 0.99 is new" in done.stdout and "What --set says holds for this run" in done.stdout
-    checked = details(shop, "validation")
-    row = next(v for v in versions(shop) if v["version"] == checked["version"])
-    assert row["validation"] == "FAILED" and row["before"].startswith("It was PASSED on ") and row["before"][:200] == checked["before"][:200]
-    said = shop.inside("versions", "--env", "staging").stdout
-    assert f"Version {row['version']} is FAILED now. It was PASSED on " in said
-    if checked["champion"] == checked["version"]: assert "it goes on serving" in shop.inside("summary", "--env", "staging").stdout
-
-
 def refused(shop, **environment):
     "Run validation with gates that raise; what it says, and that no alias moved."
     before = alias(shop, "champion"), alias(shop, "challenger")
@@ -366,3 +354,15 @@ def test_a_worse_model_is_refused(shop, tmp_path):
     assert "readable is 0." in says or "grounded is 0." in says
     assert "token_f1 is 0." in says and "must be at least 0.9" in says, "a gate of its own, by one line in the settings"
     assert "Quoting the best sentence" in says and "lets quotes compete" in says, "no model at all would be right more often"
+
+
+def test_a_verdict_by_other_gates_says_so(shop):
+    "Somebody tries a gate. The version is judged anew; who reads its verdict reads what it was before, and by which gates."
+    done = shop.llmops("run", "--env", "staging", "--only", "validation", "--set", "gates=token_f1 >= 0.99", **BRIEF)
+    assert done.returncode == 0 and "token_f1 ≥ 0.99 is new" in done.stdout and "What --set says holds for this run" in done.stdout
+    checked = details(shop, "validation")
+    row = next(v for v in versions(shop) if v["version"] == checked["version"])
+    assert row["validation"] == "FAILED" and row["before"].startswith("It was PASSED on ") and row["before"][:200] == checked["before"][:200]
+    said = shop.inside("versions", "--env", "staging").stdout
+    assert f"Version {row['version']} is FAILED now. It was PASSED on " in said
+    if checked["champion"] == checked["version"]: assert "it goes on serving" in shop.inside("summary", "--env", "staging").stdout

@@ -133,6 +133,7 @@ FAILS = {
     ".venv/bin/llmops run --env dev --only corpus --set questions=data/red_team.jsonl": "needs the key",
     ".venv/bin/llmops bundle plan --env prod": "service_principal",
     "llmops bundle plan --env staging": "service_principal", "llmops destroy": "Nobody can be asked",
+    "llmops ask": "Which question?", "llmops search": "Which question?",            # in a table of how long they take
 }  # to show how
 
 

@@ -147,7 +147,7 @@ def test_without_a_model_there_is_no_judge(asked):
         ("opnai:/gpt-5-mini", "the provider 'opnai'"), ("gpt-5-mini", "must be a provider and a model"),
         ("openai:/gpt 5", "must be a provider and a model"),
         ("anthropic:/claude-haiku-4-5", "ANTHROPIC_API_KEY is not set"),
-        ("databricks:/databricks-claude-sonnet-4-5", "no workspace is configured"),
+        ("databricks:/databricks-claude-sonnet-4-5", "No workspace is configured"),
     ],
     ids=lambda value: value.split(":")[0],
 )

@@ -246,7 +246,7 @@ BAD = {
     "an empty corpus": (nothing, ["run", "--only", "corpus"], dict(CORPUS_EXCLUDE="*"), "there are no documents"),
     "a folder that is not there": (nothing, ["run", "--only", "corpus"], dict(CORPUS="no/such/folder"), "names the folder"),
     "an unknown chunker": (nothing, ["run"], dict(CHUNKER="semantic"), "expected structure or recursive or whole"),
-    "AI Search without a workspace": (nothing, ["run"], dict(VECTOR_INDEX="direct_access"), "no workspace is configured"),
+    "AI Search without a workspace": (nothing, ["run"], dict(VECTOR_INDEX="direct_access"), "No workspace is configured"),
     "AI Search on a local table": (
         nothing, ["run"], dict(VECTOR_INDEX="delta_sync"), "vector_index = delta_sync follows a Unity Catalog table",
     ),

@@ -133,7 +133,8 @@ def open_session(
     if mode != "remote": check_host(config)
     with asking_databricks(f"open a session of Spark ({mode}{' ' * bool(where)}{where.partition(';')[0]})", config):
         builder = _builder(mode, where)
-        try: session = builder.create() if anew else builder.getOrCreate()
+        own = anew or mode == "remote"              # there may be one of another server in this process, such as that of this machine
+        try: session = builder.create() if own else builder.getOrCreate()
         except ValueError as error: raise explain(error, "open a session of Spark", config) from None       # the SDK's, of settings
     _OPENED.append(session)
     return session
