@@ -186,7 +186,7 @@ def test_deadline(service):
     start = time.monotonic()
     with pytest.raises(DataError, match="last state was PROVISIONING_INITIAL_SNAPSHOT, 7 rows"):
         create_search_index(service.client, NAME, ENDPOINT, **MANAGED, timeout=0.2, poll=60)
-    assert time.monotonic() - start < 3, "a long poll does not outlast the deadline"
+    assert time.monotonic() - start < 30, "a long poll does not outlast the deadline"
 
 
 def test_bad_settings_send_nothing(service):
