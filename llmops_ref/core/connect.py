@@ -168,7 +168,8 @@ class SparkStatements:
 
     @property
     def session(self):
-        if self.own is None and "pyspark" in sys.modules:                               # a notebook that somebody opened has one
+        named = spark_mode(os.environ)[0] == "remote"                                   # the server that is meant
+        if self.own is None and "pyspark" in sys.modules and not named:                 # a notebook that somebody opened has one
             from pyspark.sql import SparkSession
             self.own = SparkSession.getActiveSession()
         if self.own is None: self.own = open_session(self.config)
