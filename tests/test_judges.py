@@ -97,7 +97,7 @@ def test_a_judge_that_is_not_there_costs_no_minutes(asked, monkeypatch, fault, s
         judges = asked("http://127.0.0.1:9/v1" if fault == "down" else judge.url, chat_timeout=1.0)
         start = time.time()
         judged = judge_answers(judges, ANSWERS)
-        assert time.time() - start < 30 and len(judge.asked) == times
+        assert time.time() - start < 5 and len(judge.asked) == times
     assert (
         judged.judge_correct.isna().all()
         and says in judged.judge_error[0]

@@ -330,6 +330,23 @@ def _check_task(key, job, task):
                 f"{where} would have {count} GPUs, and {kind} has {each} a machine: give a multiple with --var gpus={each}."
             )
 
+# %% ../../nbs/lib/runner/bundle.ipynb #c0a81f02
+def _called(name):                                  # what `module:function` names
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+def _add_python(python, target, values, resources): # what the bundle's Python part adds, and changes
+    asks = type("Target", (), dict(target=target, variables=values))
+    for name in python.get("resources", []):
+        for kind, found in _called(name)(asks)._resources.items():
+            if found: resources[kind] = resources.get(kind, {}) | {key: what.as_dict() for key, what in found.items()}
+    for mutator in map(_called, python.get("mutators", [])):
+        for kind, found in resources.items():
+            for key, what in found.items():
+                if resource_class(kind) is not mutator.resource_type: continue
+                try: found[key] = mutator.function(asks, mutator.resource_type.from_dict(what)).as_dict()
+                except (ValueError, TypeError): break           # it does not fit its class, which `typed` says with its name
+
 # %% ../../nbs/lib/runner/bundle.ipynb #14c9c1b9
 LATER = dict(id="0", service_principal_client_id="00000000-0000-0000-0000-000000000000")     # known once it is deployed
 
@@ -380,20 +397,6 @@ def load_bundle(
         whole["bundle"]["name"], target, own.get("mode", ""), values,
         dict(root_path=workspace["root_path"], file_path=workspace["file_path"]), filled, _fill(own.get("run_as", {}), look_up),
     )
-
-def _add_python(python, target, values, resources): # what the bundle's Python part adds, and changes
-    asks, called = type("Target", (), dict(target=target, variables=values)), lambda name: getattr(
-        importlib.import_module(name.partition(":")[0]), name.partition(":")[2]
-    )
-    for name in python.get("resources", []):
-        for kind, found in called(name)(asks)._resources.items():
-            if found: resources[kind] = resources.get(kind, {}) | {key: what.as_dict() for key, what in found.items()}
-    for mutator in map(called, python.get("mutators", [])):
-        for kind, found in resources.items():
-            for key, what in found.items():
-                if resource_class(kind) is not mutator.resource_type: continue
-                try: found[key] = mutator.function(asks, mutator.resource_type.from_dict(what)).as_dict()
-                except (ValueError, TypeError): break           # it does not fit its class, which `typed` says with its name
 
 # %% ../../nbs/lib/runner/bundle.ipynb #13fed6a1
 IDLE_FREE = "0"
