@@ -36,8 +36,8 @@ SAMPLE = {
     ("DEFAULT", "corpus"): "packages", ("DEFAULT", "questions"): "data/questions.jsonl",
     ("DEFAULT", "prompts"): "data/prompts", ("DEFAULT", "regressions"): "data/regressions.jsonl",
     ("DEFAULT", "passage_words"): "32", ("DEFAULT", "finetune"): "on", ("dev", "draft_questions"): "false",
-    ("dev", "chat_max_tokens"): "40", ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "96",
-    ("smoke", "finetune_tokens"): "1024",
+    ("dev", "chat_max_tokens"): "40", ("dev", "prompt_report_questions"): "6", ("smoke", "finetune_examples"): "48",
+    ("smoke", "finetune_tokens"): "1024", ("smoke", "finetune_lr"): "0.0005",
 }
 
 # Converted weights, made once for all projects and all workers: the first process makes the folder, the others are told.

@@ -33,7 +33,7 @@ FOR_PAGES = {
     ("DEFAULT", "prompts"): "data/prompts/pages", ("DEFAULT", "passage_words"): "50", ("DEFAULT", "regressions"): "",
     ("DEFAULT", "draft_questions"): "false", ("dev", "draft_questions"): "true", ("dev", "chat_max_tokens"): "60",
     ("dev", "prompt_report_questions"): "4",
-    ("smoke", "finetune_examples"): "176", ("smoke", "finetune_tokens"): "512",
+    ("smoke", "finetune_examples"): "176", ("smoke", "finetune_tokens"): "512", ("smoke", "finetune_lr"): "0.001",
 }
 FEWEST = 24  # chunks of which a prompt shows a whole sentence, outside the pages of the test; with fewer, the base model serves as it is
 
