@@ -277,10 +277,11 @@ def _next_to_run(steps, number):                    # the stage whose kernel may
     return next((step.stage for step in steps[number + 1 :] if step.state not in ("cached", "skipped")), None)
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #2bb4299a
-def _run_one(ws, stage, why, folder, kernels, later, view):     # its state for the record, and the error that ends the run, if one does
+def _run_one(ws, stage, why, folder, kernels, later, view, beside):     # its state for the record, and the error that ends the run, if any
     clock = time.time()
     view.stage_started(stage, why)
     def heard(progress):                            # while it works, the kernel of the next one warms up
+        beside()
         if stage.name not in ALONE or progress.get("done", 0) >= progress.get("total", 1): kernels.prepare(later)
         view.stage_progress(stage, progress, time.time() - clock)
     try:
@@ -313,7 +314,9 @@ def run_pipeline(
     view, started = view or Quiet(), time.time()
     run_id = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
     folder = ws.runs / run_id
-    states, pages, failure, waiting = {}, [], None, ""
+    states, pages, executed, failure, waiting = {}, [], [], None, ""
+    def print_pages():                              # once the next stage is at work: two threads share one interpreter
+        while executed: pages.append(printer.submit(notebook_html, executed.pop()))
     with ws.hold("run", "Another run"), contextlib.ExitStack() as to_do:
         kernels, printer = to_do.enter_context(_Kernels(ws)), to_do.enter_context(ThreadPoolExecutor(1))
         to_do.callback(stop_services, ws, owner=os.getpid())            # endpoints that this run has started
@@ -323,11 +326,12 @@ def run_pipeline(
             states[stage.name] = dict(state=state, why=why)
             if state == "ran":
                 folder.mkdir(parents=True, exist_ok=True)
-                states[stage.name], failure = _run_one(ws, stage, why, folder, kernels, _next_to_run(steps, number), view)
-                pages.append(printer.submit(notebook_html, folder / f"{stage.notebook}.ipynb"))
+                states[stage.name], failure = _run_one(ws, stage, why, folder, kernels, _next_to_run(steps, number), view, print_pages)
+                executed.append(folder / f"{stage.notebook}.ipynb")
             elif state == "cached": view.stage_ended(stage, state, manifest(ws, stage))
             elif state != "pending": view.stage_ended(stage, state, dict(headline=why))
             if state == "waiting": waiting = why
+        print_pages()
         status = "failed" if failure else "waiting" if waiting else "completed"
         record = _record(ws, run_id, started, states, status, command, folder) | dict(waiting=waiting)
         if pages: _write_run(ws, record, folder, latest)
