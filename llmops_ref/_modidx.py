@@ -599,6 +599,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'llmops_ref/core/services.py'),
                                           'llmops_ref.core.services._process': ( 'lib/core/services.html#_process',
                                                                                  'llmops_ref/core/services.py'),
+                                          'llmops_ref.core.services._stopped_early': ( 'lib/core/services.html#_stopped_early',
+                                                                                       'llmops_ref/core/services.py'),
                                           'llmops_ref.core.services._wait_until_ready': ( 'lib/core/services.html#_wait_until_ready',
                                                                                           'llmops_ref/core/services.py'),
                                           'llmops_ref.core.services._worked': ( 'lib/core/services.html#_worked',

@@ -203,14 +203,17 @@ def start_service(
 # %% ../../nbs/lib/core/services.ipynb #5c57cf56
 def _wait_until_ready(service, process, ready, timeout, log):
     patience = Patience(process.pid, timeout)
-    while not patience.over():
-        if process.poll() is not None:
-            raise DataError(
-                f"The service {service.name!r} stopped while starting (exit code {process.returncode}). Its last words:"
-                f" {' '.join(log.read_text(errors='replace').split())[-300:]} (all of them: {log})"
-            )
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(service.url + ready, timeout=10).status_code == 200: return
-        time.sleep(0.05)
+    with httpx.Client(timeout=10) as client:        # one for all looks: each reads the certificates of this machine
+        while not patience.over():
+            if process.poll() is not None: raise _stopped_early(service, process, log)
+            with contextlib.suppress(httpx.HTTPError):
+                if client.get(service.url + ready).status_code == 200: return
+            time.sleep(0.05)
     longer = f" of its own work, {patience.waited:.0f} s on the clock" if patience.waited > 1.5 * timeout else ""
     raise DataError(f"The service {service.name!r} did not answer within {timeout:g} s{longer}. Its log is {log}.")
+
+def _stopped_early(service, process, log):
+    said = " ".join(log.read_text(errors="replace").split())[-300:]
+    return DataError(
+        f"The service {service.name!r} stopped while starting (exit code {process.returncode}). Its last words: {said} (all of them: {log})"
+    )
