@@ -149,7 +149,8 @@ class Gate:
     @property
     def broken(self) -> str:
         value = f"{self.value:.3f}" if round(self.value, 3) != self.bound else f"{self.value:.6g}"      # rounding must not hide the reason
-        return f"{self.metric} is {value}, must be {'at least' if self.at_least else 'at most'} {self.bound:g}"
+        found = f"is {value}" if self.value == self.value else "was not measured"
+        return f"{self.metric} {found}, must be {'at least' if self.at_least else 'at most'} {self.bound:g}"
 
     @property
     def remark(self) -> str:
