@@ -2,7 +2,7 @@
 # make test   set up what is missing, then run everything that a change must pass
 # make test-all   that, and what takes long for its own sake: a renamed fork with an environment of its own, and its two commands
 #
-# WORKERS=2        how many tests `make test` runs beside each other; they share the cores
+# WORKERS=3        how many tests `make test` runs beside each other; some wait while others work. Each takes some 2 GB
 # ENV=staging      the environment that `make run` runs in
 # TORCH=cpu        take PyTorch's CPU build (190 MB; on Linux the default brings gigabytes of CUDA); any backend that uv knows
 # INSTALLER=pip    install with pip alone, if uv cannot be had
@@ -12,7 +12,7 @@ PYTHON ?= python3
 ENV ?= dev
 TORCH ?=
 INSTALLER ?= uv
-WORKERS ?= 2
+WORKERS ?= 3
 BIN := .venv/bin
 
 export TOKENIZERS_PARALLELISM := false

@@ -1,12 +1,13 @@
 """The two applications as a user meets them: a provider behind the gateway from the first stage to the last, streaming, batches, and both flavours of the logged model."""
 import json, os, re, secrets, signal, sqlite3, subprocess, sys, time
+from importlib import metadata
 
 import pandas as pd, psutil, pytest
 
 from conftest import CACHE, SMALL, copy_of
 from langchain_core.exceptions import ModelAuthenticationError
 
-from llmops_ref.assistant.versions import assistant_digest, assistant_parts, log_chain
+from llmops_ref.assistant.versions import assistant_digest, assistant_parts, load_logged, log_chain
 from llmops_ref.assistant.chain import open_assistant
 from llmops_ref.core.config import load_config
 from llmops_ref.tuning.registry import tuned_files
@@ -197,6 +198,18 @@ def test_a_batch_that_is_killed_goes_on_where_it_stopped(finished):
         and rows.served_by.str.contains("adapter").all()
     )
     assert json.loads(finished.inside("batch", "tickets", "answers", "--env", "staging", "--json").stdout)["answered"] == 0
+
+
+def test_who_loads_a_version_hears_of_other_packages(tmp_path, caplog):
+    code, model = tmp_path / "code.py", tmp_path / "model"
+    code.write_text(
+        "import mlflow\nclass Model(mlflow.pyfunc.PythonModel):\n    def predict(self, context, model_input: list[str]) -> list[str]:"
+        " return model_input\nmlflow.models.set_model(Model())\n"
+    )
+    import mlflow
+    mlflow.pyfunc.save_model(model, python_model=str(code), pip_requirements=["pandas==1.0", f"numpy=={metadata.version('numpy')}"])
+    assert load_logged(str(model)).predict(["Hello"]) == ["Hello"]
+    assert f"was logged with pandas 1.0 (here {metadata.version('pandas')}). Its verdict" in caplog.text
 
 
 LOAD = """

@@ -14,7 +14,7 @@ from llmops_ref.core.config import load_config
 from llmops_ref.deployment import check_traffic, roll_out
 from llmops_ref.release.champion import one_at_a_time
 from llmops_ref.core.services import Service, stop_services
-from llmops_ref.release.serving import LocalHost, open_front
+from llmops_ref.release.serving import LocalHost
 from llmops_ref.validation import answers_folder, kept_answers, recall_assistant
 from llmops_ref.core.files import DataError
 from llmops_ref.core.workspace import open_workspace
@@ -190,26 +190,6 @@ class Broken(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): pass
 
 
-def test_a_rollout_that_fails_gives_all_traffic_back(shop):
-    ws = workspace(shop)
-    champion = ws.alias("assistant", "champion", record=False)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Broken)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        open_front(ws)
-        host = LocalHost(ws)
-        host.start(champion)
-        host.endpoints["99"] = Service("endpoint-99", os.getpid(), 0.0, server.server_port, "99", os.getpid())
-        with pytest.raises(DataError, match=f"ended at 50% of the traffic: .*Version {champion} has all of it again"):
-            roll_out(
-                host.share, champion, "99", [0.5], lambda share: check_traffic(host.ask, ["How do I log a metric?"] * 12, 120, "99", share)
-            )
-        assert {host.ask("How do I log a metric?")["version"] for _ in range(6)} == {champion}
-    finally:
-        server.shutdown()
-        stop_services(ws, owner=os.getpid())
-
-
 class Named(http.server.BaseHTTPRequestHandler):
     "A version that answers at once with its name."
     def do_POST(self):
@@ -221,36 +201,56 @@ class Named(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_): pass
 
 
+@contextlib.contextmanager
+def endpoints(**kinds):
+    "Servers that stand for versions in a host; each knows its version."
+    servers = {version: http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) for version, kind in kinds.items()}
+    for version, server in servers.items():
+        server.version = version
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield {v: Service(f"endpoint-{v}", os.getpid(), 0.0, s.server_port, v, os.getpid()) for v, s in servers.items()}
+    finally:
+        for server in servers.values(): server.shutdown()
+
+
+def test_a_rollout_that_fails_gives_all_traffic_back(shop):
+    ws, host = workspace(shop), LocalHost(workspace(shop))
+    try:
+        with endpoints(old=Named, new=Broken) as host.endpoints:
+            host.share({"old": 1.0})
+            with pytest.raises(DataError, match="ended at 50% of the traffic: .*Version old has all of it again"):
+                roll_out(
+                    host.share, "old", "new", [0.5], lambda share: check_traffic(host.ask, ["How do I log a metric?"] * 12, 120, "new", share)
+                )
+            assert {host.ask("How do I log a metric?")["version"] for _ in range(6)} == {"old"}
+    finally: stop_services(ws, owner=os.getpid())
+
+
 def test_the_next_question_goes_by_the_new_shares(shop, monkeypatch):
     "Under traffic that keeps the gateway's memory of the old ones warm. No question fails meanwhile, and nobody waits for that memory to end."
-    ws, servers, ended, failed, asked = workspace(shop), {}, threading.Event(), [], []
+    ws, ended, failed, asked = workspace(shop), threading.Event(), [], []
+    host = LocalHost(ws)
+    def ask_on():
+        while not ended.wait(0.05):
+            try: asked.append(host.ask("Who is there?")["version"])
+            except DataError as error: failed.append(error)
+    def waits(seconds): raise AssertionError(f"somebody waits for {seconds} s")
     try:
-        for version in ("a", "b"):
-            servers[version] = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Named)
-            servers[version].version = version
-            threading.Thread(target=servers[version].serve_forever, daemon=True).start()
-        host = LocalHost(ws)
-        host.endpoints = {v: Service(f"endpoint-{v}", os.getpid(), 0.0, s.server_port, v, os.getpid()) for v, s in servers.items()}
-        host.share({"a": 1.0})
-        def ask_on():
-            while not ended.wait(0.05):
-                try: asked.append(host.ask("Who is there?")["version"])
-                except DataError as error: failed.append(error)
-        def waits(seconds): raise AssertionError(f"somebody waits for {seconds} s")
-        monkeypatch.setattr("llmops_ref.release.serving.time", SimpleNamespace(sleep=waits))
-        askers = [threading.Thread(target=ask_on, daemon=True) for _ in range(2)]
-        for asker in askers: asker.start()
-        for version in ("b", "a", "b"):
-            host.share({version: 1.0})
-            assert {host.ask("Who is there?")["version"] for _ in range(8)} == {version}
-        host.share({"a": 0.5, "b": 0.5})
-        assert {host.ask("Who is there?")["version"] for _ in range(20)} == {"a", "b"}
-        ended.set()
-        for asker in askers: asker.join(60)
-        assert not failed and set(asked) == {"a", "b"}
+        with endpoints(a=Named, b=Named) as host.endpoints:
+            host.share({"a": 1.0})
+            monkeypatch.setattr("llmops_ref.release.serving.time", SimpleNamespace(sleep=waits))
+            askers = [threading.Thread(target=ask_on, daemon=True) for _ in range(2)]
+            for asker in askers: asker.start()
+            for version in ("b", "a", "b"):
+                host.share({version: 1.0})
+                assert {host.ask("Who is there?")["version"] for _ in range(8)} == {version}
+            host.share({"a": 0.5, "b": 0.5})
+            assert {host.ask("Who is there?")["version"] for _ in range(20)} == {"a", "b"}
+            ended.set()
+            for asker in askers: asker.join(60)
+            assert not failed and set(asked) == {"a", "b"}
     finally:
         ended.set()
-        for server in servers.values(): server.shutdown()
         stop_services(ws, owner=os.getpid())
 
 

@@ -7,10 +7,10 @@ Reads the index, a prompt and weights. Leaves a version of the registered model 
 # %% auto #0
 __all__ = ['ENTRY', 'REQUIREMENTS', 'FACTS', 'OUR_FACTS', 'assistant_parts', 'assistant_digest', 'logged_settings',
            'logged_digest', 'find_version', 'log_assistant', 'log_chain', 'version_facts', 'missing_facts',
-           'serving_environment', 'load_assistant', 'Planted', 'planted']
+           'serving_environment', 'other_packages', 'load_logged', 'load_assistant', 'Planted', 'planted']
 
 # %% ../../nbs/lib/assistant/versions.ipynb #d83c64a0
-import contextlib, hashlib, importlib, json, os, shutil, tempfile
+import contextlib, hashlib, importlib, importlib.metadata, json, logging, os, shutil, tempfile
 from pathlib import Path
 
 import llmops_ref
@@ -197,7 +197,7 @@ def log_assistant(
     info = mlflow.pyfunc.log_model(
         name="assistant", python_model=str(entry), model_config=settings,
         artifacts={name: str(path) for name, path in files.items()},
-        input_example=dict(input=[dict(role="user", content="How do I log a metric?")]),
+        input_example=dict(input=[dict(role="user", content="Hello!")]),           # asked twice; no passage is near, so no model answers
         code_paths=[str(_package())], pip_requirements=_pinned(), resources=_resources(settings),
         prompts=[f"prompts:/{prompt}"] if prompt else None,
     )
@@ -231,7 +231,7 @@ def log_chain(
         info = mlflow.langchain.log_model(
             str(write_atomic(Path(folder, "chain.py"), agent.CHAIN_CODE)), name="assistant_chain", model_config=settings,
             code_paths=[str(_package()), f"{folder}/files"],
-            input_example=dict(question="How do I log a metric?"),
+            input_example=dict(question="Hello!"),
             pip_requirements=_pinned() + [f"langchain=={importlib.metadata.version('langchain')}"],
             resources=_resources(settings), prompts=[f"prompts:/{prompt}"] if prompt else None,
         )
@@ -296,6 +296,32 @@ def serving_environment(
     where = gateway_of(ws, logged_settings(ws, version)).base_url if app == "third_party" and ws.config.platform == "local" else ""
     return dict(ASSISTANT_VERSION=version, ASSISTANT_GATEWAY_URL=where)
 
+# %% ../../nbs/lib/assistant/versions.ipynb #5a0c1e02
+def other_packages(
+    pinned: str, # Text of a requirements.txt
+) -> list[str]: # What is here in another version, or not at all
+    "Which of the packages that a model was logged with are others here."
+    def here(name):
+        try: return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError: return "none"
+    named = (line.split("==") for line in pinned.splitlines() if "==" in line)
+    return [f"{name} {wanted} (here {found})" for name, wanted in named if (found := here(name)) != wanted]
+
+# %% ../../nbs/lib/assistant/versions.ipynb #5a0c1e04
+def load_logged(
+    uri: str, # Of a logged model
+): # As `mlflow.pyfunc` loads it
+    "Load a model; a warning names the packages that are others here."
+    import mlflow
+    model, pinned = mlflow.pyfunc.load_model(uri, suppress_warnings=True), ""
+    with contextlib.suppress(mlflow.exceptions.MlflowException):       # somebody else's model may say nothing
+        pinned = Path(mlflow.artifacts.download_artifacts(f"{uri}/requirements.txt")).read_text()
+    if found := other_packages(pinned):
+        logging.getLogger(__name__).warning(
+            f"{uri} was logged with {', '.join(found)}. Its verdict was on those; `llmops run --only validation --force` gives it another."
+        )
+    return model
+
 # %% ../../nbs/lib/assistant/versions.ipynb #77393779
 @contextlib.contextmanager
 def _no_traces(mlflow):
@@ -320,7 +346,7 @@ def load_assistant(
     with contextlib.ExitStack() as afterwards:
         if not trace: afterwards.enter_context(_no_traces(mlflow))
         os.environ |= serving_environment(ws, version)
-        model = mlflow.pyfunc.load_model(f"models:/{ws.registered('assistant')}/{version}")
+        model = load_logged(f"models:/{ws.registered('assistant')}/{version}")
         agent = model._model_impl.get_raw_model()
         afterwards.callback(agent.close)
         def ask(state, on_piece=None):

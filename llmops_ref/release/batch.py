@@ -12,7 +12,7 @@ import functools, os
 
 import pandas as pd
 
-from ..assistant.versions import serving_environment
+from ..assistant.versions import load_logged, serving_environment
 from ..core.config import SettingsError
 from ..core.files import DataError
 from ..core.workspace import Workspace
@@ -60,7 +60,7 @@ def answer_batches(
     os.environ |= environment
     import mlflow
     mlflow.tracing.disable()
-    model = mlflow.pyfunc.load_model(uri)
+    model = load_logged(uri)
     try: yield from answer_rows(frames, model, version)
     finally: model._model_impl.get_raw_model().close()
 

@@ -13,7 +13,7 @@ import argparse, asyncio, contextlib, json, os, sys, time
 
 import httpx
 
-from ..assistant.versions import serving_environment
+from ..assistant.versions import load_logged, serving_environment
 from ..core.config import SettingsError, sleep_while_waiting
 from ..core.files import DataError
 from ..core.services import PATIENCE, Service, owned_by, owner, running_services, start_service, stop_service
@@ -35,7 +35,7 @@ def serve_main(arguments: list[str] | None = None) -> None:
         "MLFLOW_EXPERIMENT_NAME", None
     ): # else MLflow asks its store for it at each request, and an answer would wait for a store that is down
         mlflow.set_experiment(name)
-    agent = mlflow.pyfunc.load_model(os.environ["ASSISTANT_URI"])._model_impl.get_raw_model()
+    agent = load_logged(os.environ["ASSISTANT_URI"])._model_impl.get_raw_model()
     @invoke()
     async def answer(request): return await asyncio.to_thread(agent.predict, request)
     @stream()
