@@ -10,7 +10,7 @@ __all__ = ['ENTRY', 'REQUIREMENTS', 'FACTS', 'OUR_FACTS', 'assistant_parts', 'as
            'serving_environment', 'other_packages', 'load_logged', 'load_assistant', 'Planted', 'planted']
 
 # %% ../../nbs/lib/assistant/versions.ipynb #d83c64a0
-import contextlib, hashlib, importlib, importlib.metadata, json, logging, os, shutil, tempfile
+import contextlib, hashlib, importlib, importlib.metadata, json, logging, os, re, shutil, tempfile
 from pathlib import Path
 
 import llmops_ref
@@ -304,7 +304,7 @@ def other_packages(
     def here(name):
         try: return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: return "none"
-    named = (line.split("==") for line in pinned.splitlines() if "==" in line)
+    named = re.findall(r"^([\w.-]+)(?:\[.*\])?==([^\s;]+)", pinned, re.M)        # with extras, and for some machines only
     return [f"{name} {wanted} (here {found})" for name, wanted in named if (found := here(name)) != wanted]
 
 # %% ../../nbs/lib/assistant/versions.ipynb #5a0c1e04
