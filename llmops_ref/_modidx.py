@@ -1977,6 +1977,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'llmops_ref/release/hosting.py'),
                                             'llmops_ref.release.hosting.AppHost._key': ( 'lib/release/hosting.html#apphost._key',
                                                                                          'llmops_ref/release/hosting.py'),
+                                            'llmops_ref.release.hosting.AppHost._lets_in': ( 'lib/release/hosting.html#apphost._lets_in',
+                                                                                             'llmops_ref/release/hosting.py'),
                                             'llmops_ref.release.hosting.AppHost._look': ( 'lib/release/hosting.html#apphost._look',
                                                                                           'llmops_ref/release/hosting.py'),
                                             'llmops_ref.release.hosting.AppHost._ready': ( 'lib/release/hosting.html#apphost._ready',

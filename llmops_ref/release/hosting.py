@@ -451,13 +451,17 @@ def ask(
             timeout=self.ws.config.chat_timeout,
         )
     except httpx.HTTPError as error: raise DataError(f"The App {self.name} did not answer: {type(error).__name__} {error}") from None
-    if response.status_code in (302, 401, 403):
-        raise SettingsError(
-            f"The App {self.name} lets us not in ({response.status_code}). Give the service principal whose id is the secret"
-            " APP_CLIENT_ID the permission CAN USE on it."
-        )
+    self._lets_in(response.status_code)
     if response.status_code != 200: raise DataError(f"The App {self.name} answered {response.status_code}: {response.text[:300]}")
     return read_reply(question, response.json())
+
+@patch
+def _lets_in(self: AppHost, status):
+    if status not in (302, 401, 403): return
+    raise SettingsError(
+        f"The App {self.name} lets us not in ({status}). Give the service principal whose id is the secret APP_CLIENT_ID the"
+        " permission CAN USE on it."
+    )
 
 # %% ../../nbs/lib/release/hosting.ipynb #f263fb57
 @patch
@@ -469,7 +473,7 @@ def stream(
 ):
     "The answer of the App in pieces; yields and raises what `stream_endpoint` does."
     with asking_for(f"the App {self.name}"): headers = self._key()
-    yield from stream_endpoint(self._address(), question, inputs, self.ws.config.chat_timeout, headers)
+    yield from stream_endpoint(self._address(), question, inputs, self.ws.config.chat_timeout, headers, self._lets_in)
 
 # %% ../../nbs/lib/release/hosting.ipynb #3ce1268c
 @patch

@@ -123,6 +123,7 @@ def stream_endpoint(
     inputs: dict | None = None, # `purpose` as for `ask_endpoint`; `user`, who asks
     timeout: float = 60.0, # Seconds without a byte
     headers: dict | None = None, # Such as a token
+    check=None, # Called with the status of the answer; may raise what helps
 ):
     "Ask over HTTP; yields what `read_events` does. Closed early, it hangs up."
     try:
@@ -134,6 +135,7 @@ def stream_endpoint(
             ),
             headers=headers, timeout=timeout,
         ) as response:
+            if check: check(response.status_code)
             if response.status_code != 200:
                 raise DataError(f"The endpoint {url} answered {response.status_code}: {response.read().decode(errors='replace')[:300]}")
             yield from read_events(question, response.iter_lines())
