@@ -8,7 +8,8 @@ Reads a store's MLflow. Leaves runs, and aliases that move in one step."""
 __all__ = ['MLFLOW_SWITCHES', 'ALIAS', 'NOT_THERE', 'Tracking']
 
 # %% ../../nbs/lib/core/tracking.ipynb #5db7e0c3
-import contextlib, os, sqlite3, urllib.parse
+import contextlib, importlib.metadata, os, shutil, sqlite3, tempfile, urllib.parse
+from pathlib import Path
 
 from fastcore.basics import patch
 
@@ -29,18 +30,43 @@ MLFLOW_SWITCHES = {
 class Tracking(Store):
     "A store with MLflow: experiments, and a registry of models and prompts."
 
+# %% ../../nbs/lib/core/tracking.ipynb #7d1a4c02
+@patch
+def _empty_database(self: Tracking): return self.cache(f"mlflow-{importlib.metadata.version('mlflow')}", "empty.db")
+
+@patch
+def copy_database(
+    self: Tracking,
+    database: Path, # Where MLflow is to find its tables
+) -> None:
+    "Begin a database with empty tables, if they are kept; one that is there stays as it is."
+    if database.exists(): return
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=database.parent) as folder:
+        os.link(shutil.copy(self._empty_database(), folder), database)      # fails where somebody else has made one meanwhile
+
+@patch
+def _keep_database(self: Tracking, database):       # unless somebody has begun to write into it
+    with contextlib.suppress(OSError, sqlite3.Error), tempfile.TemporaryDirectory(dir=database.parent) as folder:
+        kept, new = self._empty_database(), Path(folder, "new.db")
+        with contextlib.closing(sqlite3.connect(database)) as made, contextlib.closing(sqlite3.connect(new)) as copy:
+            made.backup(copy)
+            (names,) = zip(*copy.execute("SELECT name FROM experiments"))
+        if names == ("Default",): os.replace(shutil.copy(new, f"{kept}.{os.getpid()}"), kept)
+
 # %% ../../nbs/lib/core/tracking.ipynb #b8f18920
 @patch
 def mlflow(self: Tracking):
     "The `mlflow` module, pointed at this environment's store and experiment."
     os.environ |= MLFLOW_SWITCHES
-    database = f"sqlite:///{self.path('mlflow.db')}"
+    self.copy_database(file := self.path("mlflow.db"))
+    database, new = f"sqlite:///{file}", not file.exists()
     os.environ |= {"MLFLOW_TRACKING_URI": database, "MLFLOW_REGISTRY_URI": database, "MLFLOW_EXPERIMENT_NAME": self.experiment}
     hush_pyspark()
     import mlflow
     mlflow.set_tracking_uri(database)
     mlflow.set_registry_uri(database)               # else MLflow looks for a Spark session to ask
     if mlflow.get_experiment_by_name(self.experiment) is None:
+        if new: self._keep_database(file)
         mlflow.create_experiment(self.experiment, artifact_location=self.path("artifacts").as_uri())
     mlflow.set_experiment(self.experiment)
     return mlflow
