@@ -132,7 +132,7 @@ class Desk:
 
     def left(self): # what lies in the cache, by name
         files = [path.name for path in (self.root / "cache").rglob("*") if path.is_file()]
-        return sorted(name for name in files if name not in (".fetch.lock", "digests.json"))
+        return sorted(name for name in files if name not in (".fetch.lock", "digests.json", "empty.db"))      # the last is MLflow's
 
 
 def until(condition, seconds=60):

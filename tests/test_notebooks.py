@@ -96,7 +96,8 @@ def test_notebook_reads_well(path):
     first, text = "".join(cells(path)[0]["source"]), path.read_text()
     assert re.match(r"# [\w-]+\n\n> [^\n]{10,}", first), "begin with `# name` and a line after `> `"
     if path.stem != "index": assert len(re.search(r"> (.+)", first)[1].split()) < 12
-    assert len(text.encode()) < 100_000, "a room of 100 KB is two; or its stored outputs are too large"
+    longest = len(text.encode()) + text.count("llmops_ref") * (22 - len("llmops_ref"))      # a fork's name may have 22 characters
+    assert longest < 100_000, "a room of 100 KB is two; or its stored outputs are too large"
     for home in (str(ROOT), str(Path.home()) + "/"): assert home not in text, f"{home} is a path of this machine"
 
 
