@@ -282,7 +282,9 @@ def render_monitoring(
         title=(
             "; ".join(alarms[:3])[:1].upper() + "; ".join(alarms[:3])[1:]
             if alarms
-            else "All signals are within their bounds" if len(look.requests) else "Nobody asked anything in this window"
+            else "Nobody asked anything in this window" if not len(look.requests)
+            else f"No alarm, and {', '.join(watched)} to be watched" if (watched := table.signal[table.state == "watch"].tolist())
+            else "All signals are within their bounds"
         ),
         reasons=[basis, f"Of windows in which all is well, at most {config.monitoring_false_alarms:.1%} raise an alarm.", *slow],
         when=f"{pd.Timestamp.now(tz='UTC'):%d %B %Y, %H:%M} UTC", triggers=look.triggers.to_dict("records"),

@@ -130,6 +130,7 @@ def test_approval_rollout_and_rollback(shop):
     assert json.loads(shop.llmops("ask", "How do I log a metric?", "--env", "staging", "--json").stdout)["version"] == before
     again = shop.llmops("run", "--env", "staging", "--only", "deployment", "--force", APPROVAL="person", **NEW, **BRIEF)
     assert again.returncode == 1 and "was taken back" in again.stderr and alias(shop, "champion") == before
+    assert f"Version {before} serves now" in (shop.root / "runs" / "staging" / "latest" / "report.html").read_text()
     shop.llmops("rollback", "--env", "staging", "--yes")
     assert alias(shop, "champion") == new and not list((shop.root / "stores" / "staging" / "services").glob("*.json"))
 

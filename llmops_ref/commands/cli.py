@@ -81,11 +81,9 @@ def _show_plan(ws, steps):
             for line in said_beforehand(ws): typer.echo(f"  {'':22} {'':>16}   {line}")
 
 # %% ../../nbs/lib/commands/cli.ipynb #fa864efa
-def _went_back(ws):                                 # a line where a rollback came after the last deployment
-    note = ws.path("deployment.json")
-    last = json.loads(note.read_text()) if note.is_file() else {}
-    if not last.get("rolled_back"): return ""
-    return f"\nVersion {last['version']} serves now: somebody went back to it from version {last['previous']}.\n"
+def _went_back(ws):
+    from llmops_ref.runner.plan import went_back
+    return f"\n{said}\n" if (said := went_back(ws)) else ""
 
 def _nothing_to_do(ws, env):
     typer.echo(
@@ -127,7 +125,7 @@ def _run(ws, env, steps, force, kept):
     for stage in record["stages"]:
         if stage["result"]: typer.echo(f"  {stage['notebook']:14} {stage['result']['headline']}")
     if "--set " in kept: typer.echo("\nWhat --set says holds for this run; the next one without it takes what settings.ini says.")
-    typer.echo(f"\nReport: {_report(ws)}\nTry:    " + "\n        ".join(f"{me()} {words}" for words in _to_try(ws, env)))
+    typer.echo(f"{_went_back(ws)}\nReport: {_report(ws)}\nTry:    " + "\n        ".join(f"{me()} {words}" for words in _to_try(ws, env)))
 
 # %% ../../nbs/lib/commands/cli.ipynb #7a6e0437
 def _to_try(ws, env):                               # only what this environment can do already

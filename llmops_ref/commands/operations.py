@@ -26,7 +26,8 @@ Version = Annotated[Optional[str], typer.Option("--version", help="Of the assist
 def _show_evidence(ws, version, facts):
     from llmops_ref.release.approval import read_evidence
     from llmops_ref.release.evidence import evidence_reasons, render_evidence
-    evidence = read_evidence(ws, facts)
+    evidence, now = read_evidence(ws, facts), ws.alias("assistant", "champion", record=False)
+    if str(now) != str(evidence.get("champion")): evidence |= dict(champion=now, unasked="it took over after this validation")
     page = write_atomic(ws.path("evidence", f"version-{version}.html"), render_evidence(evidence))
     typer.echo(
         f"Version {version} of the assistant in {ws.config.env}: {evidence['verdict']}, digest {facts.get('digest', '')[:16]}, commit"

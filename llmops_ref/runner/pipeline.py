@@ -23,7 +23,7 @@ from ..core.machine import git_commit, usable_cores
 from ..core.page import duration
 from ..core.tracking import MLFLOW_SWITCHES
 from ..core.workspace import Workspace
-from .plan import STAGES, Stage, Step, _cells, _sets_env, lessons, manifest, reasons, stage_code, waits_for
+from .plan import STAGES, Stage, Step, _cells, _sets_env, lessons, manifest, reasons, stage_code, waits_for, went_back
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #9d1bcad8
 ALONE = {"hub"}                                     # it measures the machine: nothing may start up beside it until it says that it is done
@@ -333,7 +333,7 @@ def run_pipeline(
             if state == "waiting": waiting = why
         print_pages()
         status = "failed" if failure else "waiting" if waiting else "completed"
-        record = _record(ws, run_id, started, states, status, command, folder) | dict(waiting=waiting)
+        record = _record(ws, run_id, started, states, status, command, folder) | dict(waiting=waiting, went_back=went_back(ws))
         if pages: _write_run(ws, record, folder, latest)
     if failure: raise failure
     for page in pages: page.result()                # an error while rendering is an error of the run

@@ -108,6 +108,7 @@ def verdict(
             f"Attention: {drafts} of the {counted(int(asked.get('questions', drafts)), 'evaluation question')} {are}. Such numbers flatter."
         )
     if run.get("waiting"): reasons.append(f"Attention: {run['waiting']}")
+    if run.get("went_back"): reasons.append(f"Attention: {run['went_back']}")
     if error: reasons.append(error if len(error) < 400 else error[:400] + " …")
     if stop:
         reasons.append(
