@@ -58,7 +58,8 @@ def _keep_database(self: Tracking, database):       # unless somebody has begun 
 def mlflow(self: Tracking):
     "The `mlflow` module, pointed at this environment's store and experiment."
     os.environ |= MLFLOW_SWITCHES
-    self.copy_database(file := self.path("mlflow.db"))
+    file = self.path("mlflow.db")
+    self.copy_database(file)
     database, new = f"sqlite:///{file}", not file.exists()
     os.environ |= {"MLFLOW_TRACKING_URI": database, "MLFLOW_REGISTRY_URI": database, "MLFLOW_EXPERIMENT_NAME": self.experiment}
     hush_pyspark()
