@@ -133,6 +133,8 @@ def test_approval_rollout_and_rollback(shop):
     assert f"Version {before} serves now" in (shop.root / "runs" / "staging" / "latest" / "report.html").read_text()
     shop.llmops("rollback", "--env", "staging", "--yes")
     assert alias(shop, "champion") == new and not list((shop.root / "stores" / "staging" / "services").glob("*.json"))
+    shown = shop.inside("approve", "--env", "staging", "--version", new, APPROVAL="person").stdout
+    assert "It serves already." in shown and "No version serves yet" not in shown       # the evidence is of the day when another one served
 
 
 def test_an_approval_is_for_one_content_and_one_verdict(shop):

@@ -17,7 +17,9 @@ from llmops_ref.tuning.pairs import build_pairs, check_pairs
 from llmops_ref.search.published import open_index
 from llmops_ref.feedback.review import PER_SOURCE, review_feedback, to_review, trace_case
 from llmops_ref.evaluation.reviewed import question_rows, regression_rows, reviewed_cases
+from llmops_ref.assistant.versions import version_facts
 from llmops_ref.core.scoring import names_gold
+from llmops_ref.release.approval import read_evidence
 from llmops_ref.release.serving import LocalHost, stream_endpoint
 from llmops_ref.core.services import stop_services
 from llmops_ref.core.workspace import open_workspace
@@ -234,6 +236,13 @@ def test_from_a_thumb_down_to_what_is_trained_on_and_what_must_hold(corrected):
     (case,) = regression_rows(reviewed_cases(ws), ws.read("documents").id.tolist()).to_dict("records")
     assert case["question"] == corrected.question
 
+    way = trace_case(ws, vote).step.tolist()
+    assert not {"holds", "not yet"} & set(way)          # no version has been asked it
+    facts = version_facts(ws, ws.alias("assistant", "champion", record=False))
+    asked = read_evidence(ws, facts) | dict(cases=[dict(id=vote, holds=False, answer="Use `nothing`.")])
+    ws.mlflow().MlflowClient().log_dict(facts["model_validation_run"], asked, "evidence.json")
+    assert "not yet" in (said := corrected.llmops("review", vote, "--where")) and "and said: Use `nothing`." in said
+
 
 @pytest.mark.slow(reason="trains until the correction is learned, and validates and deploys what has learned it")
 def test_the_loop_from_a_thumb_down_to_the_next_version(shop, corrected):
@@ -254,6 +263,7 @@ def test_the_loop_from_a_thumb_down_to_the_next_version(shop, corrected):
     assert len(learned) and set(learned.document_id) == {corrected.document} and (learned.split == "train").all()
     checked = json.loads((ws.path("stages", "validation.json")).read_text())["details"]
     assert next(r for r in checked["regressions"] if r["question"] == corrected.question)["holds"], "the new version answers it"
+    assert "holds" in trace_case(ws, vote).step.tolist()
     new = ws.alias("assistant", "champion", record=False)
     assert new == checked["version"] != old
     way = trace_case(ws, vote)

@@ -163,6 +163,13 @@ def _resources(settings):                           # what the model asks for on
         out += [DatabricksUCModelService(name) for name in [gateway["route"]] + [f"{gateway['route']}_backup"] * gateway["fallbacks"]]
     return out or None
 
+# %% ../../nbs/lib/assistant/versions.ipynb #0bdb2a3b
+def _as_tags(facts): return {key: str(value) for key, value in facts.items()}
+
+def _tags_of_today(was, tags):                      # a version keeps the commit that made it, unless that was none
+    made = was.get("git_commit", "unknown")
+    return {key: value for key, value in tags.items() if key != "git_commit" or made == "unknown" or made.endswith("-dirty")}
+
 # %% ../../nbs/lib/assistant/versions.ipynb #2e2403ec
 def log_assistant(
     ws: Workspace,
@@ -177,21 +184,11 @@ def log_assistant(
     from llmops_ref.assistant import agent
     mlflow, (settings, files) = ws.mlflow(), assistant_parts(ws, template, adapter, prompt, model)
     entry = write_atomic(ws.path(ENTRY), agent.MODEL_CODE)
-    client, name, tags = (
-        mlflow.MlflowClient(),
-        ws.registered("assistant"),
-        {
-            k: str(v)
-            for k, v in (
-                (tags or {})
-                | dict(
-                    digest=assistant_digest(settings, _code(_package(), "llmops_ref/") | dict(entry=file_digest(entry)))
-                )
-            ).items()
-        },
-    )
-    if version := find_version(ws, tags["digest"]):
-        for key, value in tags.items(): client.set_model_version_tag(name, version, key, value)
+    digest = assistant_digest(settings, _code(_package(), "llmops_ref/") | dict(entry=file_digest(entry)))
+    client, name, tags = mlflow.MlflowClient(), ws.registered("assistant"), _as_tags((tags or {}) | dict(digest=digest))
+    if version := find_version(ws, digest):
+        was = client.get_model_version(name, version).tags
+        for key, value in _tags_of_today(was, tags).items(): client.set_model_version_tag(name, version, key, value)
         return version
     if "gateway" in settings: os.environ["ASSISTANT_GATEWAY_URL"] = gateway_endpoint(ws).base_url       # MLflow tries what it logs
     info = mlflow.pyfunc.log_model(

@@ -357,9 +357,11 @@ def score_answer(
     reference: str,
     question: str = "",
     passages: list[str] | None = None, # Texts of the passages shown; without them nothing is said of groundedness
+    kind: str = "", # Type of the question: a `lookup` asks for a detail of an object
 ) -> dict[str, float]: # Only the scores that make sense for this question
     "All scores of one answer. `correct`: it names the right object first, or says what the reference says, or rightly refuses."
     # If the question names the object itself, an answer is correct that says what the reference says and cites the right passage.
+    # If it asks for a detail of an object, that has to be said, too.
     refused = is_refusal(answer)
     form = dict(readable=readable(answer), personal_data=float(bool(personal_data(answer))), words=float(len(answer.split())))
     if re.search(r"[^\W\d_]", answer): form["in_language"] = in_language(answer, question)
@@ -370,7 +372,8 @@ def score_answer(
     precision, by_name = citation_precision(answer, shown, gold), asks_for_name(gold, reference)
     right = names_gold(answer, gold, question, shown) if by_name else says_reference(answer, reference, question)
     known = any(mentions(question, g) for g in gold) if by_name else set(_content_words(reference)) <= set(_content_words(question))
-    told = says_reference(answer, reference, question) if by_name and known else 1.0        # a name that was asked with is no answer
+    detail = by_name and (known or kind == "lookup")
+    told = says_reference(answer, reference, question) if detail else 1.0                   # a name that was asked with is no answer
     scores = (
         {"names_gold" if by_name else "says_reference": right}
         | dict(
@@ -402,7 +405,7 @@ AGREEMENT = (
 )
 
 def score_labelled(
-    path, # JSON Lines, one question a line: `question_id question gold reference passages answers`, each answer with its labels
+    path, # JSON Lines, one question a line: `question_id question gold reference passages answers`, maybe its `type`; each answer with its labels
 ) -> pd.DataFrame: # One row an answer: `question_id answer label_helpful label_grounded label_readable` and its scores
     "Score the answers that people have labelled."
     rows = []
@@ -411,7 +414,7 @@ def score_labelled(
         rows += [
             dict(question_id=q["question_id"], answer=a["answer"])
             | {f"label_{name}": a[name] for name in ("helpful", "grounded", "readable")}
-            | score_answer(a["answer"], documents, q["gold"], q["reference"], q["question"], texts)
+            | score_answer(a["answer"], documents, q["gold"], q["reference"], q["question"], texts, q.get("type", ""))
             for a in q["answers"]
         ]
     return pd.DataFrame(rows)

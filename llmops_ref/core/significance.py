@@ -66,6 +66,7 @@ class Comparison:
         "What would have been enough; empty where there is enough."
         if self.verdict != UNSURE: return ""
         exact = f"p = {self.p_value:.2f} by an exact test; " if self.p_value is not None and self.low * self.high > 0 else ""
+        if self.n < 6 and self.low * self.high > 0: exact = "of fewer than six an interval says nothing; "
         if self.needed: return f"{exact}a difference this large takes about n = {self.needed:,}"
         if self.detectable != self.detectable: return f"{exact}so few show no difference"
         return f"{exact}so many show a difference of {self.detectable:.2f} or more"

@@ -51,7 +51,7 @@ def answer_all(
             )
             row |= score(
                 reply["answer"], [p["document_id"] for p in reply["passages"]], list(q.gold), q.answer, q.question,
-                [p.get("text", "") for p in reply["passages"]],
+                [p.get("text", "") for p in reply["passages"]], q.type,
             )
         except Exception as error: row |= dict(error=f"{type(error).__name__}: {error}"[:300], exception=error)
         done += 1

@@ -105,7 +105,8 @@ def propose(
         def correct(inputs, outputs):
             if isinstance(outputs, str): return 0.0
             q = rows[inputs["question"]]
-            scores = score_answer(outputs["answer"], [p["document_id"] for p in outputs["passages"]], list(q.gold), q.answer, q.question)
+            shown = [p["document_id"] for p in outputs["passages"]]
+            scores = score_answer(outputs["answer"], shown, list(q.gold), q.answer, q.question, kind=q.type)
             return scores["correct"] + 1e-3 * scores.get("citation_precision", 0.0)
         data = [dict(inputs=dict(question=q.question), expectations=dict(expected_response=q.answer)) for q in questions.itertuples()]
         with (

@@ -74,8 +74,9 @@ def regression_rows(
     cases: pd.DataFrame, # From `reviewed_cases`
     documents: list[str] | None = None, # Ids: a case whose documents are gone cannot hold, and is left out
     retrieval: str = "hybrid", # The method in use: what cannot hold with it is left out, as from the file
+    use: str = "regression", # One of `USES`: the cases that were accepted as that
 ) -> pd.DataFrame: # Columns `id question must what why`, as from `load_regressions`
-    "Cases that were accepted as regressions."
+    "Accepted cases, each with what an answer must do to hold."
     rows = [
         dict(
             id=c.id, question=c.question,
@@ -83,7 +84,7 @@ def regression_rows(
             what=list(c.gold), why=f"a user met it; accepted by {c.by} on {c.time:%d %B %Y}".replace(" on 0", " on "),
         )
         for c in cases.itertuples()
-        if c.accepted and "regression" in c.uses and (documents is None or not len(c.gold) or set(c.gold) & set(documents))
+        if c.accepted and use in c.uses and (documents is None or not len(c.gold) or set(c.gold) & set(documents))
     ]
     rows = [row for row in rows if can_hold(row["must"], retrieval)]
     return pd.DataFrame(rows, columns=["id", "question", "must", "what", "why"])

@@ -12,6 +12,7 @@ import contextlib, re
 
 import pandas as pd
 
+from ..assistant.versions import version_facts
 from ..core.files import DataError
 from ..core.scoring import REFUSAL, SAID, is_refusal, personal_data, pseudonym, reference_recall
 from ..core.workspace import Workspace
@@ -20,6 +21,7 @@ from ..evaluation.questions import closest_id, twins
 from ..evaluation.reviewed import REVIEWED, USES, cases_of, reviewed_cases
 from .inference_table import request_row
 from .votes import weigh_votes
+from ..release.approval import earlier_evidence
 
 # %% ../../nbs/lib/feedback/review.ipynb #b7763100
 PER_SOURCE, MOST = 20, 200                          # votes that wait at a time, of one source and of all
@@ -68,7 +70,7 @@ def _says_it(ws, answer, shown):                    # of the pages that were sho
     return [document for share, document in sorted(some, reverse=True)[:1] if share >= SAID]
 
 # %% ../../nbs/lib/feedback/review.ipynb #f44c8ed6
-def _gold_of(answer, documents, from_pages=list):
+def _gold_of(answer, documents, from_pages=list, closed={}):         # closed: document -> why the case may not be about it
     named = [name.partition("(")[0].strip() for name in re.findall(r"`([^`\n]+)`", answer)]      # a path may hold spaces
     gold = [name for name in dict.fromkeys(named) if name in documents]
     if not gold and not answer.startswith(REFUSAL[:15]):  # "It does not cover water" is no refusal if a page says so
@@ -85,9 +87,29 @@ def _gold_of(answer, documents, from_pages=list):
             )
         )
         + (f" Did you mean `{meant}`?" if meant else " Name one, or refuse.")
+        + (f" That would not do either: {closed[meant]}" if meant in closed else "")
     )
 
 # %% ../../nbs/lib/feedback/review.ipynb #488ba3f6
+def _other_split(uses):                             # what a case must keep away from, what it would become there, and what else it could be
+    if "pair" in uses: return "test", "trained on", "a question or a regression"
+    return "train", "used for testing", "a pair or a regression"
+
+def _against(uses, cases):                          # the cases that were accepted for the other side
+    other = "question" if "pair" in uses else "pair"
+    return cases[[bool(c.accepted) and other in c.uses for c in cases.itertuples()]] if len(cases) else cases
+
+def _closed(uses, questions, cases):                # document -> why a case about it cannot become that
+    if not {"pair", "question"} & set(uses): return {}
+    split, becomes, instead = _other_split(uses)
+    then = f"cannot be {becomes}. Accept it as {instead}, or reject this feedback."
+    asked = {g for q in questions[questions.split == split].itertuples() for g in q.gold}
+    accepted = {g for c in _against(uses, cases).itertuples() for g in c.gold}
+    return {g: f"A case about {g} was accepted for the {split} split, so this one {then}" for g in accepted} | {
+        g: f"The {split} split asks about {g}, so it {then}" for g in asked
+    }
+
+# %% ../../nbs/lib/feedback/review.ipynb #eb64d98d
 def _check_split(question, gold, uses, questions, cases):
     if {"pair", "question"} <= set(uses):
         raise DataError(
@@ -95,30 +117,15 @@ def _check_split(question, gold, uses, questions, cases):
             " either."
         )
     if not {"pair", "question"} & set(uses): return
-    other, becomes = ("test", "trained on") if "pair" in uses else ("train", "used for testing")
-    if taken := sorted({g for q in questions[questions.split == other].itertuples() for g in q.gold} & set(gold)):
+    closed = _closed(uses, questions, cases)
+    for taken in sorted(set(gold) & closed.keys()): raise DataError(closed[taken])
+    split, becomes, instead = _other_split(uses)
+    rows = [questions[questions.split == split], _against(uses, cases), pd.DataFrame([dict(id="this", question=question)])]
+    near = [pair for pair in twins(pd.concat([some[["id", "question"]] for some in rows])) if "this" in pair]
+    if near:
         raise DataError(
-            f"The {other} split asks about {taken[0]}, so it cannot be {becomes}. Accept it as something else, or reject this feedback."
-        )
-    against = (
-        cases[[c.accepted and ("question" if other == "test" else "pair") in c.uses for c in cases.itertuples()]] if len(cases) else cases
-    )
-    if taken := sorted({g for c in against.itertuples() for g in c.gold} & set(gold)):
-        raise DataError(
-            f"A case about {taken[0]} was accepted for the {other} split, so this one cannot be {becomes}. Accept it as something else, or"
-            " reject this feedback."
-        )
-    asked = pd.concat(
-        [
-            questions[questions.split == other][["id", "question"]],
-            against[["id", "question"]],
-            pd.DataFrame([dict(id="this", question=question)]),
-        ]
-    )
-    if near := [pair for pair in twins(asked) if "this" in pair]:
-        raise DataError(
-            f"The {other} split asks the same as {question!r}, or nearly ({near[0][0]}), so it cannot be {becomes}. Accept it as something"
-            " else, or reject this feedback."
+            f"The {split} split asks the same as {question!r}, or nearly ({near[0][0]}), so it cannot be {becomes}. Accept it as {instead},"
+            " or reject this feedback."
         )
 
 # %% ../../nbs/lib/feedback/review.ipynb #5790924e
@@ -142,8 +149,10 @@ def _case(ws, vote, answer, uses, cases):           # question, gold documents a
             f"The feedback {vote.feedback_id} holds personal data ({', '.join(dict.fromkeys(found))}), which a model must not learn."
             " Reject it."
         )
-    gold = _gold_of(answer, documents, lambda: _says_it(ws, answer, request["passages"]) if pages else [])
-    _check_split(question, gold, uses, questions[~questions.id.isin(cases.id)], cases)
+    written = questions[~questions.id.isin(cases.id)]
+    from_pages = lambda: _says_it(ws, answer, request["passages"]) if pages else []
+    gold = _gold_of(answer, documents, from_pages, _closed(uses, written, cases))
+    _check_split(question, gold, uses, written, cases)
     return question, gold, answer
 
 # %% ../../nbs/lib/feedback/review.ipynb #8b4c662b
@@ -298,4 +307,14 @@ def _learned(ws, id, case):
                     f"{ws.registered('assistant')}, {found.tags.get('model_validation_status', 'PENDING')}",
                 )
             )
-    return rows
+    return rows + _judged(ws, id)
+
+# %% ../../nbs/lib/feedback/review.ipynb #948666ef
+def _judged(ws, id):                                # what the newest version that was asked it said, when it was validated
+    client, name = ws.mlflow().MlflowClient(), ws.registered("assistant")
+    for v in sorted(client.search_model_versions(f"name = '{name}'"), key=lambda v: -int(v.version)):
+        asked = earlier_evidence(ws, version_facts(ws, str(v.version))).get("cases") or []
+        for case in [case for case in asked if case["id"] == id]:
+            step = "holds" if case["holds"] else "not yet"
+            return [(step, f"version {v.version} was asked it when it was validated, and said: {case['answer']}", "its evidence")]
+    return []

@@ -107,7 +107,8 @@ def _still_right(ask, version, known, env):         # a question and its answer
     for case in known[:3]:
         reply = ask(case["question"])
         scores = score_answer(
-            reply["answer"], [p["document_id"] for p in reply["passages"]], case["gold"], case["reference"], case["question"]
+            reply["answer"], [p["document_id"] for p in reply["passages"]], case["gold"], case["reference"], case["question"],
+            kind=case.get("type", ""),
         )
         if scores["correct"]: return case["question"], reply["answer"]
         said.append(f"{case['question']} {reply['answer']}")

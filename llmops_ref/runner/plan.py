@@ -180,11 +180,7 @@ def reasons(
     out = [f"{name} changed" for name, digest in code.items() if last["code"].get(name) != digest]
     values = {**ws.config.__dict__}
     out += [f"setting {key}: {_short(old)} → {_short(values.get(key))}" for key, old in last["params"].items() if values.get(key) != old]
-    out += [
-        f"input {name}: {_short(old)} → {_short(now)}{_touched(ws, name, old)}"
-        for name, old in last["reads"].items()
-        if (now := ws.current(name)) != old
-    ]
+    out += [_input_changed(ws, name, old, now) for name, old in last["reads"].items() if (now := ws.current(name)) != old]
     out += [f"output {name} is gone" for name in last["writes"] if ws.current(name) is None]
     return out or (_undeployed(ws) if stage.name == "deployment" else [])
 
@@ -211,6 +207,11 @@ def _touched(ws, name, old):                        # how many rows of a table, 
     try: changes = ws.changes_since(table, old) if kind == "table" and old is not None else None
     except (DataError, ValueError): changes = None
     return f" ({changes})" if changes else ""
+
+def _input_changed(ws, name, old, now):
+    if old is None: return f"input {name} was not there before"
+    if now is None: return f"input {name} is gone"
+    return f"input {name}: {_short(old)} → {_short(now)}{_touched(ws, name, old)}"
 
 # %% ../../nbs/lib/runner/plan.ipynb #7bc53adb
 def _short(value): return "none" if value is None else text if len(text := str(value)) < 40 else text[:12] + "…"
