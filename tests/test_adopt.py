@@ -5,6 +5,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from conftest import ROOT, SAMPLE, Project
+from handbooks import KETTLES, NEWCOMER, pages
 from llmops_ref.core.config import load_config
 from llmops_ref.evaluation.questions import load_questions
 from llmops_ref.kit.fork import git
@@ -200,148 +201,12 @@ def test_what_cannot_be_adopted(project):
 
 # --- a handbook that is too small to train on
 
-HANDBOOK = """
-@contact.md
-# Contact
-
-## By telephone
-
-Our service answers the telephone from Monday to Friday between nine and five.
-
-## By letter
-
-Letters reach us at Kettle Street 7, and are answered within ten days.
-
-@delivery.md
-# Delivery
-
-## How long it takes
-
-A parcel within the country arrives two working days after the order. Islands take up to six working days.
-
-## What it costs
-
-Delivery is free for orders above fifty euros, and costs four euros and ninety cents below that.
-
-@descaling.md
-# Descaling
-
-## When
-
-Descale the kettle when the light turns orange, which happens after about sixty fillings. In regions with hard water this is every month.
-
-## How
-
-Empty one sachet into half a litre of cold water, heat it once and leave it for twenty minutes.
-
-@hours.md
-# Opening hours
-
-## The shop
-
-The shop in the station is open from eight in the morning until nine in the evening on weekdays. On Sundays it is closed.
-
-@jobs.md
-# Jobs
-
-## Applying
-
-Applications are read by two people of the team, and everybody gets an answer within three weeks.
-
-@pairing.md
-# Pairing with the app
-
-## First pairing
-
-Hold the button on the charging base for five seconds until the light blinks blue. The app then finds the kettle by itself.
-
-## A new phone
-
-Remove the kettle from the old phone first, because it keeps only one pairing at a time.
-
-@prices.md
-# Prices
-
-## Kettles
-
-The kettle Alba costs seventy-nine euros and the kettle Nero costs one hundred and nineteen euros.
-
-## Spare parts
-
-A spare lid costs nine euros, and a set of three filters costs twelve euros.
-
-@recycling.md
-# Recycling
-
-## Old kettles
-
-Bring your old kettle to any of our shops, and we recycle it free of charge whatever its brand is.
-
-@repair.md
-# Repairs
-
-## In the shop
-
-A repair in the shop takes forty-five minutes and costs twenty-five euros without parts.
-
-## Spare lids
-
-A broken lid can be changed at home without any tool.
-
-@returns.md
-# Returns
-
-## How long you have
-
-You may send back what you bought within thirty days of the delivery. Keep the receipt, since we ask for it when the parcel arrives.
-
-## What we do not take back
-
-Opened filters and sachets of descaler cannot be returned for reasons of hygiene.
-
-@safety.md
-# Safety
-
-## Children
-
-The lid locks while the water is above sixty degrees, so that nobody opens it by accident.
-
-## Boiling dry
-
-The kettle switches itself off after eight seconds when there is no water in it.
-
-@warranty.md
-# Warranty
-
-## Length
-
-Every kettle has a warranty of three years from the date on the receipt. The charging base is covered for one year only.
-
-## Water damage
-
-The warranty does not cover damage by water that was spilt over the charging base.
-"""
-
-# What a new customer asks, and what stands on the page that answers it
-NEWCOMER = {
-    "How many days do I have to return something?": ("thirty days", "returns.md"), "Is water damage covered?": ("not cover", "warranty.md"),
-    "What does the Nero cost?": ("hundred and nineteen", "prices.md"), "When must I descale?": ("light turns orange", "descaling.md"),
-    "How do I descale?": ("half a litre", "descaling.md"), "How much is a spare lid?": ("nine euros", "prices.md"),
-    "How do I pair the kettle with a new phone?": ("old phone", "pairing.md"),
-    "Are you open on Sundays?": ("closed", "hours.md"), "How long is the warranty on the charging base?": ("one year", "warranty.md"),
-    "Can I return an opened filter?": ("cannot be returned", "returns.md"), "Why does the lid lock?": ("sixty degrees", "safety.md"),
-    "What is delivery to an island like?": ("six working days", "delivery.md"), "Who reads my application?": ("two people", "jobs.md"),
-}
-
-
 @LIFE_CYCLE
 def test_twelve_pages_are_quoted(tmp_path):
     "Too little to train on: the best sentence of the best page, with its citation, is validated, deployed, and right."
     project = Project(tmp_path / "project", **QUICK | dict(PROMPT_REPORT_QUESTIONS="4", VALIDATION_QUESTIONS="0"))
     (project.root / "handbook").mkdir()
-    for page in HANDBOOK.split("@")[1:]:
-        name, _, text = page.partition("\n")
-        (project.root / "handbook" / name).write_text(text)
+    for name, text in pages(KETTLES).items(): (project.root / "handbook" / name).write_text(text)
     said = project.llmops("adopt", "handbook")
     assert said.returncode == 0 and "Too few sentences to train on" in said.stderr, said.stdout + said.stderr
     git(project.root, "init", "-q")                     # a version without a commit is not complete
