@@ -1,9 +1,10 @@
 """What users say, between processes: floods, repeats, a store that is down, and the way of one vote to the model that learned it."""
-import json, sqlite3, subprocess, time
+import json, os, signal, sqlite3, subprocess, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from types import SimpleNamespace
 
+import httpx
 import pandas as pd
 import pytest
 
@@ -20,8 +21,8 @@ from llmops_ref.evaluation.reviewed import question_rows, regression_rows, revie
 from llmops_ref.assistant.versions import version_facts
 from llmops_ref.core.scoring import names_gold
 from llmops_ref.release.approval import read_evidence
-from llmops_ref.release.serving import LocalHost, stream_endpoint
-from llmops_ref.core.services import stop_services
+from llmops_ref.release.serving import LocalHost, hangs, stream_endpoint
+from llmops_ref.core.services import running_services, stop_services
 from llmops_ref.core.workspace import open_workspace
 
 
@@ -200,6 +201,18 @@ def test_a_failed_request_is_a_row(served):
     collect_requests(ws, [last], patience=60)
     failed = ws.read("requests").query("status == 'ERROR'")
     assert len(failed) == 1 and "question is empty" in failed.error.iloc[0] and failed.version.iloc[0] == version
+
+
+def test_an_endpoint_that_hangs_is_replaced(served):
+    "Its port is open and `/health` would say 200; nobody has to notice but the one who waits for it."
+    ws, host, version = served
+    before = host.endpoints[version]
+    assert not hangs(before) and httpx.get(f"{before.url}/ready").status_code == 200
+    os.kill(before.pid, signal.SIGSTOP)
+    assert host.revive(seconds=1) == [version]
+    after = host.endpoints[version]
+    assert after.pid != before.pid and [s.pid for s in running_services(ws) if s.name == after.name] == [after.pid]
+    assert host.ask("How do I log a metric?", version)["answer"] and host.revive() == []
 
 
 @pytest.fixture(scope="module")

@@ -147,6 +147,10 @@ class AssistantAgent(_OnRecord, ResponsesAgent):
         "Stop the model."
         self.stack.close()
 
+    def try_out(self):
+        "Search and answer, as for anybody, and leave no trace of it; near to no document, it asks no model."
+        if self.retriever is not None: self.chain.invoke({"question": "Hello!"})
+
     @staticmethod
     def responses_agent_output_reducer(chunks):     # what the trace of a stream shows
         return (

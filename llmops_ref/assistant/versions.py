@@ -351,8 +351,9 @@ def load_assistant(
             if on_piece is None:
                 with planted(agent.retriever, state.get("planted", "")): reply = model.predict(request)
             else:
-                for event in model.predict_stream(request):
-                    if event["type"] == "response.output_text.delta": on_piece(event["delta"])
+                with contextlib.closing(model.predict_stream(request)) as events:
+                    for event in events:
+                        if event["type"] == "response.output_text.delta": on_piece(event["delta"])
                 reply = dict(output=[event["item"]], custom_outputs=event["custom_outputs"])
             return dict(question=state["question"], answer=reply["output"][0]["content"][0]["text"]) | reply["custom_outputs"]
         yield ask

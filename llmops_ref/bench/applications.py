@@ -77,9 +77,10 @@ def streamed(chain):
     "A function like the chain, whose answers tell after how many seconds the first piece came."
     def ask(state):
         start, result, first = time.perf_counter(), None, None
-        for chunk in chain.stream(state):
-            if "answer" in chunk: first = first or time.perf_counter() - start
-            result = chunk if result is None else result + chunk
+        with contextlib.closing(chain.stream(state)) as chunks:
+            for chunk in chunks:
+                if "answer" in chunk: first = first or time.perf_counter() - start
+                result = chunk if result is None else result + chunk
         return dict(result) | dict(first_token_seconds=first)
     return ask
 

@@ -6,7 +6,7 @@ Reads a command that serves a port. Leaves a process behind that port, and a not
 
 # %% auto #0
 __all__ = ['PATIENCE', 'Service', 'owner', 'owned_by', 'free_port', 'running_services', 'find_service', 'stop_service',
-           'stop_services', 'stop_leftovers', 'Patience', 'start_service']
+           'stop_services', 'stop_leftovers', 'Patience', 'worked', 'start_service']
 
 # %% ../../nbs/lib/core/services.ipynb #c185d0e0
 import atexit, contextlib, json, os, shutil, signal, socket, subprocess, sys, time
@@ -143,15 +143,16 @@ class Patience:
     def over(self) -> bool:
         "Whether it is time to give up."
         if self.waited < self.seconds: return False
-        worked = _worked(self.pid)
-        if worked > self.seconds or self.waited > PATIENCE * self.seconds: return True
-        if self.seen is None: self.seen = self.waited, worked
+        done = worked(self.pid)
+        if done > self.seconds or self.waited > PATIENCE * self.seconds: return True
+        if self.seen is None: self.seen = self.waited, done
         since, before = self.seen
         if (lately := self.waited - since) < min(self.seconds, 5): return False
-        self.seen = self.waited, worked
-        return worked - before < 0.05 * lately      # of one core
+        self.seen = self.waited, done
+        return done - before < 0.05 * lately      # of one core
 
-def _worked(pid):                                   # seconds of processor time, with the children
+def worked(pid: int) -> float: # Seconds
+    "Processor time of a process and its children; 0 for one that has gone."
     import psutil
     total = 0.0
     with contextlib.suppress(psutil.Error):

@@ -8,7 +8,7 @@ Reads whoever serves the assistant. Leaves a web application: answers as they ar
 __all__ = ['log', 'FACTS', 'BROKEN', 'HEADERS', 'STEPS', 'PAGE', 'QUESTION', 'AT_ONCE', 'REMEMBERED', 'PATIENCE', 'SMALL',
            'as_json', 'event', 'answer_events', 'EventStream', 'WithHeaders', 'Refused', 'check_origin', 'read_body',
            'text_of', 'user_of', 'steps_of', 'find_trace', 'in_words', 'Chat', 'chat_app', 'example_questions',
-           'champion_host', 'serve_chat']
+           'champion_host', 'keep_up', 'serve_chat']
 
 # %% ../../nbs/lib/feedback/chat.ipynb #903f963b
 import contextlib, json, logging, os, re, threading, time
@@ -409,6 +409,18 @@ def champion_host(
     host.reach(version)
     return host
 
+# %% ../../nbs/lib/feedback/chat.ipynb #77953c28
+def keep_up(
+    host, # From `champion_host`
+    over: threading.Event, # Set when nobody serves any more
+    every: float = 30.0, # Seconds between two looks
+) -> None:
+    "Let a host replace what hangs, until it is over; a host on Databricks sees to that itself."
+    while hasattr(host, "revive") and not over.wait(every):
+        try:
+            for version in host.revive(): log.warning("Version %s did not answer any more. It was started anew.", version)
+        except Exception: log.exception("What serves could not be looked after.")         # and the page goes on
+
 # %% ../../nbs/lib/feedback/chat.ipynb #469a22f7
 def serve_chat(
     ws: Workspace,
@@ -424,4 +436,7 @@ def serve_chat(
         ws, host, example_questions(ws), ws.config.reviewers if reviewers is None else reviewers,
         ("127.0.0.1", "localhost") if host_name == "127.0.0.1" else ("*",),
     )
-    uvicorn.run(app, host=host_name, port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
+    over = threading.Event()
+    threading.Thread(target=keep_up, args=(host, over), daemon=True).start()
+    try: uvicorn.run(app, host=host_name, port=port, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
+    finally: over.set()
