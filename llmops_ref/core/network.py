@@ -26,9 +26,10 @@ def is_here(
 
 # %% ../../nbs/lib/core/network.ipynb #cd7f0eff
 def set_proxies() -> dict[str, str]: # Variable -> its value, as it stands there
-    "The variables of the environment that name a proxy."
+    "The variables of the environment that name a proxy; one that says the same in capitals and in small letters counts once."
     kinds = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
-    return {name: value.strip() for name, value in sorted(os.environ.items()) if name.lower() in kinds and value.strip()}
+    found = {name: value.strip() for name, value in sorted(os.environ.items()) if name.lower() in kinds and value.strip()}
+    return {name: value for name, value in found.items() if name.isupper() or found.get(name.upper()) != value}
 
 def _parts(proxy): return urlsplit(proxy if "//" in proxy else f"http://{proxy}")
 
