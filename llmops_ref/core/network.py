@@ -1,4 +1,4 @@
-"""What stays on this machine, and what goes out through a proxy
+"""What stays on this machine, and what passes a proxy
 
 Reads an address and the variables that name proxies. Leaves whether it is ours, the proxy on the way, and a word where that one is no good."""
 
