@@ -16,7 +16,11 @@ WORKERS ?= 3
 BIN := .venv/bin
 
 export TOKENIZERS_PARALLELISM := false
+# No package tells its makers anything, also where none of our processes began; see stay_private in nbs/lib/core/config.ipynb
 export MLFLOW_DISABLE_TELEMETRY := true
+export ORT_DISABLE_TELEMETRY := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
 # Without compiled modules each of the eight kernels compiles PyTorch and MLflow anew
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -8,8 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llmops_ref.core.config import SettingsError, begin_process, load_config
+
+begin_process()                                     # before anything is imported that tells its makers how it is used
+
 from llmops_ref.feedback.chat import champion_host, serve_chat
-from llmops_ref.core.config import SettingsError, load_config
 from llmops_ref.core.services import free_port
 from llmops_ref.core.files import DataError
 from llmops_ref.core.workspace import open_workspace

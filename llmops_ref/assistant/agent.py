@@ -8,6 +8,12 @@ Reads the artifacts of a logged model. Leaves an agent that speaks the Responses
 __all__ = ['WAY_OUT', 'MODEL_CODE', 'CHAIN_CODE', 'verify_files', 'open_model', 'open_retriever', 'open_chain', 'AssistantAgent',
            'watch', 'redact_span', 'say_price', 'question_of', 'chain_of_files']
 
+# %% ../../nbs/lib/assistant/agent.ipynb #375d8613
+from ..core.config import stay_private
+
+# %% ../../nbs/lib/assistant/agent.ipynb #f35b423b
+stay_private()                                      # before MLflow is imported, which asks once whether it may tell its makers
+
 # %% ../../nbs/lib/assistant/agent.ipynb #97615eca
 import atexit, contextlib, functools, itertools, json, os, time, uuid
 from concurrent.futures import ThreadPoolExecutor

@@ -16,6 +16,7 @@ from pathlib import Path
 import llmops_ref
 from .chain import check_template, lowest_cosine
 from .examples import wants_examples, write_examples
+from ..core.config import stay_private
 from ..core.files import DataError, file_digest, known_digest, write_atomic
 from ..core.workspace import Workspace
 from ..models.gateway import destinations, gateway_endpoint, gateway_of, route_settings
@@ -309,6 +310,7 @@ def load_logged(
     uri: str, # Of a logged model
 ): # As `mlflow.pyfunc` loads it
     "Load a model; a warning names the packages that are others here."
+    stay_private()
     import mlflow
     model, pinned = mlflow.pyfunc.load_model(uri, suppress_warnings=True), ""
     with contextlib.suppress(mlflow.exceptions.MlflowException):       # somebody else's model may say nothing

@@ -16,6 +16,7 @@ import pandas as pd
 from ..core.charts import BLUE, GREEN, OCHRE, RED, chart, panels
 from ..core.config import SettingsError, load_config
 from ..core.files import DataError
+from ..core.network import is_here
 from ..core.services import Service, stop_services
 from ..core.workspace import Workspace, open_workspace
 from ..release.serving import ROUTE, start_endpoint
@@ -32,8 +33,8 @@ async def _ask(client, url, question):
     return dict(at=start, seconds=time.perf_counter() - start, error=error)
 
 async def _keep_busy(url, questions, askers, seconds, timeout):
-    rows, queue = [], itertools.cycle(questions)
-    async with httpx.AsyncClient(timeout=timeout, limits=httpx.Limits(max_connections=askers)) as client:
+    rows, queue, limits = [], itertools.cycle(questions), httpx.Limits(max_connections=askers)
+    async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=not is_here(url)) as client:
         end = time.perf_counter() + seconds         # to make a client takes a tenth of a second, which is nobody's answer
         async def asker():
             while time.perf_counter() < end: rows.append(await _ask(client, url, next(queue)))

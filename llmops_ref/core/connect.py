@@ -9,11 +9,12 @@ __all__ = ['NO_TABLE', 'CONFLICT', 'SESSION_OVER', 'GRANTS', 'REASONS', 'THEIRS'
            'said_by', 'explain', 'asking_databricks', 'check_host', 'open_session', 'rest_client', 'SparkStatements']
 
 # %% ../../nbs/lib/core/connect.ipynb #3721e5bb
-import contextlib, os, re, socket, sys, time
+import contextlib, os, re, sys, time
 from urllib.parse import urlsplit
 
-from .config import SettingsError
+from .config import SettingsError, stay_private
 from .files import DataError
+from .network import answers, by_proxy, check_proxies, proxy_of
 
 # %% ../../nbs/lib/core/connect.ipynb #cf290493
 def spark_mode(
@@ -115,13 +116,13 @@ def asking_databricks(doing: str, config):
 
 # %% ../../nbs/lib/core/connect.ipynb #545f35b1
 def check_host(config) -> None:
-    "`UnityError` at once if nothing listens at DATABRICKS_HOST; a client of Spark would try for minutes."
-    host, proxy = os.environ.get("DATABRICKS_HOST", ""), os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")
-    if not host or proxy: return                    # a profile names it, or only the proxy can reach it
-    at = urlsplit(host if "//" in host else f"https://{host}")
-    with asking_databricks(f"reach the workspace at {at.netloc}", config):
-        try: socket.create_connection((at.hostname, at.port or 443), timeout=20).close()
-        except OSError as error: raise ConnectionError(f"Connection refused: {error}") from None
+    "`UnityError` at once if nothing listens at DATABRICKS_HOST, or at the proxy on the way; a client of Spark would try for minutes."
+    host = os.environ.get("DATABRICKS_HOST", "")
+    if not host: return                             # a profile names it
+    url = host if "//" in host else f"https://{host}"
+    check_proxies(url)
+    with asking_databricks(f"reach the workspace at {urlsplit(url).netloc}{by_proxy(url)}", config):
+        if not answers(proxy_of(url) or url, 20): raise ConnectionError("Connection refused")
 
 # %% ../../nbs/lib/core/connect.ipynb #0992bb9b
 def open_session(
@@ -129,6 +130,7 @@ def open_session(
     anew: bool = False, # Even if this process has one
 ): # A `SparkSession`
     "The session of Spark that the environment of this process means; `UnityError` says why there is none."
+    stay_private()                                  # gRPC would send what goes to this machine through a proxy, and wait
     mode, where = spark_mode(os.environ)
     if mode != "remote": check_host(config)
     with asking_databricks(f"open a session of Spark ({mode}{' ' * bool(where)}{where.partition(';')[0]})", config):

@@ -94,7 +94,7 @@ def find_service(
     for service in running_services(ws):
         if (service.name, service.digest) == (name, digest):
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(service.url + ready, timeout=30).status_code == 200: return service
+                if httpx.get(service.url + ready, timeout=30, trust_env=False).status_code == 200: return service
 
 # %% ../../nbs/lib/core/services.ipynb #47bbd74f
 def stop_service(
@@ -204,7 +204,7 @@ def start_service(
 # %% ../../nbs/lib/core/services.ipynb #5c57cf56
 def _wait_until_ready(service, process, ready, timeout, log):
     patience = Patience(process.pid, timeout)
-    with httpx.Client(timeout=10) as client:        # one for all looks: each reads the certificates of this machine
+    with httpx.Client(timeout=10, trust_env=False) as client:       # one for all looks: each reads the certificates of this machine
         while not patience.over():
             if process.poll() is not None: raise _stopped_early(service, process, log)
             with contextlib.suppress(httpx.HTTPError):

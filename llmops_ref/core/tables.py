@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from .config import stay_private
 from .files import DataError
 from .machine import usable_cores
 from .store import Store
@@ -33,6 +34,7 @@ def hush_pyspark() -> None:
 def _sail():
     "Start Sail in this process."
     hush_pyspark()
+    stay_private()                                  # through a proxy, its client would wait for ever
     os.environ.setdefault("RUST_LOG", "error")
     from pyspark.sql import SparkSession
     from pysail.spark import SparkConnectServer

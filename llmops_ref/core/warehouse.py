@@ -12,6 +12,7 @@ import json, os, time
 
 from .config import SettingsError
 from .connect import UnityError, WarehouseError
+from .network import check_proxies
 
 # %% ../../nbs/lib/core/warehouse.ipynb #4673cea3
 WAREHOUSE = "DATABRICKS_WAREHOUSE_ID"               # as the SDK and the command line of Databricks call it
@@ -110,6 +111,7 @@ class WarehouseStatements:
         tables, part = [], answer.result
         while part is not None and part.external_links:
             for link in part.external_links:        # the address is a secret itself: no token goes with it
+                check_proxies(link.external_link)
                 file = httpx.get(link.external_link, headers=link.http_headers or {}, timeout=120).raise_for_status()
                 tables.append(pyarrow.ipc.open_stream(file.content).read_all())
             after = part.external_links[-1].next_chunk_index

@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .charts import png
-from .config import Config, SettingsError
+from .config import Config, SettingsError, stay_private
 from .connect import asking_databricks, rest_client
 from .files import DataError, NOTES, file_digest, folder_digest, write_atomic
 from .machine import on_databricks
@@ -144,6 +144,7 @@ def open_workspace(
     config: Config,
 ) -> Workspace:
     "The workspace that `config.platform` names."
+    stay_private()                                  # in a notebook that somebody opened, nobody has said so yet
     if config.platform == "databricks":
         if not config.store.startswith("/Volumes/"):
             raise SettingsError(

@@ -6,8 +6,9 @@ Reads the machine, the project's files and, if one is named, the workspace. Chan
 
 # %% auto #0
 __all__ = ['NEEDED', 'IN_SCHEMA', 'INSTALL', 'SAMPLES', 'Finding', 'findings_table', 'guarded', 'cpu_flags', 'locked_versions',
-           'check_machine', 'check_packages', 'check_gpu', 'check_project', 'check_tags', 'check_weights', 'check_keys',
-           'check_git', 'short_name', 'own_copy', 'check_workspace', 'needed_command', 'find_samples']
+           'check_machine', 'check_packages', 'check_gpu', 'check_proxy', 'check_project', 'check_tags',
+           'check_weights', 'check_keys', 'check_gateway', 'check_git', 'short_name', 'own_copy', 'check_workspace',
+           'needed_command', 'find_samples']
 
 # %% ../../nbs/lib/kit/doctor.ipynb #53df693c
 import importlib.metadata, re, shutil, subprocess, sys, time
@@ -21,6 +22,7 @@ from ..core.client import REMEDIES, kind_of, remedy
 from ..core.config import Config, SettingsError, load_config
 from ..core.files import DataError, counted
 from ..core.machine import usable_cores
+from ..core.network import answers, proxy_of, set_proxies, show_proxy, wrong_proxy
 from ..core.workspace import open_workspace
 from .fork import FIRST_PAGE, git, read_identity, read_upstream
 from ..runner.plan import STAGES, check_parameters
@@ -71,7 +73,7 @@ def locked_versions(root: Path | str) -> dict[str, str]:
 def check_machine(
     root: Path | str, # The project's folder
 ) -> list[Finding]:
-    "Python, packages, disk, memory, processor and GPU."
+    "Python, packages, disk, memory, processor, proxy and GPU."
     version, disk, memory, cores = (
         sys.version_info, shutil.disk_usage(root).free / 1e9, psutil.virtual_memory().available / 1e9, usable_cores(),
     )
@@ -107,6 +109,7 @@ def check_machine(
                 "" if {"avx512f", "asimd"} & flags else "Nothing to do: a run takes about twice as long.",
             )
         )
+    found += guarded("proxy", check_proxy)
     return found + guarded("GPU", lambda: check_gpu("faiss-gpu" in installed))
 
 # %% ../../nbs/lib/kit/doctor.ipynb #4585cfbb
@@ -144,6 +147,24 @@ def check_gpu(has_faiss_gpu: bool) -> Finding:
         "" if has_faiss_gpu else "For large indexes, faiss-gpu: conda env create -f environment.yml",
     )
 
+# %% ../../nbs/lib/kit/doctor.ipynb #826778d0
+def check_proxy() -> list[Finding]: # One for each address; empty if there is none
+    "The proxies that the environment names, and whether they can be used."
+    named, found = {}, []
+    for name, proxy in set_proxies().items(): named.setdefault(proxy, []).append(name)
+    for proxy, names in named.items():
+        wrong = wrong_proxy(proxy)
+        state = f"it {wrong}" if wrong else "it answers" if answers(proxy) else "it does not answer"
+        unfit = state != "it answers"
+        fix = f"A package index or a provider would not be reached. Correct {' and '.join(names)}, or unset {'them' if names[1:] else 'it'}."
+        found.append(
+            Finding(
+                "proxy", "note" if unfit else "ok",
+                f"{', '.join(names)} = {show_proxy(proxy)}: {state}; what goes to this machine does not pass it", fix if unfit else "",
+            )
+        )
+    return found
+
 # %% ../../nbs/lib/kit/doctor.ipynb #6dd81ff7
 def check_project(
     root: Path | str,
@@ -160,6 +181,7 @@ def check_project(
         + guarded("parameters", lambda: check_tags(root))
         + guarded("weights", lambda: check_weights(config))
         + guarded("providers' keys", lambda: check_keys(config))
+        + guarded("gateway", lambda: check_gateway(config))
         + guarded("git", lambda: check_git(root, env))
     )
 
@@ -217,6 +239,21 @@ def check_keys(config: Config) -> list[Finding]:
 def _error(call, kind):
     try: call()
     except kind as error: return error
+
+# %% ../../nbs/lib/kit/doctor.ipynb #4e197385
+def check_gateway(config: Config) -> list[Finding]:
+    "Whether the gateway of this machine would have to pass a proxy, which it cannot."
+    if config.app != "third_party" or config.platform != "local": return []
+    from llmops_ref.models.gateway import LOCAL, read_route
+    asked = [(d, proxy_of(d.base_url or "https://api.openai.com")) for d in read_route(config) if d.provider != LOCAL]
+    return [
+        Finding(
+            "gateway", "note", f"MLflow's gateway asks {d.name} directly, and not through the proxy {show_proxy(way)}",
+            "Let this machine reach it directly and name its host in NO_PROXY; or name an address beside it that passes requests on.",
+        )
+        for d, way in asked
+        if way
+    ]
 
 # %% ../../nbs/lib/kit/doctor.ipynb #089ac0cd
 def check_git(root: Path | str, env: str = "dev") -> list[Finding]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core.config import SettingsError
+from ..core.config import SettingsError, stay_private
 from ..core.files import DataError, file_digest, known_digest, verify_digest, write_atomic
 from ..core.machine import usable_cores
 from ..core.workspace import Workspace
@@ -142,6 +142,7 @@ def quantise_onnx(
     target: Path, # The .onnx file to write
 ) -> Path:
     "Convert the weights of matrix products to int8, and their products too; activations are scaled as they come."
+    stay_private()
     from onnxruntime.quantization import QuantType, quantize_dynamic
     logging.getLogger().disabled, before = True, logging.getLogger().disabled      # it advises a step that changes nothing here
     try: quantize_dynamic(onnx, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8)
@@ -178,6 +179,7 @@ class Embedder:
         folder: Path, # From `embedder_folder`
         threads: int | None = None, # All that we may use by default
     ):
+        stay_private()                              # before the import; a logged version is loaded in processes that are not ours
         import onnxruntime, tokenizers
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads or usable_cores(), 3

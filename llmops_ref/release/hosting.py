@@ -14,8 +14,9 @@ import contextlib, datetime, hashlib, math, re, time
 from fastcore.basics import patch
 
 from ..assistant.versions import load_assistant, version_facts
-from ..core.config import Config, SettingsError, load_config
+from ..core.config import Config, QUIET, SettingsError, load_config
 from ..core.files import DataError
+from ..core.network import by_proxy, check_proxies
 from ..core.workspace import Workspace, open_workspace
 from .serving import LocalHost, ROUTE, check_shares, read_events, stream_endpoint
 
@@ -115,7 +116,7 @@ def served_entity(
 ): # A `ServedEntityInput` of the SDK
     "What one version on the endpoint is. It leaves traces if `serving_token` names a secret, since it may write nowhere by itself."
     from databricks.sdk.service.serving import ServedEntityInput, ServingModelWorkloadType
-    variables = dict(ASSISTANT_VERSION=version)
+    variables = QUIET | dict(ASSISTANT_VERSION=version)        # there, MLflow is imported before anything of ours
     if config.serving_token:
         variables |= dict(
             ENABLE_MLFLOW_TRACING="true", MLFLOW_EXPERIMENT_ID=experiment_id, DATABRICKS_HOST=host,
@@ -443,14 +444,15 @@ def ask(
     if version in self.loaded: return self.loaded[version](dict(question=question)) | dict(version=version)
     import httpx
     with asking_for(f"the App {self.name}"): headers = self._key()
-    address = self._address()
+    check_proxies(address := self._address())
     try:
         response = httpx.post(
             f"{address}/responses",
             json=dict(input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)), headers=headers,
             timeout=self.ws.config.chat_timeout,
         )
-    except httpx.HTTPError as error: raise DataError(f"The App {self.name} did not answer: {type(error).__name__} {error}") from None
+    except httpx.HTTPError as error:
+        raise DataError(f"The App {self.name} did not answer: {type(error).__name__} {error}{by_proxy(address)}") from None
     self._lets_in(response.status_code)
     if response.status_code != 200: raise DataError(f"The App {self.name} answered {response.status_code}: {response.text[:300]}")
     return read_reply(question, response.json())
@@ -509,7 +511,7 @@ def share(self: AppHost, shares: dict[str, float]) -> None:
     (version, share), *others = check_shares(shares).items()
     if others: raise SettingsError("An App serves one version; traffic cannot be shared. Set serving_target = model_serving.")
     if version == self.serves(): return
-    variables = dict(
+    variables = QUIET | dict(
         ASSISTANT_VERSION=version, ASSISTANT_URI=f"models:/{self.model}/{version}",
         MLFLOW_EXPERIMENT_NAME=self.ws.config.experiment, MLFLOW_TRACKING_URI="databricks",
         MLFLOW_REGISTRY_URI="databricks-uc",

@@ -14,8 +14,9 @@ import argparse, asyncio, contextlib, json, os, sys, time
 import httpx
 
 from ..assistant.versions import load_logged, serving_environment
-from ..core.config import SettingsError, sleep_while_waiting
+from ..core.config import SettingsError, sleep_while_waiting, stay_private
 from ..core.files import DataError
+from ..core.network import by_proxy, check_proxies, is_here
 from ..core.services import PATIENCE, Service, owned_by, owner, running_services, start_service, stop_service, worked
 from ..core.workspace import Workspace
 from ..models.gateway import forget_routes, gateway_command, gateway_environment, gateway_store
@@ -23,6 +24,7 @@ from ..models.gateway import forget_routes, gateway_command, gateway_environment
 # %% ../../nbs/lib/release/serving.ipynb #bfe21c7b
 def serve_main(arguments: list[str] | None = None) -> None:
     "Body of a server process: `python -m llmops_ref.release.serving --port N`; the version to serve is in ASSISTANT_URI."
+    stay_private()
     sleep_while_waiting()
     import anyio, mlflow, uvicorn
     from mlflow.genai.agent_server import AgentServer, invoke, stream
@@ -58,7 +60,7 @@ def hangs(
 ) -> bool:
     "Whether a service that should be up cannot answer: it waits for itself, or its process has gone."
     before = worked(service.pid)
-    try: httpx.get(f"{service.url}/ready", timeout=seconds)
+    try: httpx.get(f"{service.url}/ready", timeout=seconds, trust_env=False)
     except httpx.TimeoutException: return worked(service.pid) - before < 0.05 * seconds
     except httpx.HTTPError: return True
     return False
@@ -100,13 +102,15 @@ def ask_endpoint(
     timeout: float = 60.0, # Seconds
 ) -> dict: # The answer dictionary: `answer passages citations seconds trace_id version ...`
     "Ask over HTTP; `DataError` with the server's words if it does not answer with 200."
+    check_proxies(url)
     try:
         response = httpx.post(
             f"{url}/responses",
             json=dict(model=ROUTE, input=[dict(role="user", content=question)], custom_inputs=dict(purpose=purpose)),
-            timeout=timeout,
+            timeout=timeout, trust_env=not is_here(url),
         )
-    except httpx.HTTPError as error: raise DataError(f"The endpoint {url} did not answer: {type(error).__name__} {error}") from None
+    except httpx.HTTPError as error:
+        raise DataError(f"The endpoint {url} did not answer: {type(error).__name__} {error}{by_proxy(url)}") from None
     if response.status_code != 200: raise DataError(f"The endpoint {url} answered {response.status_code}: {response.text[:300]}")
     reply = response.json()
     return dict(question=question, answer=reply["output"][0]["content"][0]["text"]) | reply["custom_outputs"]
@@ -141,6 +145,7 @@ def stream_endpoint(
     check=None, # Called with the status of the answer; may raise what helps
 ):
     "Ask over HTTP; yields what `read_events` does. Closed early, it hangs up."
+    check_proxies(url)
     try:
         with httpx.stream(
             "POST", f"{url}/responses",
@@ -148,13 +153,14 @@ def stream_endpoint(
                 model=ROUTE, stream=True, input=[dict(role="user", content=question)],
                 custom_inputs=dict(purpose="traffic") | (inputs or {}),
             ),
-            headers=headers, timeout=timeout,
+            headers=headers, timeout=timeout, trust_env=not is_here(url),
         ) as response:
             if check: check(response.status_code)
             if response.status_code != 200:
                 raise DataError(f"The endpoint {url} answered {response.status_code}: {response.read().decode(errors='replace')[:300]}")
             yield from read_events(question, response.iter_lines())
-    except httpx.HTTPError as error: raise DataError(f"The endpoint {url} did not answer: {type(error).__name__} {error}") from None
+    except httpx.HTTPError as error:
+        raise DataError(f"The endpoint {url} did not answer: {type(error).__name__} {error}{by_proxy(url)}") from None
 
 # %% ../../nbs/lib/release/serving.ipynb #9bbe80c5
 def open_front(ws: Workspace, port: int = 0) -> Service:
@@ -209,7 +215,9 @@ def share_traffic(
     how = dict(routing_strategy=RoutingStrategy.REQUEST_BASED_TRAFFIC_SPLIT, usage_tracking=False)      # the assistant records questions
     if ROUTE not in routes: store.create_gateway_endpoint(ROUTE, links, **how)
     else: store.update_gateway_endpoint(routes[ROUTE], model_configs=links, **how)
-    if NOBODY in routes: httpx.post(f"{front_url(front)}/responses", json=dict(model=NOBODY, input="Is anybody there?"), timeout=60)
+    if NOBODY in routes:
+        hello = dict(model=NOBODY, input="Is anybody there?")
+        httpx.post(f"{front_url(front)}/responses", json=hello, timeout=60, trust_env=False)
     else: time.sleep(10)                            # a front door that an earlier version of this code has opened
 
 # %% ../../nbs/lib/release/serving.ipynb #89d7a720

@@ -49,6 +49,7 @@ class StageKernel:
                 TMPDIR=self.scratch.name, LLMOPS_PROGRESS=str(self.progress),
                 LLMOPS_SETTINGS=str(ws.config.root / "settings.ini"), LLMOPS_RUN=str(os.getpid()),     # whose services it may use
                 PYTHON_COLORS="0", TQDM_DISABLE="1", PYDEVD_DISABLE_FILE_VALIDATION="1",
+                IPYTHONDIR=str(Path(self.scratch.name) / "ipython"),   # else every cell is kept in a history in the home folder
             )
         )
         environment.pop("PYTHONDONTWRITEBYTECODE", None)    # set in many containers; each kernel would compile PyTorch and MLflow anew

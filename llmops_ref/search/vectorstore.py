@@ -7,6 +7,12 @@ Reads an index. Leaves a LangChain `VectorStore` over it, and a logged model tha
 # %% auto #0
 __all__ = ['RETRIEVER_CODE', 'OnnxEmbeddings', 'IndexStore', 'RetrieverModel', 'log_retriever']
 
+# %% ../../nbs/lib/search/vectorstore.ipynb #b194765c
+from ..core.config import stay_private
+
+# %% ../../nbs/lib/search/vectorstore.ipynb #0c0fac6a
+stay_private()                                      # before MLflow is imported, which asks once whether it may tell its makers
+
 # %% ../../nbs/lib/search/vectorstore.ipynb #0fe98522
 import json, tempfile, uuid
 from importlib.metadata import version
