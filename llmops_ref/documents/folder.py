@@ -10,22 +10,27 @@ __all__ = ['NOT_TEXT', 'FORMATS', 'NO_TEXT_SHARE', 'COLUMNS', 'DOCUMENT_SCHEMA',
            'read_folder', 'read_table', 'corpus_source']
 
 # %% ../../nbs/lib/documents/folder.ipynb #9130fbd7
-import fnmatch, hashlib, json, logging, re, warnings
+import fnmatch, hashlib, io, json, logging, re, warnings, zipfile
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 
 from ..core.config import SettingsError, load_config
 from ..core.files import DataError, counted, folder_digest, visible_files
+from ..core.text import as_lines, length
 from ..core.workspace import Workspace, open_workspace
+from .chunking import close_fences
 from ..models.embedding import clean_text
 
 # %% ../../nbs/lib/documents/folder.ipynb #1f94429c
-def read_text(path: Path) -> str:
-    "A text file: UTF-8, or UTF-16 if it says so, with `�` for each byte that is neither."
+def _decoded(path):
     data = path.read_bytes()
-    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
+
+def read_text(path: Path) -> str:
+    "A text file: UTF-8, or UTF-16 if it says so, with `�` for each byte that is neither; each line ends with a line feed."
+    return as_lines(_decoded(path))
 
 _FENCE = r"^ {0,3}(`{3,}|~{3,})[^`\n]*$.*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)"
 _UNDERLINED = re.compile(_FENCE + r"|(?<![^\n]\n)^ {0,3}([^\s#>|*+`~-][^\n]*)\n {0,3}(=+|-{2,})[ \t]*$", re.M | re.S)
@@ -40,8 +45,9 @@ def read_markdown(path: Path) -> str:
     "A Markdown file without its front matter, whose title is kept if the text has none; every heading begins with `#`."
     text = read_text(path)
     front = re.match(r"---[ \t]*\n(?=[\w-]+:|---)(.*?\n)??(---|\.\.\.)[ \t]*(\n|\Z)", text, re.S)
-    title = front and re.search(r"^title:[ \t]*(.+)$", front[1] or "", re.M)
-    return _titled(_hashed(text[front.end():] if front else text), title and title[1].strip(" \"'"))
+    front = front or re.match(r"\+\+\+[ \t]*\n(?=\s*[\w\"'.-]+\s*=|\s*[\[#]|\+\+\+)(.*?\n)??\+\+\+[ \t]*(\n|\Z)", text, re.S)    # as Hugo writes it
+    title = front and re.search(r"^title(?::|[ \t]*=)[ \t]*(.+)$", front[1] or "", re.M)
+    return _titled(_hashed(close_fences(text[front.end():] if front else text)), title and title[1].strip(" \"'"))
 
 # %% ../../nbs/lib/documents/folder.ipynb #c3fbe7c2
 NOT_TEXT = ["head", "script", "style", "nav", "footer", "noscript", "template", "svg", "iframe", "button", "a.headerlink", "body > header"]
@@ -94,14 +100,14 @@ def read_rst(path: Path) -> str:
 # %% ../../nbs/lib/documents/folder.ipynb #2812f2c6
 def read_notebook(path: Path) -> str:
     "The text and the code of a Jupyter notebook, without outputs; `ValueError` if it is no notebook of format 4."
-    notebook, parts = json.loads(read_text(path)), []
+    notebook, parts = json.loads(_decoded(path)), []
     if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
         raise ValueError("it has no list of cells: open it in Jupyter and save it anew")
     language = notebook.get("metadata", {}).get("kernelspec", {}).get("language", "")
     for cell in notebook["cells"]:
         source = "".join(cell.get("source", "")).strip("\n")
         fence = "`" + max(["``", *re.findall("`{3,}", source)], key=len)
-        if cell.get("cell_type") == "markdown": parts.append(_hashed(source))
+        if cell.get("cell_type") == "markdown": parts.append(_hashed(close_fences(as_lines(source))))
         elif cell.get("cell_type") == "code" and source: parts.append(f"{fence}{language}\n{source}\n{fence}")
     return "\n\n".join(parts)
 
@@ -147,12 +153,12 @@ def read_document(
     text = reader(path)
     if text.count("\ufffd") + text.count("\x00") > NO_TEXT_SHARE * len(text):
         raise ValueError("it is a binary file, or text in another encoding: save it as UTF-8")
-    text = re.sub(r"\A\s*\n", "", _PICTURE.sub(r"\1", clean_text(text))).rstrip()
+    text = re.sub(r"\A\s*\n", "", _PICTURE.sub(r"\1", as_lines(clean_text(text)))).rstrip()
     if not text.strip(): raise ValueError("it holds no text" + (": scanned pages need OCR first" if reader is read_pdf else ""))
     return dict(
         id=relative.as_posix(), package=relative.parts[0] if len(relative.parts) > 1 else root.resolve().name, version="",
         kind=reader.__name__.removeprefix("read_"), signature="", text=text, source=relative.as_posix(),
-        words=len(text.split()), digest=_digest(relative.as_posix(), text),
+        words=length(text), digest=_digest(relative.as_posix(), text),
     )
 
 # %% ../../nbs/lib/documents/folder.ipynb #59ce552e
@@ -270,7 +276,8 @@ def read_table(
         raise DataError(f"The table {table} has ids that repeat: {list(twice[:3])}. An id must name one document.")
     frame = frame[frame.text.str.strip().astype(bool)]
     if frame.empty: raise DataError(f"The table {table} holds no document: it is empty, or all its texts are.")
-    frame["words"], frame["digest"] = frame.text.str.split().str.len(), [_digest(id, text) for id, text in zip(frame.id, frame.text)]
+    frame["text"] = frame.text.map(as_lines)
+    frame["words"], frame["digest"] = frame.text.map(length), [_digest(id, text) for id, text in zip(frame.id, frame.text)]
     return frame.infer_objects().sort_values("id", ignore_index=True)
 
 def corpus_source(
