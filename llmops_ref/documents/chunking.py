@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.config import SettingsError
-from ..core.text import as_lines, length, pieces as word_pieces
+from ..core.text import as_lines, length, word_pieces
 
 # %% ../../nbs/lib/documents/chunking.ipynb #0c42b3f6
 _ENDS = (
