@@ -72,13 +72,17 @@ def ask_llama(
     **body, # Sent as JSON
 ) -> dict:
     "Ask llama.cpp's server what OpenAI's protocol has no words for; `DataError` repeats why it refuses."
-    import httpx
-    reply = httpx.post(
+    reply = _kept_client().post(
         endpoint.base_url.removesuffix("/v1") + path, json=body, headers=dict(Authorization=f"Bearer {endpoint.api_key}"),
         timeout=60.0 * endpoint.patience,
     )
     if reply.status_code == 200: return reply.json()
     raise DataError(f"llama.cpp's server refuses {path} with status {reply.status_code}: {reply.text[:200]}")
+
+@functools.cache
+def _kept_client():                                 # a new one takes 0.1 s, a request a tenth of it
+    import httpx
+    return httpx.Client()
 
 # %% ../../nbs/lib/models/llm.ipynb #b1fdb93c
 @contextlib.contextmanager
