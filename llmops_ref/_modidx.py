@@ -2741,6 +2741,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'llmops_ref/search/vector_index.py'),
                                                 'llmops_ref.search.vector_index.fuse': ( 'lib/search/vector_index.html#fuse',
                                                                                          'llmops_ref/search/vector_index.py'),
+                                                'llmops_ref.search.vector_index.is_foreign': ( 'lib/search/vector_index.html#is_foreign',
+                                                                                               'llmops_ref/search/vector_index.py'),
                                                 'llmops_ref.search.vector_index.make_faiss': ( 'lib/search/vector_index.html#make_faiss',
                                                                                                'llmops_ref/search/vector_index.py'),
                                                 'llmops_ref.search.vector_index.open_reranker': ( 'lib/search/vector_index.html#open_reranker',

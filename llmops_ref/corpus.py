@@ -102,6 +102,7 @@ def read_corpus(
     if source == "packages": documents, problems = read_api(ws, config.corpus_packages, config.corpus_exclude, least)
     elif source == "folder":
         documents, problems = read_folder(ws, config.corpus, config.corpus_max_unreadable, config.corpus_exclude, least)
-        if said := say_not_taken(not_taken(config.root / config.corpus, config.corpus_exclude)): problems.loc[len(problems)] = ["*", said, True]
+        said = say_not_taken(not_taken(config.root / config.corpus, config.corpus_exclude))
+        if said: problems.loc[len(problems)] = ["*", said, True]
     else: documents = read_table(ws, config.corpus)
     return add_prominence(documents), problems

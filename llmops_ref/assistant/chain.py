@@ -107,6 +107,9 @@ def fit_words(
     while (share := takes(filled(*words))) < 1 and max(words) > 1: words = tuple(max(1, int(n * min(share, 0.95))) for n in words)
     return words
 
+class _Shown:                                       # what `passage_block` wants of a passage
+    def __init__(self, text): self.text = text
+
 # %% ../../nbs/lib/assistant/chain.ipynb #782bc9ba
 def _follow_names(text, documents):
     names = [d.metadata["document_id"] for d in documents]
@@ -246,14 +249,12 @@ def _embed_of(retriever):
     embed = getattr(getattr(index, "embedder", None), "embed", None)
     return embed and functools.partial(embed, of="query")           # a question and sentences, as two of a kind
 
+# %% ../../nbs/lib/assistant/chain.ipynb #fb7cb1a5
 NEVER_ASKED = 0.34                                  # cosine of the nearest written question, under which a question is about something else
 
 def _beside_the_point(facts, refuse_below):         # of the passages that were found
     if max([f["similarity"] for f in facts], default=0.0) < refuse_below: return True
     return refuse_below > 0 and max([f.get("asked", 1.0) for f in facts], default=1.0) < NEVER_ASKED
-
-class _Shown:                                       # what `passage_block` wants of a passage
-    def __init__(self, text): self.text = text
 
 # %% ../../nbs/lib/assistant/chain.ipynb #38b217f7
 @functools.cache

@@ -135,7 +135,8 @@ def _leads_to(name, object_id, packages):           # mlflow.MlflowClient.log_me
     return ends(said) or variable or longer or shorter
 
 _NAME = re.compile(
-    r"`([^`\n]+)`|\b[A-Za-z_]\w+(?:\.\w{2,})+|\b[A-Za-z]\w*_\w+|\b(?:[A-Z][a-z0-9]+){2,}\w*".replace("\\b", f"(?<!{WORD})").replace("\\w", WORD)
+    r"`([^`\n]+)`|\b[A-Za-z_]\w+(?:\.\w{2,})+|\b[A-Za-z]\w*_\w+|\b(?:[A-Z][a-z0-9]+){2,}\w*"
+    .replace("\\b", f"(?<!{WORD})").replace("\\w", WORD)            # Chinese around a name is no part of it
 )  # in backticks, dotted, snake_case, CamelCase
 
 # %% ../../nbs/lib/core/scoring.ipynb #573e4a52
@@ -273,7 +274,8 @@ def readable(
     empty = sum(not re.search(r"[^\W\d_]{2}", _unmarked(re.sub(r"\[[\d,\s]+\]", " ", row))) for row in rows)
     return float(len(plain) >= 3 and circles < 0.25 and empty <= 1)
 
-def _unmarked(row): return row if row.isascii() else "".join(c for c in row if unicodedata.category(c)[0] != "M")   # ki of Hindi is a sign and a mark
+def _unmarked(row):                                 # *ki* of Hindi is a sign and a mark
+    return row if row.isascii() else "".join(c for c in row if unicodedata.category(c)[0] != "M")
 
 # %% ../../nbs/lib/core/scoring.ipynb #714d5549
 _PII = dict(

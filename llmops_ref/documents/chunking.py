@@ -103,7 +103,8 @@ def markdown_sections(
     return sections
 
 # %% ../../nbs/lib/documents/chunking.ipynb #d2a96769
-PAGES = {"markdown", "html", "rst", "pdf", "notebook", "text", "csv", "docx", "pptx", "xlsx"}       # kinds of documents that are pages; all others are objects of an API
+PAGES = {"markdown", "html", "rst", "pdf", "notebook", "text", "csv", "docx", "pptx", "xlsx"}
+# kinds of documents that are pages; all others are objects of an API
 
 def _object_chunks(d, words):
     signature = d.signature if len(d.signature) < 160 else d.signature[:160].rsplit(",", 1)[0] + ", ...)"

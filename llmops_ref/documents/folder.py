@@ -46,7 +46,7 @@ def read_markdown(path: Path) -> str:
     "A Markdown file without its front matter, whose title is kept if the text has none; every heading begins with `#`."
     text = read_text(path)
     front = re.match(r"---[ \t]*\n(?=[\w-]+:|---)(.*?\n)??(---|\.\.\.)[ \t]*(\n|\Z)", text, re.S)
-    front = front or re.match(r"\+\+\+[ \t]*\n(?=\s*[\w\"'.-]+\s*=|\s*[\[#]|\+\+\+)(.*?\n)??\+\+\+[ \t]*(\n|\Z)", text, re.S)    # as Hugo writes it
+    front = front or re.match(r"\+\+\+[ \t]*\n(?=\s*[\w\"'.-]+\s*=|\s*[\[#]|\+\+\+)(.*?\n)??\+\+\+[ \t]*(\n|\Z)", text, re.S)    # Hugo's
     title = front and re.search(r"^title(?::|[ \t]*=)[ \t]*(.+)$", front[1] or "", re.M)
     return _titled(_hashed(close_fences(text[front.end():] if front else text)), title and title[1].strip(" \"'"))
 
@@ -139,15 +139,16 @@ def read_pdf(path: Path) -> str:
 # %% ../../nbs/lib/documents/folder.ipynb #9e170f74
 def _rows(frame):                                   # of a table, as items of a list: "- grade: A; days: 30"
     def said(value): return " ".join(str(value).split())
-    rows = [[f"{said(head)}: {said(value)}" for head, value in zip(frame.columns, row) if said(value)] for row in frame.itertuples(index=False)]
+    heads = [said(head) for head in frame.columns]
+    rows = [[f"{head}: {said(value)}" for head, value in zip(heads, row) if said(value)] for row in frame.itertuples(index=False)]
     return "\n".join("- " + "; ".join(row) for row in rows if row)
 
 def read_csv(path: Path) -> str:
     "A file of comma-separated values (or tabs, semicolons, bars), each row with the heads of its columns."
     text = read_text(path).lstrip("\n")
     head = text.partition("\n")[0]
-    frame = pd.read_csv(io.StringIO(text), sep=max(",;\t|", key=head.count), dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
-    return _rows(frame)
+    as_text = dict(dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
+    return _rows(pd.read_csv(io.StringIO(text), sep=max(",;\t|", key=head.count), **as_text))
 
 # %% ../../nbs/lib/documents/folder.ipynb #66fe16be
 UNPACKED = 300_000_000                              # bytes that an archive may unpack to
@@ -185,7 +186,7 @@ def _slide(slide):
         if getattr(shape, "has_table", False):
             heads, *rows = [[cell.text for cell in row.cells] for row in shape.table.rows]
             parts.append(_rows(pd.DataFrame(rows, columns=heads)))
-        elif shape.has_text_frame: parts += [text for p in shape.text_frame.paragraphs if (text := "".join(run.text for run in p.runs).strip())]
+        elif shape.has_text_frame: parts += [paragraph.text.strip() for paragraph in shape.text_frame.paragraphs]
     if slide.has_notes_slide: parts.append(slide.notes_slide.notes_text_frame.text.strip())
     named = " ".join(title.text.split()) if title is not None else ""
     return "\n\n".join([f"## {named}"] * bool(named) + [part for part in parts if part])
@@ -232,8 +233,8 @@ def not_taken(
     exclude: list[str] = (), # Patterns of paths that are left out
 ) -> dict[str, int]: # Ending, or "" -> how many files, the most first
     "The files of a folder that are of no format that we read."
-    left = [file for file in visible_files(Path(folder)) if file.suffix.lower() not in FORMATS and not _excluded(file, Path(folder), exclude)]
-    return dict(Counter(file.suffix.lower() for file in left).most_common())
+    files = [file for file in visible_files(Path(folder)) if not _excluded(file, Path(folder), exclude)]
+    return dict(Counter(file.suffix.lower() for file in files if file.suffix.lower() not in FORMATS).most_common())
 
 def say_not_taken(
     found: dict[str, int], # From `not_taken`
@@ -244,8 +245,9 @@ def say_not_taken(
     rest = sum(list(found.values())[6:])
     goals = {goal: [e for e in endings.split() if e in found] for goal, endings in CONVERT.items()}
     ways = [f"`libreoffice --headless --convert-to {goal} *{endings[0]}`" for goal, endings in goals.items() if endings]
+    if rest: most.append(f"{rest:,} others")
     return (
-        f"{counted(sum(found.values()), 'file')} not taken, of no format that is read: {', '.join(most + [f'{rest:,} others'] * bool(rest))}."
+        f"{counted(sum(found.values()), 'file')} not taken, of no format that is read: {', '.join(most)}."
         + f" Convert what you need: {', '.join(ways)}." * bool(ways)
     )
 

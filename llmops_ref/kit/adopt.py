@@ -105,9 +105,10 @@ def plan_adoption(
         if section != "smoke" or "[smoke]" in (root / "settings.ini").read_text()
     }  # a project may have thrown that profile away
     gone = [q.id for q in there.itertuples() if not set(q.gold) <= set(documents.id)]
+    said = say_not_taken(not_taken(root / corpus, config.corpus_exclude))
     return Adoption(
         documents, problems, questions, drafts, len(there), gone, setting_changes(root, wanted), tuned,
-        [*filter(None, [say_not_taken(not_taken(root / corpus, config.corpus_exclude))]), *_notes(root, corpus, documents, before, tuned)], wanted,
+        [said] * bool(said) + _notes(root, corpus, documents, before, tuned), wanted,
     )
 
 # %% ../../nbs/lib/kit/adopt.ipynb #1311a556

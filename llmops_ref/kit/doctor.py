@@ -454,7 +454,8 @@ def _corpus(root, config):
     said = say_not_taken(not_taken(root / config.corpus, config.corpus_exclude)) if folder else ""
     if not said: return Finding("corpus", "ok", config.corpus)
     what, _, fix = said.partition(" Convert ")
-    return Finding("corpus", "note", f"{config.corpus}: {what}", f"Convert {fix}" if fix else "Put into `corpus_exclude` what is no document.")
+    fix = f"Convert {fix}" if fix else "Put into `corpus_exclude` what is no document."
+    return Finding("corpus", "note", f"{config.corpus}: {what}", fix)
 
 # %% ../../nbs/lib/kit/doctor.ipynb #785e75fd
 def find_samples(

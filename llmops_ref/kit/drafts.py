@@ -23,9 +23,9 @@ from ..evaluation.questions import TWINS, stems
 def _order(text): return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 VAGUE = set(
-    "changes overview introduction notes note summary description synopsis parameters arguments example examples compatibility contents index"
-    " references history outputs name author authors miscellaneous general other more details background usage options columns remarks about"
-    " conclusion appendix faq status prerequisites requirements".split()
+    "changes overview introduction notes note summary description synopsis parameters arguments example examples compatibility contents"
+    " index references history outputs name author authors miscellaneous general other more details background usage options columns remarks"
+    " about conclusion appendix faq status prerequisites requirements".split()
 )
 
 def _says(heading):                                 # whether a question about it can be read: it has words, and they say of what

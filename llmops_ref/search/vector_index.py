@@ -6,9 +6,9 @@ Reads chunks and their vectors. Leaves an index folder, and the `Index` that sea
 
 # %% auto #0
 __all__ = ['KINDS', 'FLAT_UP_TO', 'HNSW_UP_TO', 'BM25_K1', 'BM25_B', 'STOP_WORDS', 'STEMMERS', 'COLUMNS', 'FORMATS', 'FILTERS',
-           'REBUILD', 'COVERED', 'RRF_K', 'PRIOR', 'NEAR', 'METHODS', 'VOTES', 'RERANKED', 'QUESTION_CHARS',
-           'choose_kind', 'make_faiss', 'terms', 'tongue_of', 'build_index', 'check_index', 'Index', 'fuse', 'Passage',
-           'open_reranker']
+           'REBUILD', 'FEW', 'BY_SIGHT', 'COVERED', 'RRF_K', 'PRIOR', 'NEAR', 'METHODS', 'VOTES', 'RERANKED',
+           'QUESTION_CHARS', 'choose_kind', 'make_faiss', 'terms', 'tongue_of', 'build_index', 'check_index',
+           'is_foreign', 'Index', 'fuse', 'Passage', 'open_reranker']
 
 # %% ../../nbs/lib/search/vector_index.ipynb #a4181290
 import functools, json, re
@@ -183,6 +183,20 @@ def _write_asked(folder, chunks, asked, vectors, kind):                         
     words = asked.groupby("chunk_id").question.agg(" ".join)
     return [f"{text} {words.get(id, '')}" for id, text in zip(chunks.id, chunks.text)]
 
+# %% ../../nbs/lib/search/vector_index.ipynb #c1ceae14
+FEW = 50                                            # chunks that are looked at
+BY_SIGHT = 1 / 50                                   # vote of vectors of a language that the embedder does not know
+
+def is_foreign(embedder, texts: list[str]) -> bool:
+    "Whether an embedder cannot read texts: a word takes more than three tokens, or one token of twenty is unknown; `False` without tokenizer."
+    tokenizer = getattr(embedder, "tokenizer", None)
+    if tokenizer is None or not texts: return False
+    said = [words(clean_text(text))[:30] for text in texts]
+    read = tokenizer.encode_batch([" ".join(some) for some in said], add_special_tokens=False)
+    tokens = [token for encoded in read for token in encoded.tokens]
+    unknown = sum(token in ("[UNK]", "<unk>") for token in tokens)
+    return len(tokens) > 3 * sum(map(len, said)) or unknown > 0.05 * max(len(tokens), 1)
+
 # %% ../../nbs/lib/search/vector_index.ipynb #4758f957
 COVERED = 0.9                                           # share of documents with questions, from which on these speak for the whole
 _NOTHING_ASKED = pd.DataFrame(dict(chunk_id=[], question=[]), dtype=str)
@@ -215,6 +229,7 @@ class Index:
         weighed = "prominence" in self.chunks.column_names
         self.prominence = self.chunks["prominence"].to_numpy()[self.first] if weighed else np.zeros(len(self.first))
         self.tongue = self.manifest.get("tongue", "en")                                 # how its words were cut
+        self.foreign = is_foreign(embedder, self.chunks["text"][:FEW].to_pylist())
         found = self.vectors.ntotal, len(self.chunks), self.vectors.d
         if found != (self.manifest["count"], self.manifest["count"], self.manifest["dimension"]):
             raise DataError(
@@ -368,7 +383,9 @@ def search(
     dense = self._dense(vector, n, mask) if method != "bm25" else {}
     by_question = self._by_question(vector, n, mask, dense) if method != "bm25" else {}
     lexical = self._lexical(question, n, mask) if method != "dense" else {}
-    votes = zip((dense, by_question, lexical), VOTES if by_question else (1, 1, 1))
+    weights = VOTES if by_question else (1, 1, 1)
+    if self.foreign and method == "hybrid": weights = (BY_SIGHT, BY_SIGHT, 1)
+    votes = zip((dense, by_question, lexical), weights)
     ranked = [(ranking, vote) for rows, vote in votes if (ranking := self._first_chunks(rows))]
     rankings = [ranking for ranking, _ in ranked]       # document -> its best row, best first
     scores = fuse(*rankings, weights=[vote for _, vote in ranked])
