@@ -12,11 +12,12 @@ import hashlib
 
 import pandas as pd
 
+from .core import text
 from .core.files import DataError, counted, file_digest
 from .core.workspace import Workspace
 from .documents import chunking
 from .documents.chunking import make_chunks
-from .documents.folder import corpus_source, read_folder, read_table
+from .documents.folder import corpus_source, not_taken, read_folder, read_table, say_not_taken
 from .documents.packages import NOTHING, read_api
 from .documents.prominence import prominence
 
@@ -32,7 +33,7 @@ def add_prominence(
 # %% ../nbs/02_corpus.ipynb #56caaff4
 def chunk_recipe(words: int, chunker: str) -> str:
     "What decides how a document is cut, besides the document: the settings and the code."
-    return f"{chunker} {words} {file_digest(chunking.__file__)[:12]}"
+    return f"{chunker} {words} {file_digest(chunking.__file__)[:12]} {file_digest(text.__file__)[:12]}"
 
 # %% ../nbs/02_corpus.ipynb #916a819c
 def update_chunks(
@@ -101,5 +102,7 @@ def read_corpus(
     if source == "packages": documents, problems = read_api(ws, config.corpus_packages, config.corpus_exclude, least)
     elif source == "folder":
         documents, problems = read_folder(ws, config.corpus, config.corpus_max_unreadable, config.corpus_exclude, least)
+        said = say_not_taken(not_taken(config.root / config.corpus, config.corpus_exclude))
+        if said: problems.loc[len(problems)] = ["*", said, True]
     else: documents = read_table(ws, config.corpus)
     return add_prominence(documents), problems

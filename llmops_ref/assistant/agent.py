@@ -31,7 +31,7 @@ from ..core.files import DataError, verify_digest
 from ..core.scoring import pseudonym, redact
 from ..models.embedding import Embedder
 from ..models.gateway import open_route
-from ..models.llm import Endpoint, chat_class, chat_client, serve_gguf, token_cost
+from ..models.llm import Endpoint, chat_class, chat_client, room_of, serve_gguf, token_cost
 from ..search.published import open_ai_search
 from ..search.vector_index import Index, open_reranker
 
@@ -101,7 +101,7 @@ def open_chain(
     )
     return make_chain(
         client, config["template"], retriever, config["max_words"], config["refuse_below"], config["question_words"],
-        read_examples(files["examples"]) if "examples" in files else None,
+        read_examples(files["examples"]) if "examples" in files else None, room_of(endpoint.result(), config["max_tokens"]),
     )
 
 # %% ../../nbs/lib/assistant/agent.ipynb #550caef9

@@ -6,9 +6,9 @@ Reads the index, a prompt and an endpoint. Leaves the chain that every stage ask
 
 # %% auto #0
 __all__ = ['FENCE', 'PLAIN_PROMPT', 'DIRECT_PROSE', 'DIRECT_PROMPT', 'NEVER_ASKED', 'cut_words', 'passage_block',
-           'check_template', 'build_messages', 'check_citations', 'take_out_marks', 'make_chain', 'retriever_class',
-           'as_retriever', 'open_endpoint', 'served_endpoint', 'lowest_cosine', 'open_chains', 'open_assistants',
-           'open_assistant']
+           'check_template', 'build_messages', 'fit_words', 'check_citations', 'take_out_marks', 'make_chain',
+           'retriever_class', 'as_retriever', 'open_endpoint', 'served_endpoint', 'lowest_cosine', 'open_chains',
+           'open_assistants', 'open_assistant']
 
 # %% ../../nbs/lib/assistant/chain.ipynb #e2b9e145
 import contextlib, functools, os, re
@@ -18,22 +18,24 @@ from .examples import open_examples, wants_examples
 from .quotes import CLOSER, quote, quotes
 from ..core.config import Config, SettingsError
 from ..core.scoring import CITED, CODE, REFUSAL, citations, is_refusal
+from ..core.text import break_marks, word_pieces
 from ..core.workspace import Workspace
 from ..models.gateway import gateway_endpoint
-from ..models.llm import Endpoint, chat_client, serve_gguf
+from ..models.llm import Endpoint, chat_client, room_of, serve_gguf
 from ..models.weights import chosen_gguf
 from ..search.published import open_index
 
 # %% ../../nbs/lib/assistant/chain.ipynb #6cba1c41
 def cut_words(text: str, max_words: int) -> str:
-    "The first words of a text, with its line breaks; \" ...\" at the end if there was more. Each 40 characters of a word count as one."
+    "The first words, with their line breaks; \" ...\" if there was more. 40 characters of a word count as one, as do two signs of Chinese."
     return "".join(_words(text)[:max_words]).strip() + (" ..." if _is_cut(text, max_words) else "")
 
 def _is_cut(text, max_words): return len(_words(text)) > max_words
 
-def _words(text): return re.findall(r"\s*\S{1,40}", _clean(text))
+def _words(text): return word_pieces(_clean(text), 40)
 
-def _clean(text): return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text)      # no control characters, no half of a pair
+def _clean(text):                                   # no control characters, no half of a pair, and no mark of a model
+    return break_marks(re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", " ", text))
 
 # %% ../../nbs/lib/assistant/chain.ipynb #08c8b725
 FENCE = ("<passages>", "</passages>")
@@ -92,6 +94,21 @@ def build_messages(
         examples=_clean(examples(question)) if wants_examples(template) else "",
     )
     return [dict(role="user", content=re.sub(r"\{\{\s*(passages|question|examples)\s*\}\}", lambda m: values[m[1]], template))]
+
+# %% ../../nbs/lib/assistant/chain.ipynb #91b977f2
+def fit_words(
+    filled, # A function from words of the question and of each passage to messages
+    takes, # From messages to the share of them that fits, from `room_of`
+    question_words: int,
+    max_words: int,
+) -> tuple[int, int]: # Words of the question and of each passage; (1, 1) if nothing fits
+    "To how many words a question and its passages are cut, so that the model has room for both."
+    words = (question_words, max_words)
+    while (share := takes(filled(*words))) < 1 and max(words) > 1: words = tuple(max(1, int(n * min(share, 0.95))) for n in words)
+    return words
+
+class _Shown:                                       # what `passage_block` wants of a passage
+    def __init__(self, text): self.text = text
 
 # %% ../../nbs/lib/assistant/chain.ipynb #782bc9ba
 def _follow_names(text, documents):
@@ -183,6 +200,7 @@ def make_chain(
     refuse_below: float = 0.24, # Cosine of the best passage under which the chain refuses by itself
     question_words: int = 200, # Longer questions are cut
     examples=None, # What fills `{{examples}}`, from `open_examples`; needed only by a template that has it
+    takes=None, # From `room_of`: by it, what is too long for the model is cut further
 ): # A runnable from `{"question": ...}` to a dictionary with the answer; streamed, the answer comes in pieces
     "Retriever, prompt, model and checks, as LangChain runnables. `SettingsError` for an empty question; errors of the model as they come."
     from langchain_core.runnables import RunnableBranch, RunnableGenerator, RunnableLambda, RunnablePassthrough
@@ -195,12 +213,18 @@ def make_chain(
     def read(state):
         if not _clean(state["question"]).strip(): raise SettingsError("The question is empty. Ask something.")
         return cut_words(state["question"], question_words)
+    def fit(state):                                 # to how many words question and passages are cut
+        shown = [_Shown(d.page_content) for d in state["documents"]]
+        def filled(asked, each): return build_messages(template, cut_words(state["question"], asked), shown, each, examples)
+        return (question_words, max_words) if takes is None or quotes(template) else fit_words(filled, takes, question_words, max_words)
     def retrieve(state): return retriever.invoke(state["asked"]) if retriever is not None else []
     def cut(state):
-        question = ["question"] if _is_cut(state["question"], question_words) else []
-        return question + [f"passage {n}" for n, d in enumerate(state["documents"], 1) if _is_cut(d.page_content, max_words)]
+        asked, each = state["fits"]
+        question = ["question"] if _is_cut(state["question"], asked) else []
+        return question + [f"passage {n}" for n, d in enumerate(state["documents"], 1) if _is_cut(d.page_content, each)]
     def prompt(state):
-        return build_messages(template, state["asked"], [_Shown(d.page_content) for d in state["documents"]], max_words, examples)
+        (asked, each), shown = state["fits"], [_Shown(d.page_content) for d in state["documents"]]
+        return build_messages(template, cut_words(state["question"], asked), shown, each, examples)
     def say(state):                                 # in the place of the model, where the template quotes
         from langchain_core.messages import AIMessage
         least = refuse_below + CLOSER if refuse_below > 0 else -1.0
@@ -213,6 +237,7 @@ def make_chain(
     return (
         RunnablePassthrough.assign(asked=RunnableLambda(read, name="read"))
         | RunnablePassthrough.assign(documents=RunnableLambda(retrieve, name="retrieve"))
+        | RunnablePassthrough.assign(fits=RunnableLambda(fit, name="fit"))
         | RunnablePassthrough.assign(cut=RunnableLambda(cut, name="cut"))
         | RunnableBranch((irrelevant, refuse), ask)
         | RunnableGenerator(_check, name="check")
@@ -224,14 +249,12 @@ def _embed_of(retriever):
     embed = getattr(getattr(index, "embedder", None), "embed", None)
     return embed and functools.partial(embed, of="query")           # a question and sentences, as two of a kind
 
+# %% ../../nbs/lib/assistant/chain.ipynb #fb7cb1a5
 NEVER_ASKED = 0.34                                  # cosine of the nearest written question, under which a question is about something else
 
 def _beside_the_point(facts, refuse_below):         # of the passages that were found
     if max([f["similarity"] for f in facts], default=0.0) < refuse_below: return True
     return refuse_below > 0 and max([f.get("asked", 1.0) for f in facts], default=1.0) < NEVER_ASKED
-
-class _Shown:                                       # what `passage_block` wants of a passage
-    def __init__(self, text): self.text = text
 
 # %% ../../nbs/lib/assistant/chain.ipynb #38b217f7
 @functools.cache
@@ -314,7 +337,8 @@ def open_chains(
         )
         if wrap: client = wrap(client)
         yield lambda template: make_chain(
-            client, template, retriever, config.passage_words, lowest_cosine(config), config.question_words, examples
+            client, template, retriever, config.passage_words, lowest_cosine(config), config.question_words, examples,
+            room_of(endpoint, config.chat_max_tokens),
         )
 
 # %% ../../nbs/lib/assistant/chain.ipynb #6de75b01

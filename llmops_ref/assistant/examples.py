@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import DataError, write_atomic
+from ..core.text import cut, length
 from ..core.workspace import Workspace
 from ..search.vector_index import terms
 
@@ -72,8 +73,7 @@ class Examples:
 def _plain(text): return " ".join(re.findall(r"\w+", text.lower()))
 
 def _first_words(text, n):
-    parts = text.split()
-    return " ".join(parts[:n]) + (" ..." if len(parts) > n else "")
+    return " ".join(cut(text, n).split()) + (" ..." if length(text) > n else "")
 
 # %% ../../nbs/lib/assistant/examples.ipynb #26fe7fbb
 def wants_examples(template: str | None) -> bool:

@@ -113,7 +113,7 @@ def _smoke(root, old, new):
 # %% ../../nbs/lib/commands/project.ipynb #d4651712
 @kit_app.command()
 def adopt(
-    folder: Annotated[Path, typer.Argument(help="With your documents: Markdown, HTML, reStructuredText, PDF, notebooks, text")],
+    folder: Annotated[Path, typer.Argument(help="With your documents: Markdown, HTML, reStructuredText, PDF, Office, notebooks, CSV, text")],
     questions: Annotated[int, typer.Option(min=5, max=1000, help="How many there shall be, with those that are there already")] = 30,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and stop")] = False,
     as_json: Json = False,

@@ -10,9 +10,9 @@ __all__ = ['SYNONYMS', 'HOW', 'WHAT', 'THAT', 'NAME', 'ABOUT', 'OUTSIDE', 'EVERY
            'ask_outside', 'ask_everyday', 'ask_beyond', 'question_about', 'ask_invented']
 
 # %% ../../nbs/lib/documents/asking.ipynb #59e7495f
-import random, re
+import random, re, unicodedata
 
-from ..core.scoring import words
+from ..core.text import UNSPACED, length, words
 from .chunking import PAGES
 
 # %% ../../nbs/lib/documents/asking.ipynb #38666ba9
@@ -108,7 +108,7 @@ def ask_about(
 
 # %% ../../nbs/lib/documents/asking.ipynb #a6ada0ca
 _NUMBERED = re.compile(
-    r"^(?:(?:chapter|section|part|appendix)\s+[\dA-Z]+(?:\.\d+)*[.:)]*|\d+(?:\.\d+)+[.:)]*|\d+[.)])\s+", re.I
+    r"^(?:(?:chapter|section|part|appendix)\s+[\dA-Z]+(?:\.\d+)*[.:)]*|[A-Z]?\d*(?:\.\d+)+[.:)]*|\d+[.)])\s+", re.I
 )  # "2024 budget" has no number
 _SHORT = re.compile(
     r"(?:\b(?:approx|dr|mr|mrs|ms|prof|st|no|nr|vs|etc|fig|sec|ca|bzw|resp|e\.g|i\.e|z\.B|d\.h)|\b[A-Z])\.$", re.I
@@ -116,26 +116,28 @@ _SHORT = re.compile(
 
 def plain_markdown(text: str) -> str:
     "Markdown without links, emphasis and pictures; fenced code is gone."
-    text = re.sub(r"^[ \t]*(```|~~~).*?^[ \t]*\1[^\n]*$", "", text, flags=re.M | re.S)
+    text = re.sub(r"^[ \t]*(?:[-*+]|\d+[.)])?[ \t]*(```|~~~).*?^[ \t]*\1[^\n]*$", "", text, flags=re.M | re.S)
     text = re.sub(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])", r"\1", re.sub(r"!?\[([^\]\n]*)\]\([^)\s]*\)", r"\1", text))
     return text.replace("`", "")
 
 # %% ../../nbs/lib/documents/asking.ipynb #60b0273c
+def _letter(c): return unicodedata.category(c)[0] in "LM" or c == " "              # a vowel of Hindi is a mark
+
 def _whole(sentence):                               # begins and ends like a sentence, and is neither code nor a row of a table
-    first = sentence[:1]
-    begins = first.isdigit() or first in "\"“«„(¿¡" or first.isalpha() and not first.islower()
-    return (begins and sentence[-1:] in (".", "!") and not re.search(r"[|{}]|\. \.", sentence) and 6 <= len(sentence.split()) <= 40
-            and max(map(len, sentence.split())) < 30 and sum(c.isalpha() or c == " " for c in sentence) > 0.85 * len(sentence))
+    first, spaced = sentence[:1], re.sub(f"[{UNSPACED}]", " ", sentence)
+    begins = first.isdigit() or first in "\"“«„(¿¡「" or first.isalpha() and not first.islower()
+    return (begins and sentence[-1:] in tuple(".!。！।") and not re.search(r"[|{}]|\. \.", sentence) and 6 <= length(sentence) <= 40
+            and max(map(len, spaced.split()), default=0) < 30 and sum(map(_letter, sentence)) > 0.85 * len(sentence))
 
 # %% ../../nbs/lib/documents/asking.ipynb #a2f4d087
 def page_sentences(
     text: str, # A chunk of a page: the path of its headings, then its text
 ) -> list[str]: # In their order
-    "Sentences of a page that can be an answer: whole ones, of 6 to 40 words; in a language that is written without spaces, none."
+    "Sentences of a page that can be an answer: whole ones, of 6 to 40 words, where two signs without spaces are one."
     found = []
     for part in re.split(r"\n[ \t]*\n|\n(?=[ \t]*(?:[-*+•:|#>]|\d+[.)])\s)", plain_markdown(text.partition("\n")[2])):
         said = [""]
-        for piece in re.split(r"(?<=[.!?])\s+", re.sub(r"^(?:[-*+•:>]|\d+[.)])\s+", "", " ".join(part.split()))):
+        for piece in re.split(r"(?<=[.!?।])\s+|(?<=[。！？])\s*", re.sub(r"^(?:[-*+•:>]|\d+[.)])\s+", "", " ".join(part.split()))):
             if said[-1] and (_SHORT.search(said[-1]) or piece[:1].islower()): said[-1] += " " + piece
             else: said.append(piece)
         found += filter(_whole, said)

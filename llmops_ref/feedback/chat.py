@@ -6,9 +6,9 @@ Reads whoever serves the assistant. Leaves a web application: answers as they ar
 
 # %% auto #0
 __all__ = ['log', 'FACTS', 'BROKEN', 'HEADERS', 'STEPS', 'PAGE', 'QUESTION', 'AT_ONCE', 'REMEMBERED', 'PATIENCE', 'SMALL',
-           'as_json', 'event', 'answer_events', 'EventStream', 'WithHeaders', 'Refused', 'check_origin', 'read_body',
-           'text_of', 'user_of', 'steps_of', 'find_trace', 'in_words', 'Chat', 'chat_app', 'example_questions',
-           'champion_host', 'keep_up', 'serve_chat']
+           'as_json', 'event', 'for_users', 'answer_events', 'EventStream', 'WithHeaders', 'Refused', 'check_origin',
+           'read_body', 'text_of', 'user_of', 'steps_of', 'find_trace', 'in_words', 'Chat', 'chat_app',
+           'example_questions', 'champion_host', 'keep_up', 'serve_chat']
 
 # %% ../../nbs/lib/feedback/chat.ipynb #903f963b
 import contextlib, json, logging, os, re, threading, time
@@ -49,6 +49,16 @@ def event(
     "One event of a stream."
     return f"event: {kind}\ndata: {json.dumps(as_json(data))}\n\n"
 
+# %% ../../nbs/lib/feedback/chat.ipynb #1335177f
+_ADDRESS = re.compile(r"\s*(?:\b(?:at|from)\s+)?(?:\bhttps?://\S*[^\s:;,.)]|\b(?:localhost|\d{1,3}(?:\.\d{1,3}){3})(?::\d+)?)")
+
+def for_users(
+    error: Exception,
+) -> str:
+    "What a page says of an error: its words, without addresses."
+    log.warning("Somebody who asked was told of an error: %s", error)
+    return _ADDRESS.sub("", str(error))
+
 # %% ../../nbs/lib/feedback/chat.ipynb #0efee9c6
 def answer_events(
     pieces, # A generator, as `stream` of a host gives: strings, then the answer dictionary
@@ -60,7 +70,7 @@ def answer_events(
             for piece in pieces:
                 if not isinstance(piece, str): note(piece)
                 yield event("piece", piece) if isinstance(piece, str) else event("facts", {key: piece.get(key) for key in FACTS})
-        except (DataError, SettingsError) as error: yield event("failed", str(error))
+        except (DataError, SettingsError) as error: yield event("failed", for_users(error))
         except Exception:
             log.exception("An answer failed.")
             yield event("failed", BROKEN)
@@ -213,7 +223,7 @@ def in_words(endpoint):
     async def answered(request):
         try: return await endpoint(request)
         except Refused as no: return JSONResponse(dict(error=no.words), no.status)
-        except (DataError, SettingsError) as error: return JSONResponse(dict(error=str(error)), 422)
+        except (DataError, SettingsError) as error: return JSONResponse(dict(error=for_users(error)), 422)
         except ClientDisconnect: return Response(status_code=400)      # nobody reads it
         except Exception:
             log.exception("%s failed.", request.url.path)

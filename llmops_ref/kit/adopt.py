@@ -22,7 +22,7 @@ from ..core.scoring import language, script
 from ..core.workspace import open_workspace
 from ..documents.asking import page_sentences
 from ..documents.chunking import make_chunks
-from ..documents.folder import read_folder
+from ..documents.folder import not_taken, read_folder, say_not_taken
 from ..evaluation.questions import load_questions, one_writer
 from .drafts import draft_questions
 from .fork import setting_changes, write_settings
@@ -66,7 +66,7 @@ def _place(folder, root):                           # as settings.ini names it: 
 # %% ../../nbs/lib/kit/adopt.ipynb #86e25dac
 def plan_adoption(
     root: Path | str, # Of the project
-    folder: Path | str, # With the documents: Markdown, HTML, reStructuredText, PDF, notebooks, text
+    folder: Path | str, # With the documents: Markdown, HTML, reStructuredText, PDF, Office, notebooks, tables, text
     n: int = 30, # Questions in all, those that are there already among them
     teacher: bool = True, # Let the teacher of the settings write them, if there is one
 ) -> Adoption:
@@ -74,7 +74,7 @@ def plan_adoption(
     root = Path(root).absolute()
     if not Path(folder).expanduser().is_dir():
         raise SettingsError(
-            f"There is no folder {folder}. Name one with documents: Markdown, HTML, reStructuredText, PDF, notebooks or text."
+            f"There is no folder {folder}. Name one with documents: Markdown, HTML, reStructuredText, PDF, Office, notebooks, CSV or text."
         )
     corpus, before = _place(folder, root), load_config("dev", root)
     for needed in ("data", *[FOR_PAGES["DEFAULT", "prompts"]] * (before.corpus == "packages")):
@@ -105,9 +105,10 @@ def plan_adoption(
         if section != "smoke" or "[smoke]" in (root / "settings.ini").read_text()
     }  # a project may have thrown that profile away
     gone = [q.id for q in there.itertuples() if not set(q.gold) <= set(documents.id)]
+    said = say_not_taken(not_taken(root / corpus, config.corpus_exclude))
     return Adoption(
         documents, problems, questions, drafts, len(there), gone, setting_changes(root, wanted), tuned,
-        _notes(root, corpus, documents, before, tuned), wanted,
+        [said] * bool(said) + _notes(root, corpus, documents, before, tuned), wanted,
     )
 
 # %% ../../nbs/lib/kit/adopt.ipynb #1311a556

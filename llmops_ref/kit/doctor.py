@@ -482,6 +482,18 @@ SAMPLES = {
 def _as_taken(root, name, commit):                  # is it as upstream has it?
     return not commit or not git(root, "diff", "--name-only", commit, "--", name) and bool(git(root, "ls-files", "--", name))
 
+# %% ../../nbs/lib/kit/doctor.ipynb #abff54a8
+def _corpus(root, config):
+    if config.corpus == "packages":
+        return Finding("corpus", "note", "the API reference of the packages that we are made of", "llmops adopt <folder of your documents>")
+    from llmops_ref.documents.folder import corpus_source, not_taken, say_not_taken
+    folder = corpus_source(config.corpus, root) == "folder" and (root / config.corpus).is_dir()
+    said = say_not_taken(not_taken(root / config.corpus, config.corpus_exclude)) if folder else ""
+    if not said: return Finding("corpus", "ok", config.corpus)
+    what, _, fix = said.partition(" Convert ")
+    fix = f"Convert {fix}" if fix else "Put into `corpus_exclude` what is no document."
+    return Finding("corpus", "note", f"{config.corpus}: {what}", fix)
+
 # %% ../../nbs/lib/kit/doctor.ipynb #785e75fd
 def find_samples(
     root: Path | str,
@@ -497,11 +509,7 @@ def find_samples(
         )
     ]
     if taken: found += guarded("README.md", lambda: _first_page(root))
-    found.append(
-        Finding("corpus", "note", "the API reference of the packages that we are made of", "llmops adopt <folder of your documents>")
-        if config.corpus == "packages"
-        else Finding("corpus", "ok", config.corpus)
-    )
+    found.append(_corpus(root, config))
     from llmops_ref.models.gateway import local_models
     if any(price.split()[0] in local_models(config) for price in config.prices if price.strip()):
         found.append(

@@ -16,6 +16,7 @@ import pandas as pd
 from ..assistant.chain import PLAIN_PROMPT, build_messages, cut_words
 from ..core.files import DataError, counted
 from ..core.scoring import REFUSAL, reference_recall, token_f1, words
+from ..core.text import break_marks
 from ..documents.asking import ask_about, ask_beyond, ask_everyday, ask_invented, ask_outside, ask_page, first_sentence, page_sentences
 from ..documents.chunking import PAGES
 from ..search.vector_index import Index
@@ -137,7 +138,7 @@ def _said(rows, every, template, max_words, worked): # from passages, question a
         passages = [SimpleNamespace(text=every[d]["text"]) for d in row["shown"]]
         row["messages"] = build_messages(
             template, row["question"], passages, max_words, worked and (lambda _: worked(lead[row["group"]]))
-        ) + [dict(role="assistant", content=row.pop("answer"))]
+        ) + [dict(role="assistant", content=break_marks(row.pop("answer")))]
 
 # %% ../../nbs/lib/tuning/pairs.ipynb #80b3c0aa
 def build_pairs(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ..core.config import SettingsError, load_config
 from ..core.files import DataError
 from ..core.scoring import groundedness, mentions, words
+from ..core.text import break_marks
 from ..core.workspace import Workspace, open_workspace
 from ..evaluation.answers import keep_replies, model_digest
 from ..models.llm import Endpoint, chat_client, server_key
@@ -104,7 +105,7 @@ class Teacher:
         done, replies = 0, {}
         def one(d):
             nonlocal done
-            replies[d] = self.client.invoke([dict(role="user", content=ASK.format(n=PER_DOCUMENT, text=texts[d]))]).text
+            replies[d] = self.client.invoke([dict(role="user", content=ASK.format(n=PER_DOCUMENT, text=break_marks(texts[d])))]).text
             done += 1
             if self.on_done: self.on_done(done, len(texts))
             return read_reply(d, texts[d], replies[d])
