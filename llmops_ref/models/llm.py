@@ -238,7 +238,10 @@ def chat_class():
 @functools.cache
 def _direct():                                      # for `ChatOpenAI`: no proxy
     from openai import DefaultAsyncHttpxClient, DefaultHttpxClient
-    return dict(http_client=DefaultHttpxClient(trust_env=False), http_async_client=DefaultAsyncHttpxClient(trust_env=False))
+    return dict(
+        http_client=DefaultHttpxClient(trust_env=False), http_async_client=DefaultAsyncHttpxClient(trust_env=False),
+        http_socket_options=(),                     # else it warns that a proxy is not asked
+    )
 
 # %% ../../nbs/lib/models/llm.ipynb #4bea1a2d
 def chat_client(
