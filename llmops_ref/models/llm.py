@@ -51,7 +51,8 @@ CONTEXT = 2048                                      # tokens that a request may 
 
 def _context_of(endpoint):                          # what the server gives a request: never more than the model can read
     import httpx
-    said = httpx.get(endpoint.base_url.removesuffix("/v1") + "/props", headers=dict(Authorization=f"Bearer {endpoint.api_key}"), timeout=60)
+    bearer = dict(Authorization=f"Bearer {endpoint.api_key}")
+    said = httpx.get(endpoint.base_url.removesuffix("/v1") + "/props", headers=bearer, timeout=60, trust_env=False)
     return said.json()["default_generation_settings"]["n_ctx"] if said.status_code == 200 else 0
 
 def _say_hello(endpoint):                           # the first request, without the second that OpenAI's client takes to be imported
@@ -80,7 +81,7 @@ def ask_llama(
     "Ask llama.cpp's server what OpenAI's protocol has no words for; `DataError` repeats why it refuses."
     reply = _kept_client().post(
         endpoint.base_url.removesuffix("/v1") + path, json=body, headers=dict(Authorization=f"Bearer {endpoint.api_key}"),
-        timeout=60.0 * endpoint.patience, trust_env=False,
+        timeout=60.0 * endpoint.patience,
     )
     if reply.status_code == 200: return reply.json()
     raise DataError(f"llama.cpp's server refuses {path} with status {reply.status_code}: {reply.text[:200]}")
@@ -88,7 +89,7 @@ def ask_llama(
 @functools.cache
 def _kept_client():                                 # a new one takes 0.1 s, a request a tenth of it
     import httpx
-    return httpx.Client()
+    return httpx.Client(trust_env=False)            # this machine is asked without a proxy
 
 # %% ../../nbs/lib/models/llm.ipynb #b1fdb93c
 @contextlib.contextmanager
