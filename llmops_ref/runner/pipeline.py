@@ -357,6 +357,10 @@ class Screen(Lines):
         took = duration(done.get("seconds")) if state in ("ran", "failed") else state
         print(f"\r\033[K  \033[{colour}m{mark}\033[0m {stage.notebook:14} {took:>10}   {last_words(done)}", flush=True)
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #41eca929
+def _where_it_is(ws, executed):                     # a notebook of some run, wherever the project was then
+    return ws.runs.joinpath(*Path(executed).parts[-2:]) if executed else None
+
 # %% ../../nbs/lib/runner/pipeline.ipynb #45ea8fca
 def _record(ws, run_id, started, states, status, command, folder):
     config, stages = ws.config, []
@@ -364,7 +368,7 @@ def _record(ws, run_id, started, states, status, command, folder):
         last, now = manifest(ws, stage), states.get(stage.name, dict(state="cached", why=""))
         if last is None and now["state"] == "cached": now = dict(state="pending", why="it has not run yet")
         known = last if now["state"] in ("ran", "cached") else now.get("result")
-        executed = now.get("executed") or (last or {}).get("executed")
+        executed = _where_it_is(ws, now.get("executed") or (last or {}).get("executed"))
         stages.append(
             dict(
                 name=stage.name, notebook=stage.notebook, title=notebook_title(config.root / "nbs" / f"{stage.notebook}.ipynb"),
