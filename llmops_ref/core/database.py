@@ -46,9 +46,10 @@ def _states():                                      # names of the states of MLf
 
 def check_state(
     database: Path,
+    wait: float = WAIT, # Seconds for somebody else's lock
 ) -> None:
     "`DataError` if the tables are those of an older or a newer MLflow."
-    with open_database(database) as tables:
+    with open_database(database, wait) as tables:
         if not _has(tables, "alembic_version"): return
         found = (tables.execute("SELECT version_num FROM alembic_version").fetchone() or [""])[0]
     known, newest = _states()

@@ -18,7 +18,7 @@ from jupyter_core.utils import run_sync
 
 from ..core.client import REMEDIES, kind_of
 from ..core.config import explain, sleep_while_waiting
-from ..core.files import write_atomic
+from ..core.files import read_edited, write_atomic
 from ..core.machine import git_commit, usable_cores
 from ..core.page import duration
 from ..core.tracking import MLFLOW_SWITCHES
@@ -33,6 +33,10 @@ MORE_IMPORTS = dict(
     finetune=["langchain_openai", "transformers.models.llama.modeling_llama", "peft"],
     validation=["langchain_openai"],
 )
+
+# %% ../../nbs/lib/runner/pipeline.ipynb #aba15e41
+def _our_interpreter(spec):                         # of Jupyter: which program, with which variables
+    spec.argv, spec.env, spec.metadata = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], {}, {}
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #cc634636
 class StageKernel:
@@ -53,6 +57,7 @@ class StageKernel:
         )
         environment.pop("PYTHONDONTWRITEBYTECODE", None)    # set in many containers; each kernel would compile PyTorch and MLflow anew
         self.manager = AsyncKernelManager(kernel_name="python3")
+        _our_interpreter(self.manager.kernel_spec)
         imports = ", ".join(["os", *([] if stage.name in ALONE else USUAL_IMPORTS), *MORE_IMPORTS.get(stage.name, [])])
         options = [
             "--IPKernelApp.log_level=40",
@@ -83,7 +88,7 @@ def explain_error(
     if type(error).__name__ != "PapermillExecutionError": return _shortened(f"{type(error).__name__}: {error}")
     said = f"{error.ename}: {error.evalue or 'it says no more'}"
     if error.ename in OURS: return "\n".join(_lines(said))
-    helps = [REMEDIES[kind]] if (kind := kind_of(RuntimeError(said))) in ("expired", "full") else []      # whoever raised it
+    helps = [REMEDIES[kind]] if (kind := kind_of(RuntimeError(said))) in ("expired", "full", "locked") else []
     return "\n".join([_shortened(said), _place(error, executed), *helps])
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #6100217c
@@ -117,7 +122,7 @@ SKIPPED = "skip-execution"                          # a tag that Jupyter's own r
 def stage_notebook(ws: Workspace, stage: Stage):  # A notebook
     "What papermill executes: the file, its lessons to be skipped. A workspace may have taken the tag `parameters` off; here it is again."
     import nbformat
-    notebook = nbformat.read(ws.config.root / "nbs" / f"{stage.notebook}.ipynb", 4)
+    notebook = nbformat.reads(read_edited(ws.config.root / "nbs" / f"{stage.notebook}.ipynb"), 4)
     for cell in notebook.cells: cell.metadata["tags"] = ["parameters"] if _sets_env(cell) else []
     for cell in lessons(notebook.cells): cell.metadata["tags"] = [SKIPPED]
     return notebook
