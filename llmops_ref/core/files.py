@@ -55,7 +55,8 @@ def read_edited(
 def _line(text, part): return text[:text.index(part)].count("\n") + 1
 
 def _not_text(data, error, encoding):               # where, and as an old editor would show it
-    if encoding == "utf-16": return f"line {data[:error.start].decode(encoding, 'replace').count(chr(10)) + 1}, ends in half a letter of UTF-16"
+    if encoding == "utf-16":
+        return f"line {data[:error.start].decode(encoding, 'replace').count(chr(10)) + 1}, ends in half a letter of UTF-16"
     begin, end = data.rfind(b"\n", 0, error.start) + 1, data.find(b"\n", error.start)
     shown = data[begin:end if end >= 0 else None].decode("cp1252", "replace").strip()
     return f"line {data[:error.start].count(10) + 1}, is no UTF-8 ({shown[:60]!r})"

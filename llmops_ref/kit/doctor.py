@@ -236,7 +236,8 @@ def check_edited(config: Config) -> Finding:
     "Whether the notebooks, the questions, the cases, the prompts and the models can be read as text."
     root, names = config.root, ("pyproject.toml", config.questions, config.red_team, config.regressions, config.models)
     files = [root / name for name in names if name and (root / name).is_file()]
-    for folder, ending in ((root / config.prompts, ".md"), (root / "nbs", ".ipynb")): files += [p for p in visible_files(folder) if p.suffix == ending]
+    for folder, ending in ((config.prompts, ".md"), ("nbs", ".ipynb")):
+        files += [path for path in visible_files(root / folder) if path.suffix == ending]
     wrong = [str(error) for path in files for error in [_error(lambda: read_edited(path), DataError)] if error]
     if not wrong: return Finding("what people edit", "ok", counted(len(files), "file is", "files are") + " text")
     return Finding("what people edit", "fail", wrong[0], "Correct it there." + f" So it is with {len(wrong) - 1} more." * bool(wrong[1:]))

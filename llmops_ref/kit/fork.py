@@ -115,8 +115,8 @@ def tracked_files(root: Path | str) -> list[str]:
 
 # %% ../../nbs/lib/kit/fork.ipynb #c0e9decc
 def git(root: Path | str, *words: str) -> str:
-    "What a git command says; `DataError` with its own words if it fails, or if there is no git."
-    if not shutil.which("git"): raise DataError("The command git is not installed, or not on the PATH. Install git, then try again.")
+    "What a git command says; `DataError` with its own words if it fails, `SettingsError` if there is no git."
+    if not shutil.which("git"): raise SettingsError("The command git is not installed, or not on the PATH. Install git, then try again.")
     outside = {key: value for key, value in os.environ.items() if key not in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_PREFIX")}
     done = subprocess.run(["git", "-C", str(root), "-c", "core.quotePath=false", *words], capture_output=True, text=True, env=outside)
     if done.returncode: raise DataError(f"git {words[0]} failed: {(done.stderr or done.stdout).strip()[-600:]}")
