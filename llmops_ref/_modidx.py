@@ -2362,6 +2362,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'llmops_ref/runner/pipeline.py'),
                                             'llmops_ref.runner.pipeline._execute': ( 'lib/runner/pipeline.html#_execute',
                                                                                      'llmops_ref/runner/pipeline.py'),
+                                            'llmops_ref.runner.pipeline._helps': ( 'lib/runner/pipeline.html#_helps',
+                                                                                   'llmops_ref/runner/pipeline.py'),
                                             'llmops_ref.runner.pipeline._its_turn': ( 'lib/runner/pipeline.html#_its_turn',
                                                                                       'llmops_ref/runner/pipeline.py'),
                                             'llmops_ref.runner.pipeline._lines': ( 'lib/runner/pipeline.html#_lines',

@@ -1,4 +1,4 @@
-"""The file behind MLflow, whether it can be used, and where it leads
+"""MLflow's file: whether it can be used, and where it leads
 
 Reads a database of MLflow's. Leaves it as it is, or says what stands in its way; leads it after a store that was moved."""
 
@@ -52,8 +52,9 @@ def check_state(
     with open_database(database, wait) as tables:
         if not _has(tables, "alembic_version"): return
         found = (tables.execute("SELECT version_num FROM alembic_version").fetchone() or [""])[0]
+        used = _has(tables, "experiments") and tables.execute("SELECT 1 FROM experiments WHERE name <> 'Default'").fetchone()
     known, newest = _states()
-    if not newest or found in newest: return
+    if not newest or found in newest or found in known and not used: return       # MLflow is making it, or will go on
     ours = importlib.metadata.version("mlflow")
     if found in known:
         way = f"Keep a copy of it, then bring it up to date: `mlflow db upgrade {shlex.quote(f'sqlite:///{database}')}`."

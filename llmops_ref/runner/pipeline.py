@@ -85,11 +85,13 @@ def explain_error(
 ) -> str: # One line or several
     "What went wrong in a stage, and where."
     if type(error).__name__ == "DeadKernelError": return "The kernel died while a cell was running: it was killed, or ran out of memory."
-    if type(error).__name__ != "PapermillExecutionError": return _shortened(f"{type(error).__name__}: {error}")
+    if type(error).__name__ != "PapermillExecutionError":
+        return "\n".join([_shortened(f"{type(error).__name__}: {error}"), *_helps(error)])
     said = f"{error.ename}: {error.evalue or 'it says no more'}"
     if error.ename in OURS: return "\n".join(_lines(said))
-    helps = [REMEDIES[kind]] if (kind := kind_of(RuntimeError(said))) in ("expired", "full", "locked") else []
-    return "\n".join([_shortened(said), _place(error, executed), *helps])
+    return "\n".join([_shortened(said), _place(error, executed), *_helps(RuntimeError(said))])
+
+def _helps(error): return [REMEDIES[kind]] if (kind := kind_of(error)) in ("expired", "full", "locked") else []      # whoever raised it
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #6100217c
 def _shortened(text):
@@ -206,7 +208,8 @@ def run_stage(
     code = stage_code(stage, ws.config.root)
     error = _execute(notebook, dict(env=ws.config.env), running, kernel, on_progress)
     if running.exists():                            # not where the kernel never came up
-        put_back(running, notebook)
+        try: put_back(running, notebook)
+        except (ValueError, OSError) as full: error = error or full     # half of it, on a disk without room
         os.replace(running, output)
     if isinstance(error, KeyboardInterrupt): raise error
     if error: raise StageFailed(stage, explain_error(error, output), output, _read_json(result_file) or None)
