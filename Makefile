@@ -43,13 +43,20 @@ offline: .venv/installed
 setup: .venv/installed
 
 # The lock is complete, so nothing is resolved: torch first (it chooses its own CUDA packages), then everything else as it stands.
-.venv/installed: requirements.lock pyproject.toml
+# An environment has the path of its project in all its commands, so one that was moved or copied with it is made anew.
+moved := $(shell test ! -s .venv/installed || test "$$(cat .venv/installed)" = "$$(pwd -P)" || echo moved)
+.PHONY: moved
+moved:
+	@echo "This project was moved or copied: its environment in .venv is made anew"
+	@rm -rf .venv
+
+.venv/installed: $(moved) requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Error: $(PYTHON) not found. Install Python 3.11 to 3.14, or name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo "Error: $$($(PYTHON) --version) does not do. Python 3.11 to 3.14 is needed: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv with $(INSTALLER)"
 	@$(install_$(INSTALLER))
-	@$(BIN)/llmops --help >/dev/null && touch $@
+	@$(BIN)/llmops --help >/dev/null && pwd -P > $@
 
 torch := $(shell grep '^torch==' requirements.lock)
 # Unlike pip, uv leaves it to Python to compile each module at its first import. We import the largest here, beside each other and beside the downloads.
@@ -73,6 +80,7 @@ compile = { $(BIN)/python -W ignore -c "$(1)" >/dev/null 2>&1 & }
 # For those who work on the project
 prepare:                   # after editing notebooks: export them, clean them, draw the house, write README.md and environment.yml
 	@test -x $(BIN)/nbdev-export || $(MAKE) .venv/installed
+	@! grep -nE '^(<<<<<<<|>>>>>>>)( |$$)' nbs/*.ipynb nbs/lib/*/*.ipynb || { echo "Error: git left conflicts in these lines. Keep one of the two versions, and delete the lines that begin with <<<<<<<, ======= and >>>>>>>."; exit 1; }
 	@touch -r pyproject.toml .venv/before              # nbdev-export writes it as it was, and nothing has to be installed for that
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean           # first of all: after an upgrade the command is in a module that is not there yet
 	@touch -r .venv/before pyproject.toml

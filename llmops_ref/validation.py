@@ -20,7 +20,7 @@ from .assistant.chain import DIRECT_PROSE, as_retriever, cut_words, lowest_cosin
 from .assistant.quotes import quotes
 from .assistant.versions import load_assistant, logged_digest, logged_settings
 from .core.config import Config, SettingsError
-from .core.files import DataError, write_atomic
+from .core.files import DataError, read_edited, write_atomic
 from .core.scoring import MAY_BE_BUSY, machine_share, with_share
 from .core.significance import Comparison, Gate, compare, said_share
 from .core.workspace import Workspace
@@ -249,7 +249,7 @@ def quote_answers(
 ) -> pd.DataFrame | None: # From `answer_all`; `None` where no model of ours was tuned, or there are no passages, or no prompt that quotes
     "What the best sentence of the passages would have answered."
     config = ws.config
-    offered = any(quotes(path.read_text(encoding="utf-8-sig")) for path in (config.root / config.prompts).glob("*.md"))
+    offered = any(quotes(read_edited(path)) for path in (config.root / config.prompts).glob("*.md"))
     if not _ours(config) or config.retrieval == "off" or not offered: return None
     retriever = as_retriever(open_index(ws), config.retrieval_k, config.retrieval, config.retrieval_candidates)
     chain = make_chain(None, "{{quote}}", retriever, config.passage_words, lowest_cosine(config), config.question_words)

@@ -3,7 +3,7 @@
 The lessons of a notebook are tested in the notebook (`nbdev-test`). Here is what needs another process: the command,
 kernels that get killed, servers, a machine without a network.
 """
-import atexit, configparser, contextlib, copy, json, os, shutil, sqlite3, subprocess, sys, tempfile, threading, time
+import atexit, configparser, contextlib, copy, json, os, shutil, subprocess, sys, tempfile, threading, time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,26 +120,11 @@ def _link_or_copy(source, target):
     else: shutil.copy2(source, target)
 
 
-def _say_where(database: Path, old: Path, new: Path) -> None:
-    "MLflow keeps absolute paths: in the copy of a store they are those of the copy."
-    with contextlib.closing(sqlite3.connect(database)) as tables, tables:
-        names = [name for name, in tables.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        for name in names:
-            columns = [(row[1], row[2].upper()) for row in tables.execute(f'PRAGMA table_info("{name}")')]
-            for column in [column for column, kind in columns if "CHAR" in kind or "TEXT" in kind]:
-                tables.execute(
-                    f'UPDATE "{name}" SET "{column}" = replace("{column}", ?, ?) WHERE "{column}" LIKE ?', (str(old), str(new), f"%{old}%")
-                )
-
-
 def copy_of(finished: Project, folder: Path) -> Project:
-    "A copy of a project with all that its runs left, to change things in."
+    "A copy of a project with all that its runs left, to change things in. Whatever opens its store finds that it is a copy."
     project = copy.copy(finished)
     project.root = folder / "project"
     shutil.copytree(finished.root, project.root, copy_function=_link_or_copy, symlinks=True)
-    for database in project.root.glob("stores/*/mlflow.db"): _say_where(database, finished.root, project.root)
-    for manifest in project.root.glob("stores/*/stages/*.json"):
-        manifest.write_text(manifest.read_text().replace(str(finished.root), str(project.root)))
     project.environment = finished.environment | dict(PYTHONPATH=str(project.root))
     return project
 

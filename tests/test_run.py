@@ -186,7 +186,12 @@ def test_killed_kernel_then_resume(finished):
     assert metrics(finished) == before
 
 
-def test_a_kernel_that_is_killed_while_it_waits_is_replaced(project):
+def test_a_kernel_that_is_killed_while_it_waits_is_replaced(project, tmp_path, monkeypatch):
+    "And each is of our interpreter, whatever Python somebody has called python3 in their home."
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    spec = dict(argv=["/bin/false", "{connection_file}"], display_name="of another project", language="python")
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     from llmops_ref.core.config import load_config
     from llmops_ref.runner.pipeline import _Kernels
     from llmops_ref.core.workspace import Workspace

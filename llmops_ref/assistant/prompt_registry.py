@@ -15,7 +15,7 @@ import pandas as pd
 from .chain import check_template
 from .quotes import may_quote, quotes
 from ..core.config import SettingsError
-from ..core.files import DataError, folder_digest
+from ..core.files import DataError, folder_digest, read_edited
 from ..core.machine import git_commit
 from ..core.workspace import Workspace
 
@@ -35,10 +35,11 @@ def designs(
     ws.reads[f"folder:{folder.as_posix()}"] = folder_digest(config.root / folder)       # a new file is a change, too
     for path in files:
         try:
-            template = path.read_text(encoding="utf-8-sig").strip()
+            template = read_edited(path).strip()
             if quotes(template) and not may_quote(config): continue
             out[path.stem] = check_template(template, passages=config.retrieval != "off")
-        except (SettingsError, UnicodeDecodeError) as error: raise SettingsError(f"{folder / path.name}: {error}") from None
+        except DataError as error: raise SettingsError(str(error)) from None
+        except SettingsError as error: raise SettingsError(f"{folder / path.name}: {error}") from None
         if twin := next((name for name in out if name != path.stem and out[name] == template), None):
             raise SettingsError(f"{folder / path.name} has the same text as {twin}.md. Delete one of them.")
     return out

@@ -19,7 +19,7 @@ import psutil
 
 from ..core.charts import BLUE, GREEN, GREY, RED, chart, panels
 from ..core.config import SettingsError, load_config
-from ..core.files import DataError
+from ..core.files import DataError, read_edited
 from ..core.scoring import mrr_at_k, ndcg_at_k, recall_at_k
 from ..core.workspace import Workspace, open_workspace
 from ..documents.chunking import CHUNKERS, make_chunks
@@ -64,7 +64,7 @@ def test_questions(ws: Workspace, split: str = "test") -> pd.DataFrame:
     "The answerable questions of a split, and those for the search alone whose documents are here."
     asked = ws.read("questions").query("split == @split and type != 'unanswerable'")
     path, ids = ws.config.root / SEARCH_QUESTIONS, set(ws.read("documents").id)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = filter(str.strip, read_edited(path).split("\n")) if path.is_file() else []
     wanted = dict(train="validation").get(split, split)
     more = [q for q in map(json.loads, lines) if q["split"] == wanted and ids & set(q["gold"])]
     return pd.concat([asked, pd.DataFrame(more)[["id", "question", "type", "gold", "split"]]], ignore_index=True) if more else asked

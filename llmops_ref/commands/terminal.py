@@ -14,6 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from ..core.client import kind_of, remedy
 from ..core.config import SettingsError, load_config
 from ..core.files import DataError
 
@@ -31,11 +32,15 @@ def manners():
     except typer.Exit: raise
     except Exception as error:
         if not _can_be_mended(error): raise
-        typer.secho(f"Error: {error}", fg="red", err=True)
+        typer.secho(f"Error: {error}" if _ours(error) else f"Error: {_first_line(error)}\n{remedy(error)}", fg="red", err=True)
         raise typer.Exit(1) from None
 
+def _ours(error): return isinstance(error, (SettingsError, DataError))
+
+def _first_line(error): return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
 def _can_be_mended(error):
-    if isinstance(error, (SettingsError, DataError)): return True
+    if _ours(error) or kind_of(error) in ("full", "locked"): return True
     from langchain_core.exceptions import ModelError                       # here: most commands never ask a model
     return isinstance(error, ModelError)
 

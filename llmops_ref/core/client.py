@@ -39,7 +39,8 @@ def brief_client(
 # %% ../../nbs/lib/core/client.ipynb #dca52304
 KINDS = dict(                                       # kind -> what says so: the type of the error, its code or its words
     expired=r"(?i)\b(token|credentials?|login|session)\b.{0,60}\bexpired|expired.{0,30}\b(token|credential)|ExpiredToken",
-    full=r"No space left|[Qq]uota exceeded|QUOTA_EXCEEDED|RESOURCE_LIMIT|storage (limit|quota)|Insufficient Storage",
+    locked=r"database (table )?is locked",
+    full=r"No space left|database or disk is full|[Qq]uota exceeded|QUOTA_EXCEEDED|RESOURCE_LIMIT|storage (limit|quota)|Insufficient Storage",
     region=r"FEATURE_DISABLED|(not|n't|un)[ -]?(yet )?(available|supported|enabled)\b.{0,40}\b(region|workspace|cloud|account)"
     r"|\b(region|workspace|cloud)\b.{0,60}\b(not|n't) (yet )?(support|have|available|enabled)",
     right=r"\bPermissionDenied\b|PERMISSION_DENIED|INSUFFICIENT_PERMISSIONS|does not have .{0,60}(privilege|permission|access)",
@@ -59,6 +60,7 @@ def kind_of(error: BaseException) -> str:
 # %% ../../nbs/lib/core/client.ipynb #1cfbccd7
 REMEDIES = dict(
     expired="The login has ended. A task: run it again, a run gets a new token and what is done stays done. By hand: databricks auth login",
+    locked="Another process holds that database, and held it for longer than we wait. Let it come to its end, or end it; then try again.",
     full="Make room on the disk or the Volume: old runs in `runs` can go. What is there is whole, and the next run goes on from it.",
     login="databricks auth login --host https://<workspace>, or set DATABRICKS_HOST and DATABRICKS_TOKEN",
     unreachable="Nobody answers there. Look at the address, the network (VPN, private link, allowed addresses), and the status page.",

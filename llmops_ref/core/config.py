@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+from .files import DataError, read_edited
+
 # %% ../../nbs/lib/core/config.ipynb #5495b742
 class SettingsError(ValueError):
     "A setting or an argument is wrong; the message names it and says how to mend it."
@@ -286,7 +288,8 @@ def find_settings(
 # %% ../../nbs/lib/core/config.ipynb #921fd825
 def _read_ini(path):
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(";",))
-    try: parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
+    try: parser.read_string(read_edited(path), source=str(path))
+    except DataError as error: raise SettingsError(str(error)) from None
     except configparser.Error as error:
         raise SettingsError(f"{path} is not a readable INI file: {' '.join(str(error).split())}") from None
     return parser

@@ -8,7 +8,7 @@ Reads what the operating system, git and Databricks say of this process. Leaves 
 __all__ = ['usable_cores', 'git_commit', 'on_databricks']
 
 # %% ../../nbs/lib/core/machine.ipynb #cdd6a509
-import functools, os, subprocess
+import functools, os, shutil, subprocess
 from pathlib import Path
 
 # %% ../../nbs/lib/core/machine.ipynb #0ac9d17d
@@ -21,9 +21,10 @@ def usable_cores() -> int:
 # %% ../../nbs/lib/core/machine.ipynb #86d1d167
 @functools.cache
 def git_commit(root: Path) -> str:
-    "Commit of the repository, with `-dirty` if files differ from it; without one (a job on Databricks), LLMOPS_COMMIT or 'unknown'."
-    result = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    return result.stdout.strip() or os.environ.get("LLMOPS_COMMIT") or "unknown"
+    "Commit, with `-dirty` if files differ from it; without a repository (a job on Databricks) or git, LLMOPS_COMMIT or 'unknown'."
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    said = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return said or os.environ.get("LLMOPS_COMMIT") or "unknown"
 
 # %% ../../nbs/lib/core/machine.ipynb #3a907b08
 def on_databricks() -> bool:

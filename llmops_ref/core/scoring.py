@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .files import read_edited
 from .machine import usable_cores
 from .text import FUNCTION_WORDS, WORD, asked_in, language, script, telling, unify, words
 
@@ -369,7 +370,7 @@ def score_labelled(
 ) -> pd.DataFrame: # One row an answer: `question_id answer label_helpful label_grounded label_readable` and its scores
     "Score the answers that people have labelled."
     rows = []
-    for q in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()):
+    for q in map(json.loads, filter(str.strip, read_edited(path).split("\n"))):
         documents, texts = [p["document_id"] for p in q["passages"]], [p["text"] for p in q["passages"]]
         rows += [
             dict(question_id=q["question_id"], answer=a["answer"])

@@ -29,6 +29,7 @@ class Service:
     port: int
     digest: str # Of what it serves, such as a version or the digest of a declaration
     owner: int # Process that it serves for
+    place: str = "" # Folder of its note: a copied store has copies of notes
 
     @property
     def url(self): return f"http://127.0.0.1:{self.port}"
@@ -81,7 +82,14 @@ def running_services(
     found = []
     for note in sorted(ws.here("services", "-").parent.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, TypeError): found.append(Service(**json.loads(note.read_text())))
-    return [service for service in found if _process(service)]
+    return [service for service in found if _process(service) and _is_here(ws, service)]
+
+def _is_here(ws, service):                          # whether it serves this store
+    here = ws.here("services", "-").parent
+    if not service.place or os.path.realpath(service.place) == os.path.realpath(here): return True
+    if os.path.isdir(service.place): return os.path.samefile(service.place, here)      # of the store that this one is a copy of
+    stop_service(ws, service)                       # it writes where the store was before
+    return False
 
 # %% ../../nbs/lib/core/services.ipynb #8edc47a2
 def find_service(
@@ -189,7 +197,8 @@ def start_service(
             [part.replace("{port}", str(port)) for part in command], stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, env=variables, start_new_session=True,
         )
-    service = Service(name, process.pid, psutil.Process(process.pid).create_time(), port, "", owner())      # serves nothing yet
+    born, place = psutil.Process(process.pid).create_time(), str(ws.here("services"))
+    service = Service(name, process.pid, born, port, "", owner(), place)        # serves nothing yet
     write_atomic(ws.here("services", f"{name}.json"), json.dumps(asdict(service)))
     if service.owner == os.getpid(): atexit.register(stop_service, ws, service)
     try:

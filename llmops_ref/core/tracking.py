@@ -8,11 +8,12 @@ Reads a store's MLflow. Leaves runs, and aliases that move in one step."""
 __all__ = ['MLFLOW_SWITCHES', 'ALIAS', 'NOT_THERE', 'Tracking']
 
 # %% ../../nbs/lib/core/tracking.ipynb #5db7e0c3
-import contextlib, importlib.metadata, os, shutil, sqlite3, tempfile, urllib.parse
+import contextlib, importlib.metadata, os, shutil, sqlite3, sys, tempfile, urllib.parse
 from pathlib import Path
 
 from fastcore.basics import patch
 
+from .database import check_state, follow_store
 from .files import DataError
 from .machine import git_commit
 from .store import Store
@@ -53,6 +54,18 @@ def _keep_database(self: Tracking, database):       # unless somebody has begun 
             (names,) = zip(*copy.execute("SELECT name FROM experiments"))
         if names == ("Default",): os.replace(shutil.copy(new, f"{kept}.{os.getpid()}"), kept)
 
+# %% ../../nbs/lib/core/tracking.ipynb #467c6665
+@patch
+def look_at_database(
+    self: Tracking,
+    database: Path, # One of MLflow's that is there
+    artifacts: Path, # The folder where its experiments keep their files
+) -> None:
+    "Before MLflow opens a database: `DataError` if it cannot be used; one whose store was moved or copied is led after it, which is said."
+    check_state(database)
+    for place in follow_store(database, artifacts):
+        print(f"The store was in {place.parent}. What MLflow remembers of it leads to {artifacts.parent} now.", file=sys.stderr)
+
 # %% ../../nbs/lib/core/tracking.ipynb #b8f18920
 @patch
 def mlflow(self: Tracking):
@@ -61,6 +74,7 @@ def mlflow(self: Tracking):
     file = self.path("mlflow.db")
     self.copy_database(file)
     database, new = f"sqlite:///{file}", not file.exists()
+    if not new: self.look_at_database(file, self.path("artifacts"))
     os.environ |= {"MLFLOW_TRACKING_URI": database, "MLFLOW_REGISTRY_URI": database, "MLFLOW_EXPERIMENT_NAME": self.experiment}
     hush_pyspark()
     import mlflow

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import DataError
+from ..core.files import DataError, read_edited
 from ..core.scoring import words
 
 # %% ../../nbs/lib/documents/prominence.ipynb #4f6bef75
@@ -149,7 +149,7 @@ def first_questions(
 ) -> pd.DataFrame: # Columns: `id question gold`; empty if there is no such file
     "The questions that a newcomer asks; `DataError` names a line that is not one."
     rows, path = [], Path(root) / FIRST_QUESTIONS
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.is_file() else [], 1):
+    for number, line in enumerate(read_edited(path).split("\n") if path.is_file() else [], 1):
         if not line.strip(): continue
         try: q = json.loads(line)
         except ValueError: q = None

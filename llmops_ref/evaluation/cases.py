@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import DataError
+from ..core.files import DataError, read_edited
 from ..core.scoring import citation_precision, is_refusal, mentions, names_gold, personal_data, words
 from ..core.significance import wilson
 
@@ -27,7 +27,7 @@ SIGNS = ("says", "prompt", "personal data", "secret", "markup", "length")
 MUST = ("show", "name", "cite", "refuse", "avoid", "answer")
 
 def _lines(path, keys):
-    try: text = Path(path).read_text(encoding="utf-8")
+    try: text = read_edited(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}. Restore it, or correct its name in settings.ini.") from None
     seen = set()

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.config import SettingsError
-from ..core.files import DataError, counted, write_atomic
+from ..core.files import DataError, counted, read_edited, write_atomic
 from ..core.scoring import REFUSAL, is_page, is_refusal, names_gold
 from ..core.workspace import Workspace
 from ..documents.chunking import PAGES
@@ -48,7 +48,7 @@ def load_questions(
 ) -> pd.DataFrame: # Columns: `id question type gold answer split`, and `draft` with `drafts`
     "Read and check the evaluation questions; `DataError` names the first bad line, a repeated id, or a leak between splits."
     rows, seen, gold_split = [], {}, {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_edited(path).split("\n"), 1):
         if not line.strip(): continue
         try: q = json.loads(line)
         except json.JSONDecodeError as error:
@@ -224,7 +224,7 @@ def add_question(
     "Append a draft; `DataError` says what is wrong with it, and the file stays as it is."
     question, gold = " ".join(question.split()), list(dict.fromkeys(g.strip() for g in gold))
     with one_writer(path):
-        text = Path(path).read_bytes().decode()
+        text = read_edited(path, keep_ends=True)
         known = (
             load_questions(path, drafts=True)
             if text.strip()
@@ -256,7 +256,7 @@ def review_question(
         drafts = known.id[known.draft].tolist()
         if id not in known.id.tolist(): raise DataError(f"There is no question {id!r} in {path}. Drafts are {', '.join(drafts) or 'none'}.")
         if id not in drafts: raise DataError(f"The question {id} was reviewed already. To change it, edit its line in {path}.")
-        for line in Path(path).read_bytes().decode().split("\n"):
+        for line in read_edited(path, keep_ends=True).split("\n"):
             q = json.loads(line) if line.strip() else {}
             if q.get("id") != id: lines.append(line)
             elif accept:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..assistant.chain import cut_words
 from ..core.config import SettingsError, explain, load_config
-from ..core.files import DataError, write_atomic
+from ..core.files import DataError, read_edited, write_atomic
 from ..core.scoring import language, script
 from ..core.workspace import open_workspace
 from ..documents.asking import page_sentences
@@ -102,7 +102,7 @@ def plan_adoption(
     wanted = {
         (section, key): value
         for (section, key), value in wanted.items()
-        if section != "smoke" or "[smoke]" in (root / "settings.ini").read_text()
+        if section != "smoke" or "[smoke]" in read_edited(root / "settings.ini")
     }  # a project may have thrown that profile away
     gone = [q.id for q in there.itertuples() if not set(q.gold) <= set(documents.id)]
     said = say_not_taken(not_taken(root / corpus, config.corpus_exclude))
@@ -167,7 +167,7 @@ def adopt_folder(
     path = root / plan.questions
     if len(plan.drafts):
         with one_writer(path):
-            old = path.read_text(encoding="utf-8") if path.is_file() else ""
+            old = read_edited(path, keep_ends=True) if path.is_file() else ""
             if sum(map(bool, map(str.strip, old.splitlines()))) != plan.kept:
                 raise DataError(f"Somebody has changed {plan.questions} in the meantime. Nothing is written; call the command again.")
             write_atomic(

@@ -7,8 +7,8 @@ Reads the machine, the project's files and, if one is named, the workspace. Chan
 # %% auto #0
 __all__ = ['NEEDED', 'IN_SCHEMA', 'INSTALL', 'SAMPLES', 'Finding', 'findings_table', 'guarded', 'cpu_flags', 'locked_versions',
            'check_machine', 'check_packages', 'check_gpu', 'check_proxy', 'check_project', 'check_tags',
-           'check_weights', 'check_keys', 'check_gateway', 'check_git', 'short_name', 'own_copy', 'check_workspace',
-           'needed_command', 'find_samples']
+           'check_weights', 'check_keys', 'check_package', 'check_edited', 'check_database', 'check_gateway',
+           'check_git', 'short_name', 'own_copy', 'check_workspace', 'needed_command', 'find_samples']
 
 # %% ../../nbs/lib/kit/doctor.ipynb #53df693c
 import importlib.metadata, re, shutil, subprocess, sys, time
@@ -18,9 +18,11 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
+import llmops_ref
 from ..core.client import REMEDIES, kind_of, remedy
 from ..core.config import Config, SettingsError, load_config
-from ..core.files import DataError, counted
+from ..core.database import check_state
+from ..core.files import DataError, counted, read_edited, visible_files
 from ..core.machine import usable_cores
 from ..core.network import answers, proxy_of, set_proxies, show_proxy, wrong_proxy
 from ..core.workspace import open_workspace
@@ -178,7 +180,10 @@ def check_project(
     except SettingsError as error: return [Finding("settings", "fail", " ".join(str(error).split()), "Correct it there.")]
     return (
         found
+        + guarded("package", lambda: check_package(root))
+        + guarded("what people edit", lambda: check_edited(config))
         + guarded("parameters", lambda: check_tags(root))
+        + guarded("MLflow's database", lambda: check_database(config))
         + guarded("weights", lambda: check_weights(config))
         + guarded("providers' keys", lambda: check_keys(config))
         + guarded("gateway", lambda: check_gateway(config))
@@ -195,7 +200,7 @@ def check_tags(root: Path) -> Finding:
         if error
     ]
     kept = "tags" in re.findall(
-        r'"(\w+)"', (re.search(r"^allowed_cell_metadata_keys = \[(.*?)\]", (root / "pyproject.toml").read_text(), re.M) or ["", ""])[1]
+        r'"(\w+)"', (re.search(r"^allowed_cell_metadata_keys = \[(.*?)\]", read_edited(root / "pyproject.toml"), re.M) or ["", ""])[1]
     )
     return Finding(
         "parameters",
@@ -239,6 +244,32 @@ def check_keys(config: Config) -> list[Finding]:
 def _error(call, kind):
     try: call()
     except kind as error: return error
+
+# %% ../../nbs/lib/kit/doctor.ipynb #1d8efe43
+def check_package(root: Path | str) -> list[Finding]:
+    "Whether the code that runs is that of another project."
+    home = Path(llmops_ref.__file__).resolve().parent.parent
+    if home == Path(root).resolve() or not (home / "settings.ini").is_file(): return []
+    return [Finding("package", "note", f"the code that runs is that of {home}", "Make an environment of your own: rm -rf .venv; make setup")]
+
+# %% ../../nbs/lib/kit/doctor.ipynb #2e342e4e
+def check_edited(config: Config) -> Finding:
+    "Whether the notebooks, the questions, the cases, the prompts and the models can be read as text."
+    root, names = config.root, ("pyproject.toml", config.questions, config.red_team, config.regressions, config.models)
+    files = [root / name for name in names if name and (root / name).is_file()]
+    for folder, ending in ((config.prompts, ".md"), ("nbs", ".ipynb")):
+        files += [path for path in visible_files(root / folder) if path.suffix == ending]
+    wrong = [str(error) for path in files for error in [_error(lambda: read_edited(path), DataError)] if error]
+    if not wrong: return Finding("what people edit", "ok", counted(len(files), "file is", "files are") + " text")
+    return Finding("what people edit", "fail", wrong[0], "Correct it there." + f" So it is with {len(wrong) - 1} more." * bool(wrong[1:]))
+
+# %% ../../nbs/lib/kit/doctor.ipynb #06164dd4
+def check_database(config: Config) -> list[Finding]:
+    "Whether MLflow's database, if there is one on this machine, can be opened."
+    file = config.root / config.store / "mlflow.db"
+    if config.platform != "local" or not file.is_file(): return []
+    what, _, fix = str(_error(lambda: check_state(file, wait=2), DataError) or "can be opened").partition(". ")
+    return [Finding("MLflow's database", "fail" if fix else "ok", what, fix)]
 
 # %% ../../nbs/lib/kit/doctor.ipynb #4e197385
 def check_gateway(config: Config) -> list[Finding]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.config import SettingsError
-from ..core.files import DataError, counted, write_atomic
+from ..core.files import DataError, counted, read_edited, write_atomic
 
 # %% ../../nbs/lib/kit/fork.ipynb #e3d432c7
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ def read_identity(
     "Read the names from `pyproject.toml` and `settings.ini`; `DataError` if they are not there."
     root = Path(root)
     try:
-        found = tomllib.loads((root / "pyproject.toml").read_text())
+        found = tomllib.loads(read_edited(root / "pyproject.toml"))
         package, catalog = found["tool"]["nbdev"]["lib_path"], re.search(
-            r"^catalog\s*=\s*(\w+?)_\{env\}", (root / "settings.ini").read_text(), re.M
+            r"^catalog\s*=\s*(\w+?)_\{env\}", read_edited(root / "settings.ini"), re.M
         )
         return Identity(found["project"]["name"], package, catalog[1] if catalog else package, found["project"]["description"])
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
@@ -115,7 +115,8 @@ def tracked_files(root: Path | str) -> list[str]:
 
 # %% ../../nbs/lib/kit/fork.ipynb #c0e9decc
 def git(root: Path | str, *words: str) -> str:
-    "What a git command says; `DataError` with its own words if it fails."
+    "What a git command says; `DataError` with its own words if it fails, `SettingsError` if there is no git."
+    if not shutil.which("git"): raise SettingsError("The command git is not installed, or not on the PATH. Install git, then try again.")
     outside = {key: value for key, value in os.environ.items() if key not in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_PREFIX")}
     done = subprocess.run(["git", "-C", str(root), "-c", "core.quotePath=false", *words], capture_output=True, text=True, env=outside)
     if done.returncode: raise DataError(f"git {words[0]} failed: {(done.stderr or done.stdout).strip()[-600:]}")
@@ -277,7 +278,7 @@ class Upstream:
 # %% ../../nbs/lib/kit/fork.ipynb #1035a83a
 def read_upstream(root: Path | str) -> Upstream | None:
     "What `pyproject.toml` has on record; None in a project that is nobody's fork."
-    found = tomllib.loads((Path(root) / "pyproject.toml").read_text()).get("tool", {}).get("upstream")
+    found = tomllib.loads(read_edited(Path(root) / "pyproject.toml")).get("tool", {}).get("upstream")
     return Upstream(*(found.get(key, "unknown") for key in ("name", "version", "commit"))) if found else None
 
 # %% ../../nbs/lib/kit/fork.ipynb #62cce5cc
@@ -288,7 +289,7 @@ def record_upstream(root: Path | str, upstream: Upstream) -> None:
         f'[tool.upstream]                      # taken over last; `llmops upgrade` reads and writes it\nname = "{upstream.name}"\nversion ='
         f' "{upstream.version}"\ncommit = "{upstream.commit}"\n'
     )
-    text, found = re.subn(r"^\[tool\.upstream\].*\n(?:\w+ = .*(?:\n|$))*", lambda _: record, path.read_text(), flags=re.M)
+    text, found = re.subn(r"^\[tool\.upstream\].*\n(?:\w+ = .*(?:\n|$))*", lambda _: record, read_edited(path), flags=re.M)
     write_atomic(path, text if found else text.rstrip("\n") + f"\n\n{record}")
 
 # %% ../../nbs/lib/kit/fork.ipynb #0d137fc3
@@ -370,7 +371,7 @@ def _all_or_nothing(root):                          # everything was committed b
 def write_host(root: Path | str, host: str) -> None:
     "Say in `databricks.yml` which workspace the bundle goes to, unless a target says so itself."
     path, line = Path(root) / "databricks.yml", f"workspace:\n  host: {host.rstrip('/')}\n"
-    text = path.read_text()
+    text = read_edited(path)
     write_atomic(
         path,
         (
@@ -395,7 +396,7 @@ def setting_changes(
     wanted: dict[tuple[str, str], str], # (section, key) -> value
 ) -> dict[tuple[str, str], str]: # Those that `settings.ini` does not say yet
     "What would have to change; `SettingsError` if there is no such key or section."
-    sections, values = _values((Path(root) / "settings.ini").read_text())
+    sections, values = _values(read_edited(Path(root) / "settings.ini"))
     for section, key in wanted:
         if ("DEFAULT", key) not in values: raise SettingsError(f"settings.ini has no key {key!r} in [DEFAULT].")
         if section not in sections: raise SettingsError(f"settings.ini has no section [{section}].")
@@ -407,7 +408,7 @@ def write_settings(
 ) -> None:
     "Change several values at once, in one step."
     path = Path(root) / "settings.ini"
-    text = path.read_text()
+    text = read_edited(path)
     for (section, key), value in changes.items(): text = _set_value(text, section, key, value)
     write_atomic(path, text)
 
@@ -488,7 +489,7 @@ def _as_fork(
         if new.package != old.package: (tree / old.package).rename(tree / new.package)
         record_upstream(tree, record)               # the same in both trees, so that it takes no part
         if (Path(root) / TUTORIAL).is_file(): keep_tutorial(tree)              # who threw it away does not get it back
-        settings, version = (tree / "settings.ini").read_text(), version_of(tree, new.package)
+        settings, version = read_edited(tree / "settings.ini"), version_of(tree, new.package)
         git(tree, "add", "-A")
         for name in _left_out(tree, new.package): (tree / name).unlink()
         git(tree, "add", "-A")

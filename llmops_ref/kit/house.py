@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Template
 
-from ..core.files import DataError, write_atomic
+from ..core.files import DataError, read_edited, write_atomic
 from ..runner.plan import STAGES, imports_of, stage_code
 
 # %% ../../nbs/lib/kit/house.ipynb #f3f49249
@@ -25,7 +25,7 @@ def wings(
 ) -> list[str]: # The ground floor first
     "The wings in the order of the contract `wings`; one that the contract does not name comes last."
     contracts = (
-        tomllib.loads((Path(root) / "pyproject.toml").read_text(encoding="utf-8"))["tool"].get("importlinter", {}).get("contracts", [])
+        tomllib.loads(read_edited(Path(root) / "pyproject.toml"))["tool"].get("importlinter", {}).get("contracts", [])
     )
     floors = next((contract["layers"] for contract in contracts if contract.get("id") == "wings"), [])
     named = [wing for floor in reversed(floors) for wing in re.findall(r"\w+", floor)]
@@ -45,7 +45,7 @@ def title_of(
 # %% ../../nbs/lib/kit/house.ipynb #99dd251d
 def first_cell(path: Path) -> str:
     "The text of the first cell of a notebook."
-    return "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+    return "".join(json.loads(read_edited(path))["cells"][0]["source"])
 
 # %% ../../nbs/lib/kit/house.ipynb #eb5094ac
 def rooms(
@@ -65,7 +65,7 @@ def _sources(root):                                 # module or stage -> its Pyt
         path = Path(root).joinpath(*room.module.split(".")).with_suffix(".py")
         if path.is_file(): yield room.module, path.read_text(encoding="utf-8")
     for stage in STAGES:
-        cells = json.loads((Path(root) / "nbs" / f"{stage.notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+        cells = json.loads(read_edited(Path(root) / "nbs" / f"{stage.notebook}.ipynb"))["cells"]
         yield stage.notebook, "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 # %% ../../nbs/lib/kit/house.ipynb #0131eafb
@@ -103,7 +103,7 @@ def write_users(root: Path | str) -> list[str]: # Notebooks that were changed
     root, who, changed = Path(root), users(root), []
     for room in rooms(root).itertuples():
         path = root / room.notebook
-        page = json.loads(path.read_text(encoding="utf-8"))
+        page = json.loads(read_edited(path))
         text = "".join(page["cells"][0]["source"])
         new = re.sub(
             r"\n\nUsed by [^\n]*|\Z", lambda _: f"\n\n{users_line(who[room.module], Path(room.notebook).parent.as_posix())}", text, count=1

@@ -13,6 +13,7 @@ import difflib, hashlib, math, re, tomllib
 from dataclasses import dataclass, field, fields
 
 from ..core.config import SettingsError
+from ..core.files import DataError, read_edited
 
 # %% ../../nbs/lib/models/catalog.ipynb #defa18b2
 def _numbered(text, n): return re.sub(r"\{n(?::(0\d))?\}", lambda found: f"{n:{found[1] or ''}}", text)
@@ -213,7 +214,8 @@ def read_models(
 ) -> dict[str, Model]: # By name, in the order of the file
     "The catalogue of models; `SettingsError` names every entry and key that is wrong."
     path, wrong = config.root / config.models, []
-    try: tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    try: tables = tomllib.loads(read_edited(path))
+    except DataError as error: raise SettingsError(str(error)) from None
     except OSError:
         raise SettingsError(f"The setting `models` names {path}, which cannot be read. Restore it, or correct its name.") from None
     except ValueError as error: raise SettingsError(f"{path} is not readable TOML: {error}") from None

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ..core.config import SettingsError
-from ..core.files import DataError, file_digest
+from ..core.files import DataError, file_digest, read_edited
 from ..core.workspace import Workspace
 from .catalog import CHECKPOINTS, Model, Source, digest_of_all, find_model, read_models
 from .convert import check_words, read_json
@@ -278,7 +278,7 @@ def append(ws: Workspace, model: Model) -> Path: # The catalogue
         check_name(ws, model.name)
         new = path.with_name(f".{path.name}.new")
         try:
-            new.write_text(f"{path.read_text(encoding='utf-8').rstrip()}\n\n{as_toml(model)}", encoding="utf-8")
+            new.write_text(f"{read_edited(path).rstrip()}\n\n{as_toml(model)}", encoding="utf-8")
             if find_model(SimpleNamespace(root=new.parent, models=new.name), model.name) != model:
                 raise SettingsError(f"The entry of {model.name} would not be read as it is meant. Write it by hand.")
             shutil.copymode(path, new)

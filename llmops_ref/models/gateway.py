@@ -246,7 +246,8 @@ def start_gateway(ws: Workspace) -> Endpoint:
 # %% ../../nbs/lib/models/gateway.ipynb #7fcde9d1
 def gateway_command(ws: Workspace, database: str) -> list[str]: # For `start_service`
     "Command that starts a gateway on a database of the store, which begins with MLflow's tables."
-    ws.copy_database(ws.path(database))
+    ws.copy_database(file := ws.path(database))
+    if file.exists(): ws.look_at_database(file, ws.path("gateway-artifacts"))
     return [
         sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{ws.path(database)}",
         "--default-artifact-root", ws.path("gateway-artifacts").as_uri(), "--host", "127.0.0.1", "--port", "{port}",

@@ -19,6 +19,7 @@ import yaml
 from databricks.bundles.core import app_mutator
 
 from ..core.config import Config, ENVIRONMENTS, SettingsError, load_config
+from ..core.files import read_edited
 from ..core.machine import git_commit
 from ..core.workspace import Workspace, open_workspace
 from ..models.gateway import workspace_services
@@ -171,7 +172,7 @@ class Bundle:
 
 # %% ../../nbs/lib/runner/bundle.ipynb #09855e8c
 def _yaml(path):
-    try: return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try: return yaml.safe_load(read_edited(path)) or {}
     except FileNotFoundError: raise SettingsError(f"{path} is missing. Restore it with git.") from None
     except yaml.YAMLError as error: raise SettingsError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 

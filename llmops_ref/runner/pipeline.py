@@ -18,7 +18,7 @@ from jupyter_core.utils import run_sync
 
 from ..core.client import REMEDIES, kind_of
 from ..core.config import explain, sleep_while_waiting
-from ..core.files import write_atomic
+from ..core.files import read_edited, write_atomic
 from ..core.machine import git_commit, usable_cores
 from ..core.page import duration
 from ..core.tracking import MLFLOW_SWITCHES
@@ -33,6 +33,10 @@ MORE_IMPORTS = dict(
     finetune=["langchain_openai", "transformers.models.llama.modeling_llama", "peft"],
     validation=["langchain_openai"],
 )
+
+# %% ../../nbs/lib/runner/pipeline.ipynb #aba15e41
+def _our_interpreter(spec):                         # of Jupyter: which program, with which variables
+    spec.argv, spec.env, spec.metadata = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], {}, {}
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #cc634636
 class StageKernel:
@@ -54,6 +58,7 @@ class StageKernel:
         )
         environment.pop("PYTHONDONTWRITEBYTECODE", None)    # set in many containers; each kernel would compile PyTorch and MLflow anew
         self.manager = AsyncKernelManager(kernel_name="python3")
+        _our_interpreter(self.manager.kernel_spec)
         imports = ", ".join(["os", *([] if stage.name in ALONE else USUAL_IMPORTS), *MORE_IMPORTS.get(stage.name, [])])
         options = [
             "--IPKernelApp.log_level=40",
@@ -81,11 +86,13 @@ def explain_error(
 ) -> str: # One line or several
     "What went wrong in a stage, and where."
     if type(error).__name__ == "DeadKernelError": return "The kernel died while a cell was running: it was killed, or ran out of memory."
-    if type(error).__name__ != "PapermillExecutionError": return _shortened(f"{type(error).__name__}: {error}")
+    if type(error).__name__ != "PapermillExecutionError":
+        return "\n".join([_shortened(f"{type(error).__name__}: {error}"), *_helps(error)])
     said = f"{error.ename}: {error.evalue or 'it says no more'}"
     if error.ename in OURS: return "\n".join(_lines(said))
-    helps = [REMEDIES[kind]] if (kind := kind_of(RuntimeError(said))) in ("expired", "full") else []      # whoever raised it
-    return "\n".join([_shortened(said), _place(error, executed), *helps])
+    return "\n".join([_shortened(said), _place(error, executed), *_helps(RuntimeError(said))])
+
+def _helps(error): return [REMEDIES[kind]] if (kind := kind_of(error)) in ("expired", "full", "locked") else []      # whoever raised it
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #6100217c
 def _shortened(text):
@@ -118,7 +125,7 @@ SKIPPED = "skip-execution"                          # a tag that Jupyter's own r
 def stage_notebook(ws: Workspace, stage: Stage):  # A notebook
     "What papermill executes: the file, its lessons to be skipped. A workspace may have taken the tag `parameters` off; here it is again."
     import nbformat
-    notebook = nbformat.read(ws.config.root / "nbs" / f"{stage.notebook}.ipynb", 4)
+    notebook = nbformat.reads(read_edited(ws.config.root / "nbs" / f"{stage.notebook}.ipynb"), 4)
     for cell in notebook.cells: cell.metadata["tags"] = ["parameters"] if _sets_env(cell) else []
     for cell in lessons(notebook.cells): cell.metadata["tags"] = [SKIPPED]
     return notebook
@@ -202,7 +209,8 @@ def run_stage(
     code = stage_code(stage, ws.config.root)
     error = _execute(notebook, dict(env=ws.config.env), running, kernel, on_progress)
     if running.exists():                            # not where the kernel never came up
-        put_back(running, notebook)
+        try: put_back(running, notebook)
+        except (ValueError, OSError) as full: error = error or full     # half of it, on a disk without room
         os.replace(running, output)
     if isinstance(error, KeyboardInterrupt): raise error
     if error: raise StageFailed(stage, explain_error(error, output), output, _read_json(result_file) or None)
@@ -358,6 +366,10 @@ class Screen(Lines):
         took = duration(done.get("seconds")) if state in ("ran", "failed") else state
         print(f"\r\033[K  \033[{colour}m{mark}\033[0m {stage.notebook:14} {took:>10}   {last_words(done)}", flush=True)
 
+# %% ../../nbs/lib/runner/pipeline.ipynb #41eca929
+def _where_it_is(ws, executed):                     # a notebook of some run, wherever the project was then
+    return ws.runs.joinpath(*Path(executed).parts[-2:]) if executed else None
+
 # %% ../../nbs/lib/runner/pipeline.ipynb #45ea8fca
 def _record(ws, run_id, started, states, status, command, folder):
     config, stages = ws.config, []
@@ -365,7 +377,7 @@ def _record(ws, run_id, started, states, status, command, folder):
         last, now = manifest(ws, stage), states.get(stage.name, dict(state="cached", why=""))
         if last is None and now["state"] == "cached": now = dict(state="pending", why="it has not run yet")
         known = last if now["state"] in ("ran", "cached") else now.get("result")
-        executed = now.get("executed") or (last or {}).get("executed")
+        executed = _where_it_is(ws, now.get("executed") or (last or {}).get("executed"))
         stages.append(
             dict(
                 name=stage.name, notebook=stage.notebook, title=notebook_title(config.root / "nbs" / f"{stage.notebook}.ipynb"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import llmops_ref
 from ..core.config import Config, SettingsError, read_shares
-from ..core.files import DataError
+from ..core.files import DataError, read_edited
 from ..core.machine import on_databricks
 from ..core.workspace import Workspace, open_workspace
 
@@ -74,7 +74,7 @@ def code_digest(
 
 # %% ../../nbs/lib/runner/plan.ipynb #93756e67
 def _cells(path):
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    try: return json.loads(read_edited(path))["cells"]
     except FileNotFoundError: raise DataError(f"The notebook {path} is missing. Restore it with git.") from None
     except (ValueError, KeyError, TypeError): raise DataError(f"{path} is no notebook that can be read. Restore it with git.") from None
 
@@ -118,7 +118,7 @@ def _file_of(module, package=_HERE):                 # in the package; `None` fo
 # %% ../../nbs/lib/runner/plan.ipynb #9974d75b
 @functools.cache
 def _packages(root):                                    # digest of the versions of what pyproject.toml asks for
-    asked = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    asked = tomllib.loads(read_edited(root / "pyproject.toml"))["project"]["dependencies"]
     names = [re.match(r"[\w.-]+", requirement)[0] for requirement in asked]
     def version(name):
         try: return importlib.metadata.version(name)
