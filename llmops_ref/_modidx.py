@@ -145,6 +145,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'llmops_ref/assistant/prompt_registry.py')},
             'llmops_ref.assistant.quotes': { 'llmops_ref.assistant.quotes._answers': ( 'lib/assistant/quotes.html#_answers',
                                                                                        'llmops_ref/assistant/quotes.py'),
+                                             'llmops_ref.assistant.quotes._by_words': ( 'lib/assistant/quotes.html#_by_words',
+                                                                                        'llmops_ref/assistant/quotes.py'),
                                              'llmops_ref.assistant.quotes.may_quote': ( 'lib/assistant/quotes.html#may_quote',
                                                                                         'llmops_ref/assistant/quotes.py'),
                                              'llmops_ref.assistant.quotes.quotable': ( 'lib/assistant/quotes.html#quotable',

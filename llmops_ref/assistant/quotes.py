@@ -9,11 +9,13 @@ __all__ = ['MOST_WORDS', 'CLOSER', 'SAME_WORDS', 'FAR', 'AHEAD', 'quotes', 'may_
 
 # %% ../../nbs/lib/assistant/quotes.ipynb #9a07e003
 import re
+from collections import Counter
 
 import numpy as np
 
 from ..core.config import Config, load_config
 from ..core.scoring import is_page
+from ..core.text import cut, length
 from ..documents.asking import first_sentence, page_heading, page_sentences, plain_markdown, table_rows
 from ..search.vector_index import terms
 
@@ -41,9 +43,9 @@ def quotable(
         said = first_sentence(text)
         return [(f"`{document_id}`" + (f": {said}" if said else ""), f"{document_id.replace('.', ' ')} {said or ''}")]
     heading, (_, _, body) = page_heading(text), plain_markdown(text).partition("\n")
-    found, beginning = page_sentences(text), " ".join(body.split()[:MOST_WORDS])
+    found, beginning = page_sentences(text), " ".join(cut(body, MOST_WORDS).split())
     parts = [" ".join(part.split()) for part in re.split(r"\n[ \t]*\n", body)]
-    whole = [part for part in parts if len(part.split()) <= MOST_WORDS and any(said in part and said != part for said in found)]
+    whole = [part for part in parts if length(part) <= MOST_WORDS and any(said in part and said != part for said in found)]
     around = [next((part for part in whole if said in part), said) for said in found]      # the next sentence may say the opposite
     offers = zip(around + table_rows(text) + whole, found + table_rows(text) + whole)
     return [(said, f"{heading}. {weighed}") for said, weighed in offers] or [(beginning, f"{heading}. {beginning}")]
@@ -66,6 +68,14 @@ def _answers(question, passage, likeness, least):   # whether a sentence of this
     if likeness < least or least < 0 or not is_page(id): return likeness >= least
     return likeness + SAME_WORDS * word_share(question, text) >= least + FAR
 
+# %% ../../nbs/lib/assistant/quotes.ipynb #7f61588b
+def _by_words(question, texts):                     # 0 to 1: the question's words that a text has, each counting for less the more texts have it
+    asked = set(terms(question))
+    shared = [asked & set(terms(text)) for text in texts]
+    known = Counter(word for words in shared for word in words)
+    most = sum(1 / n for n in known.values()) or 1
+    return np.array([sum(1 / known[word] for word in words) for words in shared]) / most
+
 # %% ../../nbs/lib/assistant/quotes.ipynb #9a07e013
 _UNNUMBERED = re.compile(r"\s*\[\d[\d,\s]*\]")                               # a footnote of the page is no citation of ours
 AHEAD = 0.05                                        # cosine by which the first passage is ahead of each that follows
@@ -85,7 +95,7 @@ def quote(
     ]
     if not offers: return ""
     texts = [weighed for *_, weighed in offers]
-    if embed is None: likeness = np.array([word_share(question, text) for text in texts])
+    if embed is None: likeness = _by_words(question, texts)
     else:
         asked, *vectors = np.asarray(embed([question, *texts]), float)
         likeness = np.array(vectors) @ asked
