@@ -8,7 +8,7 @@ Reads a question and the passages that were found. Leaves the best sentence of t
 __all__ = ['MOST_WORDS', 'CLOSER', 'SAME_WORDS', 'FAR', 'AHEAD', 'quotes', 'may_quote', 'quotable', 'word_share', 'quote']
 
 # %% ../../nbs/lib/assistant/quotes.ipynb #9a07e003
-import re
+import functools, re
 from collections import Counter
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..core.config import Config, load_config
 from ..core.scoring import is_page
 from ..core.text import cut, length
 from ..documents.asking import first_sentence, page_heading, page_sentences, plain_markdown, table_rows
-from ..search.vector_index import terms
+from ..search.vector_index import terms, tongue_of
 
 # %% ../../nbs/lib/assistant/quotes.ipynb #9a07e007
 def quotes(
@@ -51,13 +51,21 @@ def quotable(
     return [(said, f"{heading}. {weighed}") for said, weighed in offers] or [(beginning, f"{heading}. {beginning}")]
 
 # %% ../../nbs/lib/assistant/quotes.ipynb #11a10233
+@functools.cache
+def _no_content():                                  # words that say nothing of a subject, in fourteen languages
+    from bm25s import stopwords
+    return frozenset().union(*(getattr(stopwords, name) for name in dir(stopwords) if name.startswith("STOPWORDS_")))
+
+def _content(text, tongue): return set(terms(text, tongue)) - _no_content()
+
 def word_share(
     question: str,
     text: str,
-) -> float: # 0 to 1; 1 for a question without words
-    "Share of the question's words that a text has, as the search counts them: without endings, in pairs of signs where there are no spaces."
-    asked = set(terms(question))
-    return len(asked & set(terms(text))) / len(asked) if asked else 1.0
+) -> float: # 0 to 1; 1 for a question without such words
+    "Share of the question's content words that a text has: without endings, in pairs of signs where there are no spaces."
+    tongue = tongue_of([text])
+    asked = _content(question, tongue)
+    return len(asked & _content(text, tongue)) / len(asked) if asked else 1.0
 
 # %% ../../nbs/lib/assistant/quotes.ipynb #2662cc52
 CLOSER = 0.1                                        # cosine that a sentence must have beyond that of the passage around it
@@ -70,8 +78,9 @@ def _answers(question, passage, likeness, least):   # whether a sentence of this
 
 # %% ../../nbs/lib/assistant/quotes.ipynb #7f61588b
 def _by_words(question, texts):                     # 0 to 1: the question's words that a text has, each counting for less the more texts have it
-    asked = set(terms(question))
-    shared = [asked & set(terms(text)) for text in texts]
+    tongue = tongue_of(texts)
+    asked = _content(question, tongue)
+    shared = [asked & _content(text, tongue) for text in texts]
     known = Counter(word for words in shared for word in words)
     most = sum(1 / n for n in known.values()) or 1
     return np.array([sum(1 / known[word] for word in words) for words in shared]) / most
