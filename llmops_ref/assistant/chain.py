@@ -17,7 +17,7 @@ from dataclasses import asdict
 from .examples import open_examples, wants_examples
 from .quotes import CLOSER, quote, quotes, word_share
 from ..core.config import Config, SettingsError
-from ..core.scoring import CITED, CODE, REFUSAL, citations, is_refusal
+from ..core.scoring import CITED, CODE, REFUSAL, citations, invented_names, is_page, is_refusal
 from ..core.text import break_marks, word_pieces
 from ..core.workspace import Workspace
 from ..models.gateway import gateway_endpoint
@@ -189,7 +189,13 @@ def _facts(state, reply, text):
         passages=[dict(number=n, text=d.page_content, **d.metadata) for n, d in enumerate(documents, 1)],
         prompt_tokens=usage.get("input_tokens", 0), completion_tokens=usage.get("output_tokens", 0),
         served_by=said.get("model_name", ""), kept_seconds=said.get("kept_seconds", 0.0),
+        unknown_names=[] if is_refusal(text) else _unknown_names(text, state["question"], documents),
     )
+
+def _unknown_names(text, question, documents):      # of an API: what the answer names and no passage does
+    shown = [d.metadata["document_id"] for d in documents]
+    if all(map(is_page, shown)): return []
+    return invented_names(text, [*(d.page_content for d in documents), *shown, question], shown)
 
 # %% ../../nbs/lib/assistant/chain.ipynb #8bb98611
 def make_chain(

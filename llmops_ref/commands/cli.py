@@ -125,7 +125,7 @@ def _run(ws, env, steps, force, kept):
     for stage in record["stages"]:
         if stage["result"]: typer.echo(f"  {stage['notebook']:14} {stage['result']['headline']}")
     if "--set " in kept: typer.echo("\nWhat --set says holds for this run; the next one without it takes what settings.ini says.")
-    typer.echo(f"{_went_back(ws)}\nReport: {_report(ws)}\nTry:    " + "\n        ".join(f"{me()} {words}" for words in _to_try(ws, env)))
+    typer.echo(f"\nReport: {_report(ws)}\nTry:    " + "\n        ".join(f"{me()} {words}" for words in _to_try(ws, env)))
 
 # %% ../../nbs/lib/commands/cli.ipynb #7a6e0437
 def _to_try(ws, env):                               # only what this environment can do already
@@ -139,11 +139,11 @@ def _to_try(ws, env):                               # only what this environment
 def status(env: Env = "dev", as_json: Json = False):
     "Show every stage: up to date or not, how long it took, its headline."
     with manners():
-        from llmops_ref.runner.plan import STAGES, manifest, not_needed, reasons
+        from llmops_ref.runner.plan import STAGES, not_needed, reasons, shown
         from llmops_ref.core.page import duration
         ws, rows = workspace_of(env), []
         for stage in STAGES:
-            last, why, idle = manifest(ws, stage) or {}, reasons(ws, stage), not_needed(ws.config, stage)
+            last, why, idle = shown(ws, stage) or {}, reasons(ws, stage), not_needed(ws.config, stage)
             rows.append(
                 dict(
                     stage=stage.notebook,
@@ -156,7 +156,7 @@ def status(env: Env = "dev", as_json: Json = False):
         for row in rows:
             took = duration(row["seconds"]) or "–"
             typer.echo(f"  {row['stage']:14} {row['state']:11} {took:>10}   {row['headline'] or '; '.join(row['why'])}")
-        typer.echo(f"{_went_back(ws)}\nReport: {_report(ws)}")
+        typer.echo(f"\nReport: {_report(ws)}")
 
 # %% ../../nbs/lib/commands/cli.ipynb #86c1f8eb
 @app.command()
@@ -284,6 +284,8 @@ def ask(
                     for p in reply["passages"]:
                         if p["number"] in reply["citations"]:
                             typer.echo(typer.style(f"  [{p['number']}] {seen(p['document_id'])}", dim=True))
+                    if names := reply.get("unknown_names"):
+                        typer.secho(f"  No passage names {seen(', '.join(names))}. Look it up before you use it.", fg="yellow")
                     if reply.get("trace_id"):
                         typer.echo(typer.style(f"  {me()} vote {reply['trace_id']} --env {env} --up, or --down", dim=True))
 

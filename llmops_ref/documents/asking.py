@@ -146,8 +146,11 @@ def page_sentences(
 # %% ../../nbs/lib/documents/asking.ipynb #b7e4d002
 def _cells(line): return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
+# a row of a file of values: "- station: Old Market; docks: 16"
+_VALUES = re.compile(r"\s*[-*+] ([^:;]+: [^;]+(?:; [^:;]+: [^;]+)+)")
+
 def table_rows(
-    text: str, # A chunk of a page, with tables in Markdown
+    text: str, # A chunk of a page, with tables in Markdown, or rows of `read_csv`
 ) -> list[str]: # One text a row, in their order
     "What the rows of the tables say, each with the heads of its columns."
     found, heads, last = [], None, ""
@@ -157,6 +160,7 @@ def table_rows(
             first, *values = _cells(line)
             told = [f"{head} {value}".strip() for head, value in zip(heads[1:], values) if value]
             if first and told: found.append(f"{first}: {', '.join(told)}.")
+        elif row := _VALUES.fullmatch(line): found.append(f"{row[1]}.")
         else: heads = None
         last = line
     return found

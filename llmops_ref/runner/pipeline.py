@@ -23,7 +23,7 @@ from ..core.machine import git_commit, usable_cores
 from ..core.page import duration
 from ..core.tracking import MLFLOW_SWITCHES
 from ..core.workspace import Workspace
-from .plan import STAGES, Stage, Step, _cells, _sets_env, lessons, manifest, reasons, stage_code, waits_for, went_back
+from .plan import STAGES, Stage, Step, _cells, _sets_env, lessons, manifest, reasons, shown, stage_code, waits_for, went_back
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #9d1bcad8
 ALONE = {"hub"}                                     # it measures the machine: nothing may start up beside it until it says that it is done
@@ -337,7 +337,7 @@ def run_pipeline(
                 folder.mkdir(parents=True, exist_ok=True)
                 states[stage.name], failure = _run_one(ws, stage, why, folder, kernels, _next_to_run(steps, number), view, print_pages)
                 executed.append(folder / f"{stage.notebook}.ipynb")
-            elif state == "cached": view.stage_ended(stage, state, manifest(ws, stage))
+            elif state == "cached": view.stage_ended(stage, state, shown(ws, stage))
             elif state != "pending": view.stage_ended(stage, state, dict(headline=why))
             if state == "waiting": waiting = why
         print_pages()
@@ -374,7 +374,7 @@ def _where_it_is(ws, executed):                     # a notebook of some run, wh
 def _record(ws, run_id, started, states, status, command, folder):
     config, stages = ws.config, []
     for stage in STAGES:
-        last, now = manifest(ws, stage), states.get(stage.name, dict(state="cached", why=""))
+        last, now = shown(ws, stage), states.get(stage.name, dict(state="cached", why=""))
         if last is None and now["state"] == "cached": now = dict(state="pending", why="it has not run yet")
         known = last if now["state"] in ("ran", "cached") else now.get("result")
         executed = _where_it_is(ws, now.get("executed") or (last or {}).get("executed"))

@@ -6,7 +6,7 @@ Reads the notebooks, the settings and the books of each stage. Leaves a plan: wh
 
 # %% auto #0
 __all__ = ['STAGES', 'Stage', 'find_stage', 'code_digest', 'lessons', 'imports_of', 'stage_code', 'manifest', 'reasons',
-           'went_back', 'Step', 'not_needed', 'make_plan', 'check_parameters', 'check_models', 'check_words',
+           'went_back', 'shown', 'Step', 'not_needed', 'make_plan', 'check_parameters', 'check_models', 'check_words',
            'preflight', 'check_platform', 'check_databricks', 'waits_for']
 
 # %% ../../nbs/lib/runner/plan.ipynb #32873e81
@@ -194,12 +194,25 @@ def _undeployed(ws):                                # a version that was taken b
     return [f"version {challenger} may be deployed, and version {champion} serves"]
 
 # %% ../../nbs/lib/runner/plan.ipynb #6b2f9d02
-def went_back(ws: Workspace) -> str: # Empty if nobody did
-    "A sentence where a rollback came after the last deployment."
+def _back(ws):                                      # the note of a rollback that came after the last deployment
     note = ws.path("deployment.json")
     last = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-    if not last.get("rolled_back"): return ""
-    return f"Version {last['version']} serves now: somebody went back to it from version {last['previous']}."
+    return last if last.get("rolled_back") else {}
+
+def went_back(ws: Workspace) -> str: # Empty if nobody did
+    "A sentence where a rollback came after the last deployment."
+    last = _back(ws)
+    return f"Version {last['version']} serves now: somebody went back to it from version {last['previous']}." if last else ""
+
+def shown(
+    ws: Workspace,
+    stage: Stage,
+) -> dict | None: # From `manifest`
+    "A stage's last good run as people should see it: of a deployment that somebody took back it says who serves now."
+    done, last = manifest(ws, stage), _back(ws)
+    if done is None or stage.name != "deployment" or not last: return done
+    serves = dict(done.get("details") or {}, version=last["version"], previous_version=last["previous"])
+    return done | dict(headline=went_back(ws).rstrip("."), details=serves)
 
 # %% ../../nbs/lib/runner/plan.ipynb #0a2096f4
 def _touched(ws, name, old):                        # how many rows of a table, where its log says so
