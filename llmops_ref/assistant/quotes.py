@@ -77,7 +77,7 @@ def _answers(question, passage, likeness, least):   # whether a sentence of this
     return likeness + SAME_WORDS * word_share(question, text) >= least + FAR
 
 # %% ../../nbs/lib/assistant/quotes.ipynb #7f61588b
-def _by_words(question, texts):                     # 0 to 1: the question's words that a text has, each counting for less the more texts have it
+def _by_words(question, texts):                     # 0 to 1: the question's words that a text has; those of few texts count for more
     tongue = tongue_of(texts)
     asked = _content(question, tongue)
     shared = [asked & _content(text, tongue) for text in texts]

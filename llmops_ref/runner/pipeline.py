@@ -23,7 +23,8 @@ from ..core.machine import git_commit, usable_cores
 from ..core.page import duration
 from ..core.tracking import MLFLOW_SWITCHES
 from ..core.workspace import Workspace
-from .plan import STAGES, Stage, Step, _cells, _sets_env, lessons, manifest, reasons, shown, stage_code, waits_for, went_back
+from .plan import STAGES, Stage, Step, _cells, _sets_env, lessons, manifest, reasons, shown
+from .plan import stage_code, waits_for, went_back
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #9d1bcad8
 ALONE = {"hub"}                                     # it measures the machine: nothing may start up beside it until it says that it is done
