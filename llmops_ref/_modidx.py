@@ -682,6 +682,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'llmops_ref/core/services.py'),
                                           'llmops_ref.core.services.start_service': ( 'lib/core/services.html#start_service',
                                                                                       'llmops_ref/core/services.py'),
+                                          'llmops_ref.core.services.started_at': ( 'lib/core/services.html#started_at',
+                                                                                   'llmops_ref/core/services.py'),
                                           'llmops_ref.core.services.stop_leftovers': ( 'lib/core/services.html#stop_leftovers',
                                                                                        'llmops_ref/core/services.py'),
                                           'llmops_ref.core.services.stop_service': ( 'lib/core/services.html#stop_service',
