@@ -108,6 +108,7 @@ def quote(
     else:
         asked, *vectors = np.asarray(embed([question, *texts]), float)
         likeness = np.array(vectors) @ asked
-    number, said, _ = offers[int(np.argmax(likeness - AHEAD * np.array([n - 1 for n, *_ in offers])))]
-    if embed is not None and not _answers(question, passages[number - 1], likeness.max(), least): return ""
+    best = int(np.argmax(likeness - AHEAD * np.array([n - 1 for n, *_ in offers])))
+    number, said, _ = offers[best]
+    if embed is not None and not _answers(question, passages[number - 1], likeness[best], least): return ""
     return f"{said} [{number}]"

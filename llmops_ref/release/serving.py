@@ -12,6 +12,7 @@ __all__ = ['ROUTE', 'FRONT', 'NOBODY', 'serve_main', 'hangs', 'start_endpoint', 
 import argparse, asyncio, contextlib, json, os, sys, time
 
 import httpx
+from fastcore.basics import patch
 
 from ..assistant.versions import load_logged, serving_environment
 from ..core.config import SettingsError, sleep_while_waiting, stay_private
@@ -265,15 +266,6 @@ class LocalHost:
         self.front = self.front or open_front(self.ws, self.ws.config.serving_port)
         share_traffic(self.front, self.endpoints, shares)
 
-    def revive(self, seconds: float = 30.0) -> list[str]: # Versions that hung (see `hangs`), and are up anew
-        "Replace what cannot answer. Whoever waits for it hears that it broke off; who asks next is answered."
-        hung = [version for version, service in self.endpoints.items() if hangs(service, seconds)]
-        for version in hung:
-            stop_service(self.ws, self.endpoints[version], 1)
-            self.start(version)
-        if hung and self.front: share_traffic(self.front, self.endpoints, self.shares or {hung[0]: 1.0})
-        return hung
-
     def retire(self, version: str) -> None:
         "Let a version go that has no traffic any more; one that somebody else keeps up is theirs to stop."
         ours = (owner(), os.getpid(), *([self.front.owner] if self.front else []))
@@ -284,6 +276,17 @@ class LocalHost:
     def close(self) -> None:
         "Stop what was started here, unless a front door leads to it."
         for version in list(self.endpoints) if self.front is None else []: self.retire(version)
+
+# %% ../../nbs/lib/release/serving.ipynb #ff522992
+@patch
+def revive(self: LocalHost, seconds: float = 30.0) -> list[str]: # Versions that hung (see `hangs`), and are up anew
+    "Replace what cannot answer. Whoever waits for it hears that it broke off; who asks next is answered."
+    hung = [version for version, service in self.endpoints.items() if hangs(service, seconds)]
+    for version in hung:
+        stop_service(self.ws, self.endpoints[version], 1)
+        self.start(version)
+    if hung and self.front: share_traffic(self.front, self.endpoints, self.shares or {hung[0]: 1.0})
+    return hung
 
 # %% ../../nbs/lib/release/serving.ipynb #46486238
 if __name__ == "__main__" and sys.argv[0].endswith("serving.py"): serve_main()
