@@ -78,6 +78,7 @@ def mlflow(self: Tracking):
     os.environ |= {"MLFLOW_TRACKING_URI": database, "MLFLOW_REGISTRY_URI": database, "MLFLOW_EXPERIMENT_NAME": self.experiment}
     hush_pyspark()
     import mlflow
+    if mlflow.get_tracking_uri() != database and mlflow.get_active_model_id(): mlflow.clear_active_model()
     mlflow.set_tracking_uri(database)
     mlflow.set_registry_uri(database)               # else MLflow looks for a Spark session to ask
     if mlflow.get_experiment_by_name(self.experiment) is None:
