@@ -129,18 +129,30 @@ def copy_of(finished: Project, folder: Path) -> Project:
     return project
 
 
+PATIENCE = 600                                      # seconds: on a busy machine what a test waits for comes late, and that is no failure
+
+
+def until(holds, pause: float = 0.05):
+    "What `holds()` gives, once it is true."
+    deadline = time.monotonic() + PATIENCE
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"it did not come to that within {PATIENCE} s"
+        time.sleep(pause)
+    return found
+
+
 def pytest_configure(config):
     config.heard = os.dup(1)                                    # where people look, before pytest begins to keep what is printed
 
 
-LONGEST = "deployment gateway retrieval applications bundle feedback prompts monitoring run docs adopt kit finetune".split()
+FIRST = "deployment kit finetune first_questions gateway retrieval applications feedback run prompts monitoring docs bundle".split()
 
 
 def pytest_collection_modifyitems(items):
-    "The longest files first, so that no worker is left alone with one. The first needs the life cycle and makes it, the second does not."
+    "The longest files first, so that no worker is left alone with one. The first makes the life cycle; the next five do without it meanwhile."
     def rank(item):
         name = item.path.stem.removeprefix("test_")
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        return FIRST.index(name) if name in FIRST else len(FIRST)
     items.sort(key=rank)
 
 

@@ -4,7 +4,6 @@ Tiny random models are saved as any other, converted by llama.cpp's own converte
 our serving. What llama.cpp answers must be what transformers and PEFT compute, base and tuned, word for word of the vocabulary.
 """
 import json, shutil, subprocess, sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd

@@ -1,5 +1,5 @@
 """The project on a workspace, without one: the bundle in Databricks' own classes, and its jobs run on an emulator that starts each task for real."""
-import base64, copy, dataclasses, graphlib, importlib.metadata, json, os, re, shlex, shutil, socket, subprocess, sys, time, tomllib, zipfile
+import base64, contextlib, copy, dataclasses, graphlib, importlib.metadata, json, os, re, shlex, shutil, socket, subprocess, sys, tomllib, zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from databricks.sdk.service.workspace import ImportFormat
 
 from packaging.requirements import Requirement
 
-from conftest import BIN, ROOT, SMALL, Project, copy_of
+from conftest import BIN, ROOT, SMALL, Project, copy_of, until
 from llmops_ref.assistant.versions import REQUIREMENTS
 from llmops_ref.runner.bundle import _over, load_bundle
 from llmops_ref.core.config import SettingsError, load_config
@@ -374,9 +374,10 @@ class Emulator:
             [str(BIN / "minilake"), "--port", str(port)], env=environment, stdout=self.log, stderr=self.log, cwd=folder
         )
         self.client = WorkspaceClient(config=Config(host=f"http://127.0.0.1:{port}", token="x"))
-        for _ in range(100):
-            try: httpx.get(f"{self.client.config.host}/_minilake/health").raise_for_status(); break
-            except httpx.HTTPError: time.sleep(0.1)
+        def healthy():
+            assert self.process.poll() is None, "the workspace that stands in ended"
+            with contextlib.suppress(httpx.HTTPError): return httpx.get(f"{self.client.config.host}/_minilake/health").is_success
+        until(healthy)
 
     def local(self, path: str) -> str: return str(self.data / "workspace" / path.strip("/"))
 
@@ -421,8 +422,7 @@ class Emulator:
             **{f.name: value for f in dataclasses.fields(settings) if (value := getattr(settings, f.name)) is not None}
         )
         started = self.client.jobs.run_now(made.job_id, job_parameters=parameters or None)
-        deadline = time.time() + 900
-        while (run := self.client.jobs.get_run(started.run_id)).state.result_state is None and time.time() < deadline: time.sleep(0.2)
+        run = until(lambda: (seen := self.client.jobs.get_run(started.run_id)).state.result_state and seen, pause=0.2)
         self.result = run.state.result_state
         return {
             t.task_key: (

@@ -4,14 +4,14 @@ The quick half takes Spark's own client of Spark Connect, which is here. The slo
 version and the Python that serverless jobs have, in an environment of its own that holds nothing of the project but a
 wheel; the address is https, the token is asked for, and a worker of Spark first lacks our package and then has it.
 """
-import contextlib, json, os, re, shutil, subprocess, sys, time
+import contextlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from starlette.testclient import TestClient
 
-from conftest import BIN, ROOT
+from conftest import BIN, ROOT, until
 from llmops_ref.core.config import load_config
 from llmops_ref.core.workspace import open_workspace
 from llmops_ref.feedback.chat import chat_app, example_questions
@@ -32,10 +32,8 @@ def workspace(folder: Path, python, *words, **environment):
             [str(python), "-W", "ignore", str(HERE / "sail_workspace.py"), str(folder), *words], env=FREE | environment, stdout=log, stderr=log
         )
     try:
-        for _ in range(600):
-            if (folder / "workspace.json").exists(): break
-            assert process.poll() is None, (folder / "log").read_text()[-3000:]
-            time.sleep(0.1)
+        until(lambda: (folder / "workspace.json").exists() or process.poll() is not None)
+        assert process.poll() is None, (folder / "log").read_text()[-3000:]
         at = json.loads((folder / "workspace.json").read_text())
         yield dict(
             DATABRICKS_HOST=at["host"], DATABRICKS_TOKEN=at["token"], DATABRICKS_CONFIG_FILE=os.devnull, CONTRACT_RULES=str(folder / "rules.json")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from conftest import copy_of
+from conftest import copy_of, until
 from llmops_ref.assistant.versions import logged_settings, version_facts
 from llmops_ref.release.approval import ApprovalNeeded, check_approved, decide
 from llmops_ref.release.sbom import read_sbom
@@ -170,8 +170,7 @@ def test_killed_between_registering_and_the_verdict(shop):
     "The version is there, without a verdict; the old champion serves, and the next run goes on with it and makes no second one."
     other, before, champion = dict(QUESTION_WORDS="130") | BRIEF, len(versions(shop)), alias(shop, "champion")
     process = shop.start("run", "--env", "staging", "--only", "validation", **other)
-    deadline = time.time() + 120
-    while len(versions(shop)) == before and time.time() < deadline: time.sleep(0.2)
+    until(lambda: len(versions(shop)) > before or process.poll() is not None, pause=0.2)
     import psutil
     for child in psutil.Process(process.pid).children(recursive=True): child.kill()
     process.send_signal(signal.SIGKILL)

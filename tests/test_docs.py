@@ -4,7 +4,7 @@ import dataclasses, json, re, shlex, signal
 import httpx
 import pytest
 
-from conftest import ROOT, copy_of
+from conftest import PATIENCE, ROOT, copy_of
 from llmops_ref.core.config import Config
 from llmops_ref.kit.docs import anchor_of, broken_links, build_site, site_pages
 from llmops_ref.kit.fork import TUTORIAL, read_upstream
@@ -157,7 +157,7 @@ def test_the_serve_command(finished):
             httpx.post(
                 f"{address}/responses",
                 json=dict(model="assistant", input=[dict(role="user", content="How do I log a metric?")]),
-                timeout=120,
+                timeout=PATIENCE,
             )
             .raise_for_status()
             .json()

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, copy_of
 from llmops_ref.assistant.prompt_registry import designs
 from llmops_ref.core.config import load_config
-from llmops_ref.core.files import DataError, write_atomic
+from llmops_ref.core.files import write_atomic
 from llmops_ref.core.workspace import open_workspace
 from llmops_ref.evaluation.questions import add_question, load_questions
 from llmops_ref.kit.fork import write_setting

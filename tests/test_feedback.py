@@ -8,7 +8,7 @@ import httpx
 import pandas as pd
 import pytest
 
-from conftest import copy_of
+from conftest import PATIENCE, copy_of
 from llmops_ref.documents.asking import ask_about, first_sentence
 from llmops_ref.feedback.chat import find_trace
 from llmops_ref.core.config import load_config
@@ -134,7 +134,7 @@ def test_answers_go_on_while_the_store_of_traces_is_down_and_what_is_lost_is_cou
     "A store that nobody can write to or read from delays no answer; each request is on record afterwards, or counted as missing."
     ws, host, version = served
     first = host.ask("How do I log a metric?", version)["trace_id"]
-    collect_requests(ws, [first], patience=60)
+    collect_requests(ws, [first], patience=PATIENCE)
     lock = sqlite3.connect(ws.path("mlflow.db"), isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")                 # the file is ours
     try:  # a time-out of a minute would end the test here
@@ -147,7 +147,7 @@ def test_answers_go_on_while_the_store_of_traces_is_down_and_what_is_lost_is_cou
 
     gone = [host.ask("How do I log a metric?", version)["trace_id"] for _ in range(2)]
     before = count_lost(arrived).lost.sum()
-    spans, end = len(find_trace(ws, first).data.spans), time.time() + 60
+    spans, end = len(find_trace(ws, first).data.spans), time.time() + PATIENCE
     for trace in gone: # its parts are written one by one, and one that came after the deletion would bring it back
         while (
             (found := find_trace(ws, trace)) is None or found.info.state == "IN_PROGRESS" or len(found.data.spans) < spans
@@ -157,14 +157,14 @@ def test_answers_go_on_while_the_store_of_traces_is_down_and_what_is_lost_is_cou
         ws.mlflow().get_experiment_by_name(ws.experiment).experiment_id, trace_ids=gone
     )  # as if they had never been written
     last = host.ask("How do I log a metric?", version)["trace_id"]
-    collect_requests(ws, [last], patience=60)          # on a busy machine the endpoint writes late
+    collect_requests(ws, [last], patience=PATIENCE)          # on a busy machine the endpoint writes late
     assert count_lost(ws.read("requests")).lost.sum() == before + 2
 
 
 def test_personal_data_is_in_no_trace_and_in_no_table_but_in_the_answer(served):
     ws, host, version = served
     reply = host.ask("My address is ada.lovelace@example.com and my phone +44 20 7946 0958. How do I log a metric?", version)
-    collect_requests(ws, [reply["trace_id"]], patience=60)
+    collect_requests(ws, [reply["trace_id"]], patience=PATIENCE)
     row = ws.read("requests").set_index("trace_id").loc[reply["trace_id"]]
     assert "[email]" in row.question and "[phone]" in row.question
     assert "ada.lovelace" in reply["question"]
@@ -184,7 +184,7 @@ def test_a_user_who_leaves_in_mid_stream_leaves_the_server_well(served):
     pieces.close()                                  # hangs up
     whole = list(stream_endpoint(host.endpoints[version].url, "How do I log a metric?", dict(user="ann")))
     assert "".join(whole[:-1]) == whole[-1]["answer"] and whole[-1]["version"] == version and whole[-1]["first_token_seconds"] > 0
-    collect_requests(ws, [whole[-1]["trace_id"]], patience=60)
+    collect_requests(ws, [whole[-1]["trace_id"]], patience=PATIENCE)
     row = ws.read("requests").set_index("trace_id").loc[whole[-1]["trace_id"]]
     assert row.user == "ann" and row.first_token_seconds > 0 and row.answer == whole[-1]["answer"]
     for _ in range(20):
@@ -198,7 +198,7 @@ def test_a_failed_request_is_a_row(served):
     ws, host, version = served
     with pytest.raises(Exception): host.ask("   ", version)
     last = host.ask("How do I log a metric?", version)["trace_id"]
-    collect_requests(ws, [last], patience=60)
+    collect_requests(ws, [last], patience=PATIENCE)
     failed = ws.read("requests").query("status == 'ERROR'")
     assert len(failed) == 1 and "question is empty" in failed.error.iloc[0] and failed.version.iloc[0] == version
 
@@ -301,7 +301,7 @@ def _something_it_gets_wrong(shop, ws):
     found = [(d, q, s) for d, (kind, q), s in found if kind == "howto"]
     replies = [
         json.loads(line)
-        for line in shop.llmops("ask", "--env", "staging", "--json", stdin="\n".join(q for _, q, _ in found)).stdout.splitlines()
+        for line in shop.inside("ask", "--env", "staging", "--json", stdin="\n".join(q for _, q, _ in found)).stdout.splitlines()
     ]
     for (document, question, sentence), reply in zip(found, replies):
         if document == (reply["passages"] or [dict(document_id="")])[0]["document_id"] and not names_gold(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from conftest import PATIENCE
 from llmops_ref.tuning.training import Recipe, fit, last_checkpoint, launch, prepare_training
 from llmops_ref.core.files import DataError
 
@@ -139,7 +140,7 @@ def test_full_disk(base, undisturbed, tmp_path):
     folder = prepare_training(tmp_path, base, pairs(), RECIPE)
     kill_at(folder, 7)
     def no_room(): signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-    with start(folder, preexec_fn=no_room) as process: _, said = process.communicate(timeout=300)
+    with start(folder, preexec_fn=no_room) as process: _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "A checkpoint could not be written" in said and "The one of step 4 is whole" in said, said[-2000:]
     assert [p.name for p in folder.glob("checkpoints/checkpoint-*")] == ["checkpoint-4"]
     result = fit(folder)

@@ -1,11 +1,11 @@
 "A model's file, fetched for real: pip and Hugging Face's library on sockets of ours, processes that are killed, a disk that is full."
-import hashlib, io, json, os, random, shutil, signal, subprocess, sys, threading, time, zipfile
+import hashlib, io, json, os, random, shutil, signal, subprocess, sys, threading, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, until
 from llmops_ref.core.config import load_config
 from llmops_ref.core.workspace import open_workspace
 from llmops_ref.models.catalog import find_model, read_models
@@ -127,19 +127,12 @@ class Desk:
 
     def fetch(self, *names, **more): # Exit status, stdout, stderr
         process = self.start(*names, **more)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE)
         return process.returncode, out, err
 
     def left(self): # what lies in the cache, by name
         files = [path.name for path in (self.root / "cache").rglob("*") if path.is_file()]
         return sorted(name for name in files if name not in (".fetch.lock", "digests.json", "empty.db"))      # the last is MLflow's
-
-
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from conftest import copy_of
+from conftest import PATIENCE, copy_of
 from llmops_ref.core.config import load_config
 from llmops_ref.core.workspace import open_workspace
 
@@ -80,5 +80,5 @@ def test_many_who_open_a_copy_at_once_find_it_led_there(finished, tmp_path):
     store, code = project.root.joinpath(*STORE), "from llmops_ref.core.database import *; print(len(follow_store(*map(Path, sys.argv[1:]))))"
     command = [sys.executable, "-c", f"import sys; from pathlib import Path; {code}", store / "mlflow.db", store / "artifacts"]
     opened = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert sorted(one.communicate(timeout=120)[0].strip() for one in opened) == ["0", "0", "0", "1"]
+    assert sorted(one.communicate(timeout=PATIENCE)[0].strip() for one in opened) == ["0", "0", "0", "1"]
     assert locations(project) == {project.root.joinpath(*STORE).as_uri()}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import grpc, httpx, matplotlib, pytest, requests
 from langchain_core.exceptions import ModelConnectionError
 
-from conftest import BIN, ROOT
+from conftest import BIN, PATIENCE, ROOT
 from llmops_ref.core.client import brief_client
 from llmops_ref.core.config import LOOPBACK, QUIET, SettingsError, load_config, stay_private
 from llmops_ref.core.services import start_service, stop_service
@@ -86,7 +86,7 @@ def test_the_hook_sees(tmp_path):
 def test_a_question(finished, tmp_path):
     seen = watched(finished, tmp_path, **SET["capitals"])
     done = subprocess.run(
-        [BIN / "llmops", "ask", "--env", "staging", ANSWER], cwd=finished.root, env=seen.environment, capture_output=True, text=True, timeout=300
+        [BIN / "llmops", "ask", "--env", "staging", ANSWER], cwd=finished.root, env=seen.environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0 and done.stdout.strip() and "proxy" not in done.stderr, done.stdout + done.stderr
     assert check_kept(seen), "the model of this machine was asked"
@@ -114,7 +114,7 @@ model = mlflow.pyfunc.load_model({uri!r}, suppress_warnings=True)
 print(model.predict(dict(input=[dict(role='user', content={ANSWER!r})]))['output'][0]['content'][0]['text'])
 """
     (tmp_path / "hook" / "serves.py").write_text(code)              # with a name: Spark's client ends a process whose code has none
-    done = subprocess.run([sys.executable, "-m", "serves"], cwd=tmp_path, env=seen.environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "serves"], cwd=tmp_path, env=seen.environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr[-2000:]
     check_kept(seen)
 
@@ -132,7 +132,7 @@ def test_a_stage_with_spark(project, tmp_path):
     seen = watched(project, tmp_path, **SET["capitals"], LLMOPS_CORPUS="pages", LLMOPS_QUESTIONS="data/own.jsonl", LLMOPS_REGRESSIONS="")
     done = subprocess.run(
         [BIN / "llmops", "run", "--env", "dev", "--only", "corpus"], cwd=project.root, env=seen.environment, capture_output=True, text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0 and f"{SPARK_FILES + 1} documents" in done.stdout, done.stdout + done.stderr
     check_kept(seen)

@@ -4,7 +4,7 @@ import json
 import pandas as pd
 import pytest
 
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from llmops_ref.bench.choices import SEARCH_QUESTIONS
 from llmops_ref.evaluation.questions import load_questions, twins
 from llmops_ref.core.scoring import names_gold
@@ -114,7 +114,7 @@ def test_a_bad_question_is_refused_and_the_file_stays(project, arguments, says):
 def test_people_who_add_at_once_do_not_overwrite_each_other(project):
     words = ("apples", "pears", "plums", "cherries")
     jobs = [project.start("questions", "add", "--type", "unanswerable", "--question", f"What do {word} cost in Rome?") for word in words]
-    said = [job.communicate(timeout=120)[0] for job in jobs]
+    said = [job.communicate(timeout=PATIENCE)[0] for job in jobs]
     rows = load_questions(file(project), drafts=True).query("draft")
     assert rows.id.tolist() == ["q155", "q156", "q157", "q158"] and {q.split()[2] for q in rows.question} == set(words), said
 

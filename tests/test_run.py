@@ -1,10 +1,10 @@
 """The life cycle as a user meets it: one command, offline, resumable, with errors that say what to do."""
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import grimp, psutil, pytest
 
-from conftest import no_network
+from conftest import PATIENCE, no_network, until
 from llmops_ref.core.config import load_config
 from llmops_ref.runner.plan import STAGES, lessons
 from llmops_ref.core.workspace import open_workspace
@@ -149,9 +149,9 @@ def test_changed_questions_are_noticed(finished):
     path.write_text(original)
 
 
-def at_work(runner, seconds=60):
+def at_work(runner):
     "The kernel of the stage that a run is in the middle of: the one that has told how far it is. (Another may wait for the next stage.)"
-    for _ in range(int(100 * seconds)):
+    def found():
         for process in psutil.Process(runner).children(recursive=True):
             try:
                 progress = Path(process.environ().get("LLMOPS_PROGRESS", "/nowhere"))
@@ -162,8 +162,7 @@ def at_work(runner, seconds=60):
                 ):
                     return process
             except (psutil.Error, OSError): pass                                           # it just ended
-        time.sleep(0.01)
-    raise AssertionError(f"no stage was at work within {seconds} s")
+    return until(found, pause=0.01)
 
 
 def test_killed_kernel_then_resume(finished):
@@ -173,7 +172,7 @@ def test_killed_kernel_then_resume(finished):
     shutil.rmtree(finished.root / "stores" / "staging" / "tables" / "embeddings")          # and so that it takes a while
     run = finished.start("run", "--env", "staging")
     at_work(run.pid).send_signal(signal.SIGKILL)
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 1
     assert (
         "03_retrieval failed" in output
@@ -199,9 +198,7 @@ def test_a_kernel_that_is_killed_while_it_waits_is_replaced(project, tmp_path, m
         kernels.prepare(STAGES[1])
         killed = kernels.waiting[0]
         os.kill(killed.manager.provisioner.pid, signal.SIGKILL)
-        for _ in range(100):
-            if not killed.alive(): break
-            time.sleep(0.05)
+        until(lambda: not killed.alive())
         taken = kernels.take(STAGES[1])
         try: assert taken is not killed and taken.alive() and not os.path.exists(killed.scratch.name)
         finally: taken.stop()

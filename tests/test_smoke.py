@@ -1,12 +1,11 @@
 """The smoke job: here all its checks for real, and against a workspace on a socket that refuses in each of the ways that we know of."""
-import json, os, shutil, socket, subprocess, sys, threading, time
+import json, os, shutil, socket, subprocess, sys
 
 import pytest
-from databricks.sdk.errors import PermissionDenied
 from databricks.sdk.service import catalog as uc, serving, vectorsearch
 from databricks.sdk.service.jobs import Run
 
-from conftest import BIN, CACHE, ROOT
+from conftest import CACHE, ROOT
 from llmops_ref.core.client import REMEDIES, brief_client
 from llmops_ref.core.config import SettingsError, load_config
 from llmops_ref.core.files import DataError

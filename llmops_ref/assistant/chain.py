@@ -6,9 +6,9 @@ Reads the index, a prompt and an endpoint. Leaves the chain that every stage ask
 
 # %% auto #0
 __all__ = ['FENCE', 'PLAIN_PROMPT', 'DIRECT_PROSE', 'DIRECT_PROMPT', 'NEVER_ASKED', 'SHARED', 'cut_words', 'passage_block',
-           'check_template', 'build_messages', 'fit_words', 'check_citations', 'take_out_marks', 'make_chain',
-           'retriever_class', 'as_retriever', 'open_endpoint', 'served_endpoint', 'lowest_cosine', 'open_chains',
-           'open_assistants', 'open_assistant']
+           'check_template', 'build_messages', 'fit_words', 'check_citations', 'take_out_marks', 'instructions',
+           'take_out_instructions', 'make_chain', 'retriever_class', 'as_retriever', 'open_endpoint', 'served_endpoint',
+           'lowest_cosine', 'open_chains', 'open_assistants', 'open_assistant']
 
 # %% ../../nbs/lib/assistant/chain.ipynb #e2b9e145
 import contextlib, functools, os, re
@@ -18,7 +18,7 @@ from .examples import open_examples, wants_examples
 from .quotes import CLOSER, quote, quotes, word_share
 from ..core.config import Config, SettingsError
 from ..core.scoring import CITED, CODE, REFUSAL, citations, invented_names, is_page, is_refusal
-from ..core.text import break_marks, word_pieces
+from ..core.text import break_marks, length, word_pieces, words
 from ..core.workspace import Workspace
 from ..models.gateway import gateway_endpoint
 from ..models.llm import Endpoint, chat_client, room_of, serve_gguf
@@ -152,32 +152,62 @@ def take_out_marks(
     while _MARK.search(text): text = _MARK.sub("", text)            # one may be hidden in another
     return text.lstrip()
 
+# %% ../../nbs/lib/assistant/chain.ipynb #5d24c38a
+def instructions(
+    template: str,
+) -> list[list[str]]: # The words of each
+    "The sentences of a prompt template that are meant for its model alone."
+    sentences = re.split(rf"\{{\{{.*?\}}\}}|{_NEXT}", template)
+    return [words(text) for text in sentences if text and length(text) >= 5 and words(text) != words(REFUSAL)]
+
+_NEXT = r"(?<=[.!?])\s+|(?<=[。！？])|\n+"           # where a sentence ends and the next begins
+
+# %% ../../nbs/lib/assistant/chain.ipynb #5df95a76
+def take_out_instructions(
+    text: str, # As a model wrote it
+    orders: list[list[str]], # From `instructions`
+) -> str:
+    "The text without the sentences of its prompt."
+    for order in orders:
+        said = _BETWEEN.join(map(re.escape, order))
+        text = re.sub(rf"{_BEGINS}[\s*-]*{said}{_ENDS}", "", text, flags=re.I)
+    return text
+
+_BETWEEN = r"(?:(?![.!?]\s|[。！？\n])[\W_])*"         # words, all of one sentence
+_BEGINS = r"(?:^|(?<=[.!?]\s)|(?<=[。！？\n]))"
+_ENDS = r"(?:[^\w\s]*[.!?:。！？]\s*|[^\w\s]*(?=\n|$))"
+
 # %% ../../nbs/lib/assistant/chain.ipynb #3e72dda4
-def _settled(text): # No open brackets and no open code at its end, and no space before them
+def _settled(text, orders=()): # No open brackets and no open code at its end, and no space before them
     plain = re.sub(CODE, lambda code: "-" * len(code[0]), text)
     opens = plain.find("`", plain.rfind("\n") + 1)
-    return re.sub(r"\s*(\[[\d\s,]*|<[\s/]*(\w+\s*)?)*$", "", text[:opens] if opens >= 0 else text)
+    return _spoken(re.sub(r"\s*(\[[\d\s,]*|<[\s/]*(\w+\s*)?)*$", "", text[:opens] if opens >= 0 else text), orders)
+
+def _spoken(text, orders): # Without a last sentence that may become one of the prompt
+    start = max((end.end() for end in re.finditer(_NEXT, text)), default=0)
+    begun = "".join(words(text[start:]))
+    return text[:start].rstrip() if any("".join(order).startswith(begun) for order in orders) else text
 
 # %% ../../nbs/lib/assistant/chain.ipynb #bd5904f2
-def _checked(text, documents):
+def _checked(text, documents, orders=()):
     was = None
     while text != was:
         was = text
-        text = check_citations(take_out_marks(text), documents)
+        text = check_citations(take_out_instructions(take_out_marks(text), orders), documents)
     return text.lstrip()
 
 # %% ../../nbs/lib/assistant/chain.ipynb #47bd9d13
-def _check(chunks):
+def _check(chunks, orders=()):
     from langchain_core.runnables import AddableDict
     state, reply, sent = {}, None, ""
     for chunk in chunks:
         state |= {key: value for key, value in chunk.items() if key != "reply"}
         if (piece := chunk.get("reply")) is None: continue                      # a chunk of the state, or no model was asked
         reply = piece if reply is None else reply + piece
-        text = _settled(_checked(reply.text, state["documents"]))
+        text = _settled(_checked(reply.text, state["documents"], orders), orders)
         if len(text) > len(sent): yield AddableDict(answer=text[len(sent):])
         sent = max(text, sent, key=len)
-    text = (reply is not None and _checked(reply.text, state["documents"]).rstrip()) or REFUSAL
+    text = (reply is not None and _checked(reply.text, state["documents"], orders).rstrip()) or REFUSAL
     if text != sent: yield AddableDict(answer=text[len(sent):])
     yield AddableDict(_facts(state, reply, text))
 
@@ -246,7 +276,7 @@ def make_chain(
         | RunnablePassthrough.assign(fits=RunnableLambda(fit, name="fit"))
         | RunnablePassthrough.assign(cut=RunnableLambda(cut, name="cut"))
         | RunnableBranch((irrelevant, refuse), ask)
-        | RunnableGenerator(_check, name="check")
+        | RunnableGenerator(functools.partial(_check, orders=instructions(template)), name="check")
     )
 
 # %% ../../nbs/lib/assistant/chain.ipynb #fb7cb1a5
