@@ -6,7 +6,7 @@ Reads the list of candidate models. Leaves the table `scorecard`, and the chosen
 
 # %% auto #0
 __all__ = ['PROGRAMS', 'NEVER', 'Candidate', 'list_candidates', 'reachability', 'passed_over', 'summarise', 'probe_candidates',
-           'retired', 'choose', 'register_choice']
+           'retired', 'references', 'choose', 'register_choice']
 
 # %% ../nbs/01_hub.ipynb #6c67e85b
 import contextlib, io, json, os, tempfile, threading, time, urllib.request
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from .core.config import SettingsError
+from .core.config import Config, SettingsError
 from .core.files import DataError, file_digest, write_atomic
 from .core.scoring import MAY_BE_BUSY, fair_seconds, mrr_at_k, recall_at_k
 from .core.workspace import Workspace
@@ -216,6 +216,17 @@ def retired(
     if unknown := [name for name in names if name not in known]:
         raise SettingsError(f"`hub_retired` names {', '.join(unknown)}, which is no candidate. There are {', '.join(known)}.")
     return {name: "retired: `hub_retired` names it" for name in names}
+
+# %% ../nbs/01_hub.ipynb #5011b178
+def references(
+    config: Config,
+    shortlist: list[Candidate],
+    skipped: dict[str, str], # Name -> why it is not probed in any case
+) -> dict[str, str]: # Name -> why it is not probed here
+    "The candidates that are never chosen, where gates only inform."
+    if config.gate_mode != "inform": return {}
+    never = [c.name for c in shortlist if c.runner == "transformers" and not skipped.get(c.name)]
+    return {name: "a reference, not a server: probed where `gate_mode` is raise" for name in never}
 
 # %% ../nbs/01_hub.ipynb #3efd8ce5
 def choose(

@@ -73,6 +73,7 @@ def give_back_the_first_page(root):
 
 
 OWN_ENVIRONMENT = pytest.mark.slow(reason="a renamed project installs itself, and runs its own life cycle and lessons")
+ANOTHER_HISTORY = pytest.mark.slow(reason="the upgrade of a fork once more, which has another history")
 
 
 def called(project, *words) -> subprocess.CompletedProcess:
@@ -440,6 +441,7 @@ def test_the_upgrade_command_of_a_renamed_project(acme, upstream):
     assert git(acme.root, "status", "--porcelain") == ""
 
 
+@ANOTHER_HISTORY
 def test_own_commits_before_the_rename_stay(upstream, tmp_path):
     "A team that had worked before it ran `init`, and appended to pyproject.toml: the first upgrade brings upstream's change and takes nothing of theirs away."
     fork = clone_of(upstream, tmp_path / "fork")
@@ -478,6 +480,7 @@ def test_own_commits_before_the_rename_stay(upstream, tmp_path):
     ) == "", "half an upgrade is none"
 
 
+@ANOTHER_HISTORY
 def test_a_template_without_history(upstream, tmp_path):
     "GitHub's *Use this template* copies the files and drops the history: the first tree says where it came from."
     folder = tmp_path / "template"

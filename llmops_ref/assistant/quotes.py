@@ -42,13 +42,17 @@ def quotable(
     if not is_page(document_id):
         said = first_sentence(text)
         return [(f"`{document_id}`" + (f": {said}" if said else ""), f"{document_id.replace('.', ' ')} {said or ''}")]
-    heading, (_, _, body) = page_heading(text), plain_markdown(text).partition("\n")
+    heading, body = page_heading(text), plain_markdown(text.partition("\n")[2])
     found, beginning = page_sentences(text), " ".join(cut(body, MOST_WORDS).split())
     parts = [" ".join(part.split()) for part in re.split(r"\n[ \t]*\n", body)]
     whole = [part for part in parts if length(part) <= MOST_WORDS and any(said in part and said != part for said in found)]
     around = [next((part for part in whole if said in part), said) for said in found]      # the next sentence may say the opposite
     offers = zip(around + table_rows(text) + whole, found + table_rows(text) + whole)
-    return [(said, f"{heading}. {weighed}") for said, weighed in offers] or [(beginning, f"{heading}. {beginning}")]
+    return [(said, f"{heading}. {_title(weighed, parts)}{weighed}") for said, weighed in offers] or [(beginning, f"{heading}. {beginning}")]
+
+def _title(said, parts):                            # a line of a few words that stands alone above a paragraph says what it is about
+    above = next((before for before, part in zip(parts, parts[1:]) if said in part), "")
+    return f"{above}. " if 0 < length(above) <= 6 and above[-1] not in ".!?:;|।。！？" else ""
 
 # %% ../../nbs/lib/assistant/quotes.ipynb #11a10233
 @functools.cache

@@ -73,10 +73,11 @@ WAITING = 3                                         # exit code of a run that en
 def _show_plan(ws, steps):
     from llmops_ref.core.page import duration
     from llmops_ref.runner.estimate import said_beforehand
+    from llmops_ref.runner.plan import in_a_line
     typer.echo(f"Plan for {ws.config.env}:")
     for step in steps:
         last = f"last {duration(step.seconds)}" if step.seconds else ""
-        typer.echo(f"  {step.state:7} {step.stage.notebook:14} {last:>16}   {step.why[:110]}")
+        typer.echo(f"  {step.state:7} {step.stage.notebook:14} {last:>16}   {in_a_line(step.why, 110)}")
         if step.stage.name == "finetune" and step.state in ("run", "maybe"):
             for line in said_beforehand(ws): typer.echo(f"  {'':22} {'':>16}   {line}")
 

@@ -114,8 +114,11 @@ _SHORT = re.compile(
     r"(?:\b(?:approx|dr|mr|mrs|ms|prof|st|no|nr|vs|etc|fig|sec|ca|bzw|resp|e\.g|i\.e|z\.B|d\.h)|\b[A-Z])\.$", re.I
 )  # ends no sentence
 
+_BOLD_LINE = re.compile(r"^[ \t]*(\*\*|__)(?=\S)((?:(?!\1)[^\n])+)\1[ \t]*$", re.M)
+
 def plain_markdown(text: str) -> str:
-    "Markdown without links, emphasis and pictures; fenced code is gone."
+    "Markdown without links, emphasis and pictures; fenced code is gone, and a line that is all bold stands alone, as a heading does."
+    text = _BOLD_LINE.sub(r"\n\2\n", text)
     text = re.sub(r"^[ \t]*(?:[-*+]|\d+[.)])?[ \t]*(```|~~~).*?^[ \t]*\1[^\n]*$", "", text, flags=re.M | re.S)
     text = re.sub(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])", r"\1", re.sub(r"!?\[([^\]\n]*)\]\([^)\s]*\)", r"\1", text))
     return text.replace("`", "")
@@ -168,7 +171,7 @@ def table_rows(
 # %% ../../nbs/lib/documents/asking.ipynb #97c5ed69
 def page_heading(text: str) -> str: # "" if only the title of the page stands above it
     "The last heading above a chunk of a page, without its number."
-    *above, last = plain_markdown(text.partition("\n")[0]).split(" › ")
+    *above, last = plain_markdown(text.partition("\n")[0]).strip().split(" › ")
     return _NUMBERED.sub("", last).strip(" #:.") if above else ""
 
 # %% ../../nbs/lib/documents/asking.ipynb #78703dfb

@@ -39,9 +39,10 @@ def _copy_fields(reader, writer, **changed):
 
 # %% ../../nbs/lib/models/weights.ipynb #5a82c11c
 def gguf_in_memory():
-    "While this lasts, GGUF files are read as a whole: in a memory map each of a million small reads costs a call of Python."
+    "While this lasts, GGUF files are read as a whole, and once: in a memory map each of a million small reads costs a call of Python."
     import numpy as np
-    return unittest.mock.patch("numpy.memmap", lambda path, dtype=np.uint8, mode="r": np.fromfile(path, dtype=dtype))
+    read = functools.cache(lambda path, dtype: np.fromfile(path, dtype=dtype))
+    return unittest.mock.patch("numpy.memmap", lambda path, dtype=np.uint8, mode="r": read(str(path), dtype))
 
 # %% ../../nbs/lib/models/weights.ipynb #02978cf2
 def reencode(
@@ -111,7 +112,7 @@ def _save_dequantised(file, folder):
     def parse_once(value, types, parse=getattr(module, private, None)):
         if id(value) not in seen: seen[id(value)] = parse(value, types)
         return seen[id(value)]
-    # transformers reads the file three times, and makes one table of names 397 times
+    # transformers reads the file seven times, and makes one table of names 397 times
     with gguf_in_memory(), unittest.mock.patch.multiple(gguf, **once), unittest.mock.patch.object(module, private, parse_once, create=True):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

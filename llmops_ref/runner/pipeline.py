@@ -24,7 +24,7 @@ from ..core.page import duration
 from ..core.tracking import MLFLOW_SWITCHES
 from ..core.workspace import Workspace
 from .plan import STAGES, Stage, Step, _cells, _sets_env, lessons, manifest, reasons, shown
-from .plan import stage_code, waits_for, went_back
+from .plan import in_a_line, stage_code, waits_for, went_back
 
 # %% ../../nbs/lib/runner/pipeline.ipynb #9d1bcad8
 ALONE = {"hub"}                                     # it measures the machine: nothing may start up beside it until it says that it is done
@@ -237,7 +237,7 @@ class Lines(Quiet):
 
     def stage_started(self, stage, why):
         self.beat = time.time()
-        print(f"  run     {stage.notebook:14} {why[:100]}", flush=True)
+        print(f"  run     {stage.notebook:14} {in_a_line(why)}", flush=True)
 
     def stage_progress(self, stage, progress, seconds):
         if time.time() - self.beat > 30:

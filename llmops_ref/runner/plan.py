@@ -6,8 +6,8 @@ Reads the notebooks, the settings and the books of each stage. Leaves a plan: wh
 
 # %% auto #0
 __all__ = ['STAGES', 'Stage', 'find_stage', 'code_digest', 'lessons', 'imports_of', 'stage_code', 'manifest', 'reasons',
-           'went_back', 'shown', 'Step', 'not_needed', 'make_plan', 'check_parameters', 'check_models', 'check_words',
-           'preflight', 'check_platform', 'check_databricks', 'waits_for']
+           'went_back', 'shown', 'Step', 'in_a_line', 'not_needed', 'make_plan', 'check_parameters', 'check_models',
+           'check_words', 'preflight', 'check_platform', 'check_databricks', 'waits_for']
 
 # %% ../../nbs/lib/runner/plan.ipynb #32873e81
 import ast, functools, hashlib, importlib.metadata, importlib.util, json, re, tomllib
@@ -238,6 +238,16 @@ class Step:
     why: str
     seconds: float | None # Duration of the last good run
     headline: str = ""
+
+# %% ../../nbs/lib/runner/plan.ipynb #8485d855
+def in_a_line(
+    why: str, # Reasons, with "; " between them
+    most: int = 100, # Signs
+) -> str:
+    "The first reasons, as many as fit, and the number of the others; the first one is always there."
+    shown, *others = why.split("; ")
+    while others and len(f"{shown}; {others[0]}") <= most: shown += f"; {others.pop(0)}"
+    return shown + (f"; and {len(others)} more" if others else "")
 
 # %% ../../nbs/lib/runner/plan.ipynb #c999be0d
 def not_needed(
