@@ -73,6 +73,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'llmops_ref/assistant/chain.py'),
                                             'llmops_ref.assistant.chain._off_topic': ( 'lib/assistant/chain.html#_off_topic',
                                                                                        'llmops_ref/assistant/chain.py'),
+                                            'llmops_ref.assistant.chain._orders': ( 'lib/assistant/chain.html#_orders',
+                                                                                    'llmops_ref/assistant/chain.py'),
                                             'llmops_ref.assistant.chain._settled': ( 'lib/assistant/chain.html#_settled',
                                                                                      'llmops_ref/assistant/chain.py'),
                                             'llmops_ref.assistant.chain._spoken': ( 'lib/assistant/chain.html#_spoken',

@@ -152,7 +152,8 @@ def test_changed_questions_are_noticed(finished):
 def at_work(runner):
     "The kernel of the stage that a run is in the middle of: the one that has told how far it is. (Another may wait for the next stage.)"
     def found():
-        for process in psutil.Process(runner).children(recursive=True):
+        assert (run := psutil.Process(runner)).status() != psutil.STATUS_ZOMBIE, "the run has ended"
+        for process in run.children(recursive=True):
             try:
                 progress = Path(process.environ().get("LLMOPS_PROGRESS", "/nowhere"))
                 if (

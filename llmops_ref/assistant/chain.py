@@ -157,8 +157,15 @@ def instructions(
     template: str,
 ) -> list[list[str]]: # The words of each
     "The sentences of a prompt template that are meant for its model alone."
-    sentences = re.split(rf"\{{\{{.*?\}}\}}|{_NEXT}", template)
-    return [words(text) for text in sentences if text and length(text) >= 5 and words(text) != words(REFUSAL)]
+    found, before = [], ""
+    for line in re.split(r"\{\{.*?\}\}|\n", template):
+        if not before.endswith(":") or re.match(r"\s*([-*•]|\d+[.)])\s", line): found += _orders(line)
+        before = line.rstrip()
+    return [words(text) for text in found if length(text) >= 5 and words(text) != words(REFUSAL)]
+
+def _orders(line):                                  # up to a colon: what follows it may be what shall be said
+    sentences = re.split(_NEXT, line)
+    return sentences[:next((n for n, text in enumerate(sentences, 1) if ":" in text), None)]
 
 _NEXT = r"(?<=[.!?])\s+|(?<=[。！？])|\n+"           # where a sentence ends and the next begins
 
