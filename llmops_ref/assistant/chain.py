@@ -20,6 +20,7 @@ from ..core.config import Config, SettingsError
 from ..core.scoring import CITED, CODE, REFUSAL, citations, invented_names, is_page, is_refusal
 from ..core.text import break_marks, length, word_pieces, words
 from ..core.workspace import Workspace
+from ..documents.asking import first_sentence
 from ..models.gateway import gateway_endpoint
 from ..models.llm import Endpoint, chat_client, room_of, serve_gguf
 from ..models.weights import chosen_gguf
@@ -128,6 +129,23 @@ def _mend_paths(text, documents):
         return alike[0] if len(alike) == 1 and found[0] not in names and found[0] not in shown else found[0]
     return re.sub(r"(?<=`)\w+\.(?:\w+\.)+(?P<last>\w+)(?=[`(])", mended, text)         # a dotted name in backticks
 
+# %% ../../nbs/lib/assistant/chain.ipynb #7a1c2492
+def _own_sentence(text, documents, ended=True):     # one that is being written ends when the next word begins
+    use, end = r"(?P<head>[^`\n]*`(?P<name>[\w.]+)[^`\n]*`[^`\n\[.!?]*\[(?P<n>\d+)\]\.?\s)", r"(?=\s|[A-Z]|$)" if ended else r"(?=\s|[A-Z])"
+    found = re.match(rf"{use}(?P<said>[^\n]+?[.!?]){end}", text)
+    shown = documents[int(found["n"]) - 1:int(found["n"])] if found and int(found["n"]) else []
+    if not shown or shown[0].metadata["document_id"] != found["name"]: return text
+    own, said = shown[0].page_content, " ".join(words(found["said"]))
+    if said in " ".join(words(own)) or said not in [" ".join(order) for order in _firsts(documents)]: return text
+    return f"{found['head']}{first_sentence(own) or ''}".rstrip() + text[found.end():]
+
+def _firsts(documents):                             # the words of what each object is for
+    said = [first_sentence(d.page_content) for d in documents if not is_page(d.metadata["document_id"])]
+    return [words(text) for text in said if text]
+
+def _others(text, documents):                       # of those that are not cited first: a stream holds them back
+    return _firsts([d for n, d in enumerate(documents, 1) if n not in citations(text)[:1]])
+
 # %% ../../nbs/lib/assistant/chain.ipynb #3cded162
 def check_citations(
     text: str,
@@ -196,27 +214,33 @@ def _spoken(text, orders): # Without a last sentence that may become one of the 
     return text[:start].rstrip() if any("".join(order).startswith(begun) for order in orders) else text
 
 # %% ../../nbs/lib/assistant/chain.ipynb #bd5904f2
-def _checked(text, documents, orders=()):
+def _checked(text, documents, orders=(), ended=True):
     was = None
     while text != was:
         was = text
-        text = check_citations(take_out_instructions(take_out_marks(text), orders), documents)
+        text = _own_sentence(check_citations(take_out_instructions(take_out_marks(text), orders), documents), documents, ended)
     return text.lstrip()
 
 # %% ../../nbs/lib/assistant/chain.ipynb #47bd9d13
 def _check(chunks, orders=()):
     from langchain_core.runnables import AddableDict
     state, reply, sent = {}, None, ""
+    def checked(ended=True): return _checked(reply.text, state["documents"], orders, ended)
+    def settled(text): return _settled(text, [*orders, *_others(text, state["documents"])])
     for chunk in chunks:
         state |= {key: value for key, value in chunk.items() if key != "reply"}
         if (piece := chunk.get("reply")) is None: continue                      # a chunk of the state, or no model was asked
         reply = piece if reply is None else reply + piece
-        text = _settled(_checked(reply.text, state["documents"], orders), orders)
+        text = settled(checked(ended=False))
         if len(text) > len(sent): yield AddableDict(answer=text[len(sent):])
         sent = max(text, sent, key=len)
-    text = (reply is not None and _checked(reply.text, state["documents"], orders).rstrip()) or REFUSAL
+    text = checked().rstrip() if reply is not None else ""
+    broken_off = text and reply.response_metadata.get("finish_reason") == "length"
+    text = (_with_dots(text if text[-1] in ".!?。！？" else settled(text)) if broken_off else text) or REFUSAL
     if text != sent: yield AddableDict(answer=text[len(sent):])
     yield AddableDict(_facts(state, reply, text))
+
+def _with_dots(text): return text and f"{text} ..."
 
 def _facts(state, reply, text):
     documents, usage, said = state["documents"], (reply is not None and reply.usage_metadata) or {}, getattr(reply, "response_metadata", {})

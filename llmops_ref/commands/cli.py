@@ -285,6 +285,9 @@ def ask(
                     for p in reply["passages"]:
                         if p["number"] in reply["citations"]:
                             typer.echo(typer.style(f"  [{p['number']}] {seen(p['document_id'])}", dim=True))
+                    if (verdict := reply.get("validation", "PASSED")) != "PASSED":
+                        said = f"  Version {reply['version']}, which answers, is {verdict}: `{me()} versions --env {env}` says why."
+                        typer.secho(said, fg="yellow", err=True)
                     if names := reply.get("unknown_names"):
                         typer.secho(f"  No passage names {seen(', '.join(names))}. Look it up before you use it.", fg="yellow")
                     if reply.get("trace_id"):

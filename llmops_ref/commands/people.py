@@ -71,6 +71,15 @@ def vote(
 # %% ../../nbs/lib/commands/people.ipynb #7090915b
 def _line(text): return seen(" ".join(str(text).split()))
 
+# %% ../../nbs/lib/commands/people.ipynb #6c11616e
+def _decided(ws, accept, uses):                     # what becomes of a vote that was reviewed
+    if not accept: return "rejected, or withdrawn if it had been accepted; the next run goes without it."
+    from llmops_ref.runner.plan import find_stage, not_needed
+    idle = not_needed(ws.config, find_stage("finetune")) if "pair" in uses.split() else ""
+    said = f"accepted as {uses.replace(' ', ' and ')}. The next run takes it up: {me()} run --env {ws.config.env}"
+    advice = "Mend the document, or accept it as a question."
+    return said + (f"\n  But a pair changes no answer here, since nothing is trained: {idle}. {advice}" if idle else "")
+
 # %% ../../nbs/lib/commands/people.ipynb #825cbdeb
 def _show_vote(row, number, n):
     typer.secho(
@@ -127,13 +136,7 @@ def review(
             if accept is None: raise SettingsError("Say --accept or --reject.")
             row = review_feedback(ws, feedback_id, who(by), accept, answer, tuple(uses or ["pair"]))
             if as_json: return out(row)
-            typer.echo(
-                f"{feedback_id} is"
-                f""" {
-                    'accepted as ' + row['uses'].replace(' ', ' and ') + '. The next run takes it up: ' + me() + ' run --env ' + env
-                    if accept else 'rejected, or withdrawn if it had been accepted; the next run goes without it'}."""
-                .replace(f"--env {env}.", f"--env {env}")
-            )
+            typer.echo(f"{feedback_id} is {_decided(ws, accept, row['uses'])}")
         else:
             waiting = to_review(ws)
             if as_json: return out(waiting.to_dict("records"))

@@ -79,15 +79,16 @@ def _gold_of(answer, documents, from_pages=list, closed={}):         # closed: d
     meant = next(filter(None, (closest_id(name, documents) for name in named)), None)
     raise DataError(
         (
-            f"`{named[0]}` is not among the {len(documents):,} documents of this environment, so there is no passage to learn from."
+            f"`{named[0]}` is not among the {len(documents):,} documents of this environment, so no answer"
+            " can rest on it: raise `corpus_documents` (0 = all), or reject this feedback."
             if named
             else (
                 f"The answer {answer[:80]!r} names no document in backticks, and no page that was shown says it, so there is no passage to"
                 " learn from."
             )
         )
-        + (f" Did you mean `{meant}`?" if meant else " Name one, or refuse.")
-        + (f" That would not do either: {closed[meant]}" if meant in closed else "")
+        + (f" Did you mean `{meant}`?" if meant else "" if named else " Name one, or refuse.")
+        + (f" That would not do either: {closed[meant].partition('. ')[0]}." if meant in closed else "")
     )
 
 # %% ../../nbs/lib/feedback/review.ipynb #488ba3f6

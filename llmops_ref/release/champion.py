@@ -200,5 +200,7 @@ def open_champion(ws: Workspace):
     "Load the champion in this process; yields a function from a question to the answer dictionary, and pieces to a second argument."
     version = ws.deployed()
     with load_assistant(ws, version, trace=True) as ask:
-        def answer(question, on_piece=None): return ask(dict(question=question), on_piece) | dict(version=version)
+        tags = ws.mlflow().MlflowClient().get_model_version(ws.registered("assistant"), version).tags
+        facts = dict(version=version, validation=tags.get("model_validation_status", "PENDING"))
+        def answer(question, on_piece=None): return ask(dict(question=question), on_piece) | facts
         yield answer
