@@ -88,7 +88,7 @@ def test_drafts_are_asked_in_dev_and_everywhere_called_drafts(adopted):
     assert (
         left["corpus"]["state"] == left["questions"]["state"] == "ok"
         and "30 questions" in left["drafts"]["found"]
-        and "flatter" in left["drafts"]["found"]
+        and "says little" in left["drafts"]["found"]
     )
     staging = adopted.inside("run", "--env", "staging", "--to", "corpus")
     assert staging.returncode == 1 and "only drafts" in staging.stderr, "nothing is gated on what nobody has read"

@@ -198,7 +198,7 @@ class Turn {
     this.toPassages.hidden = !n;
     this.up.hidden = this.down.hidden = this.toSteps.hidden = !facts.trace_id;
     this.passages.replaceChildren(...(facts.passages ?? []).map((p) => this.passage(p)));
-    $(".facts", this.root).textContent = [APPS[facts.app ?? info.app] ?? facts.app, facts.version && `version ${facts.version}`, seconds(facts.seconds), facts.unknown_names?.length && `no passage names ${facts.unknown_names.join(", ")}`, this.root.previousElementSibling && "answered by itself: earlier questions are not remembered"].filter(Boolean).join(" · ");
+    $(".facts", this.root).textContent = [APPS[facts.app ?? info.app] ?? facts.app, facts.version && `version ${facts.version}`, seconds(facts.seconds), facts.unknown_names?.length && `no passage names ${facts.unknown_names.join(", ")}`, facts.unsaid_words?.length && `no document says ${facts.unsaid_words.join(", ")}`, this.root.previousElementSibling && "answered by itself: earlier questions are not remembered"].filter(Boolean).join(" · ");
     $(".facts", this.root).title = facts.served_by ? `Answered by ${facts.served_by}` : "";
     this.under.hidden = false;
     if (n && kept.get("passages") === "yes") this.toggle(this.passages, this.toPassages, true);

@@ -15,7 +15,7 @@ import contextlib, functools, os, re
 from dataclasses import asdict
 
 from .examples import open_examples, wants_examples
-from .quotes import CLOSER, quote, quotes, word_share
+from .quotes import CLOSER, quote, quotes, word_share, words_nobody_says
 from ..core.config import Config, SettingsError
 from ..core.scoring import CITED, CODE, REFUSAL, citations, invented_names, is_page, is_refusal
 from ..core.text import break_marks, length, word_pieces, words
@@ -251,6 +251,7 @@ def _facts(state, reply, text):
         prompt_tokens=usage.get("input_tokens", 0), completion_tokens=usage.get("output_tokens", 0),
         served_by=said.get("model_name", ""), kept_seconds=said.get("kept_seconds", 0.0),
         unknown_names=[] if is_refusal(text) else _unknown_names(text, state["question"], documents),
+        unsaid_words=[] if is_refusal(text) else state.get("unsaid", []),
     )
 
 def _unknown_names(text, question, documents):      # of an API: what the answer names and no passage does
@@ -305,7 +306,7 @@ def make_chain(
         RunnablePassthrough.assign(asked=RunnableLambda(read, name="read"))
         | RunnablePassthrough.assign(documents=RunnableLambda(retrieve, name="retrieve"))
         | RunnablePassthrough.assign(fits=RunnableLambda(fit, name="fit"))
-        | RunnablePassthrough.assign(cut=RunnableLambda(cut, name="cut"))
+        | RunnablePassthrough.assign(cut=RunnableLambda(cut, name="cut"), unsaid=RunnableLambda(functools.partial(_unsaid, retriever)))
         | RunnableBranch((irrelevant, refuse), ask)
         | RunnableGenerator(functools.partial(_check, orders=instructions(template)), name="check")
     )
@@ -331,6 +332,13 @@ def _off_topic(retriever, state, refuse_below):     # whether no passage has to 
     if not getattr(getattr(retriever, "index", None), "foreign", False):
         return _beside_the_point([d.metadata for d in state["documents"]], refuse_below)
     return refuse_below > 0 and all(word_share(state["asked"], d.page_content) < SHARED for d in state["documents"])
+
+# %% ../../nbs/lib/assistant/chain.ipynb #535f7015
+def _unsaid(retriever, state):
+    index = getattr(retriever, "index", None)
+    pages = state["documents"] and all(is_page(d.metadata["document_id"]) for d in state["documents"])
+    if not pages or getattr(index, "foreign", True): return []
+    return words_nobody_says(state["asked"], index.bm25.vocab_dict, index.tongue)
 
 # %% ../../nbs/lib/assistant/chain.ipynb #38b217f7
 @functools.cache

@@ -290,6 +290,8 @@ def ask(
                         typer.secho(said, fg="yellow", err=True)
                     if names := reply.get("unknown_names"):
                         typer.secho(f"  No passage names {seen(', '.join(names))}. Look it up before you use it.", fg="yellow")
+                    if missing := reply.get("unsaid_words"):
+                        typer.secho(f"  No document says {seen(', '.join(missing))}. The answer may be about something else.", fg="yellow")
                     if reply.get("trace_id"):
                         typer.echo(typer.style(f"  {me()} vote {reply['trace_id']} --env {env} --up, or --down", dim=True))
 

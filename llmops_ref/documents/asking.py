@@ -171,7 +171,7 @@ def table_rows(
 # %% ../../nbs/lib/documents/asking.ipynb #97c5ed69
 def page_heading(text: str) -> str: # "" if only the title of the page stands above it
     "The last heading above a chunk of a page, without its number."
-    *above, last = plain_markdown(text.partition("\n")[0]).strip().split(" › ")
+    *above, last = plain_markdown(text.partition("\n")[0]).strip("\n").split(" › ")
     return _NUMBERED.sub("", last).strip(" #:.") if above else ""
 
 # %% ../../nbs/lib/documents/asking.ipynb #78703dfb

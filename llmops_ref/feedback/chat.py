@@ -36,7 +36,7 @@ from ..release.hosting import open_host
 log = logging.getLogger(__name__)
 FACTS = (
     "answer", "passages", "citations", "refused", "app", "version", "served_by", "trace_id", "seconds",
-    "first_token_seconds", "prompt_tokens", "completion_tokens", "cost_usd", "unknown_names",
+    "first_token_seconds", "prompt_tokens", "completion_tokens", "cost_usd", "unknown_names", "unsaid_words",
 )
 BROKEN = "Something went wrong on the server. Its log says what."     # and we do not: it may name files and addresses
 

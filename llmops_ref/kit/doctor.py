@@ -592,7 +592,7 @@ def _sample_data(root, config, taken):
                 "drafts",
                 "note",
                 counted(rows.draft.sum(), "question waits", "questions wait") + " for a review: "
-                + ("drafts flatter what is measured in dev" if config.draft_questions else "nobody asks a draft"),
+                + ("what is measured in dev says little of real questions" if config.draft_questions else "nobody asks a draft"),
                 "llmops questions list --drafts; llmops questions review <id> --accept",
             )
         )

@@ -105,7 +105,7 @@ def verdict(
     if drafts := int(asked.get("drafts") or 0):
         are = f"{'is a draft' if drafts == 1 else 'are drafts'} that nobody has reviewed"
         reasons.append(
-            f"Attention: {drafts} of the {counted(int(asked.get('questions', drafts)), 'evaluation question')} {are}. Such numbers flatter."
+            f"Attention: {drafts} of the {counted(int(asked.get('questions', drafts)), 'evaluation question')} {are}, so the numbers say little."
         )
     if run.get("waiting"): reasons.append(f"Attention: {run['waiting']}")
     if run.get("went_back"): reasons.append(f"Attention: {run['went_back']}")
