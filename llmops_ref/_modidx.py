@@ -3003,6 +3003,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'llmops_ref/tuning/teacher.py')},
             'llmops_ref.tuning.training': { 'llmops_ref.tuning.training.Recipe': ( 'lib/tuning/training.html#recipe',
                                                                                    'llmops_ref/tuning/training.py'),
+                                            'llmops_ref.tuning.training._asking_nobody': ( 'lib/tuning/training.html#_asking_nobody',
+                                                                                           'llmops_ref/tuning/training.py'),
                                             'llmops_ref.tuning.training._disk_full': ( 'lib/tuning/training.html#_disk_full',
                                                                                        'llmops_ref/tuning/training.py'),
                                             'llmops_ref.tuning.training._end': ( 'lib/tuning/training.html#_end',

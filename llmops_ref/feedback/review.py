@@ -268,7 +268,7 @@ def trace_case(
         ),
     ]
     case = next((c for c in reviewed_cases(ws).itertuples() if c.id == feedback_id), None)
-    if case is None: rows.append(("waits", "nobody has reviewed it", ""))
+    if case is None: rows.append(("waits", "nobody has reviewed it", f"llmops review {feedback_id} --env {ws.config.env}"))
     else:
         rows.append(
             (

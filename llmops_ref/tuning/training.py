@@ -14,6 +14,7 @@ import errno, hashlib, importlib.metadata, importlib.util, json, math, os, re, s
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 
@@ -436,6 +437,8 @@ def _trainer(model, rows, held_out, recipe, steps, folder, accumulate, on_step):
     return trainer
 
 # %% ../../nbs/lib/tuning/training.ipynb #b0bb2f2f
+def _asking_nobody(): return patch.dict(os.environ, HF_HUB_OFFLINE="1")
+
 def fit(
     folder: Path, # From `prepare_training`
     on_step=None, # Called with (step, steps, text)
@@ -453,7 +456,8 @@ def fit(
         else dict(tokens=recipe.tokens, steps=0)
     )
     while True:
-        try: return _fit(folder, job, pairs, recipe, plan, on_step)
+        try:
+            with _asking_nobody(): return _fit(folder, job, pairs, recipe, plan, on_step)
         except Exception as error:
             if _disk_full(error): raise _no_disk(folder, error) from None
             if not _out_of_memory(error): raise
