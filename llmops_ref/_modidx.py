@@ -89,8 +89,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'llmops_ref/assistant/chain.py'),
                                             'llmops_ref.assistant.chain._unsaid': ( 'lib/assistant/chain.html#_unsaid',
                                                                                     'llmops_ref/assistant/chain.py'),
-                                            'llmops_ref.assistant.chain._with_dots': ( 'lib/assistant/chain.html#_with_dots',
-                                                                                       'llmops_ref/assistant/chain.py'),
                                             'llmops_ref.assistant.chain._words': ( 'lib/assistant/chain.html#_words',
                                                                                    'llmops_ref/assistant/chain.py'),
                                             'llmops_ref.assistant.chain.as_retriever': ( 'lib/assistant/chain.html#as_retriever',

@@ -226,7 +226,7 @@ def references(
     "The candidates that are never chosen, where gates only inform."
     if config.gate_mode != "inform": return {}
     never = [c.name for c in shortlist if c.runner == "transformers" and not skipped.get(c.name)]
-    return {name: "a reference, not a server: probed where `gate_mode` is raise" for name in never}
+    return {name: f"{NEVER['transformers']}: probed where `gate_mode` is raise" for name in never}
 
 # %% ../nbs/01_hub.ipynb #3efd8ce5
 def choose(

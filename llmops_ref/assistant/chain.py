@@ -208,7 +208,7 @@ def _settled(text, orders=()): # No open brackets and no open code at its end, a
     opens = plain.find("`", plain.rfind("\n") + 1)
     return _spoken(re.sub(r"\s*(\[[\d\s,]*|<[\s/]*(\w+\s*)?)*$", "", text[:opens] if opens >= 0 else text), orders)
 
-def _spoken(text, orders): # Without a last sentence that may become one of the prompt
+def _spoken(text, orders): # Without a last sentence that may become one of these, and go
     start = max((end.end() for end in re.finditer(_NEXT, text)), default=0)
     begun = "".join(words(text[start:]))
     return text[:start].rstrip() if any("".join(order).startswith(begun) for order in orders) else text
@@ -235,12 +235,12 @@ def _check(chunks, orders=()):
         if len(text) > len(sent): yield AddableDict(answer=text[len(sent):])
         sent = max(text, sent, key=len)
     text = checked().rstrip() if reply is not None else ""
-    broken_off = text and reply.response_metadata.get("finish_reason") == "length"
-    text = (_with_dots(text if text[-1] in ".!?。！？" else settled(text)) if broken_off else text) or REFUSAL
+    if text and reply.response_metadata.get("finish_reason") == "length":
+        whole = text if text[-1] in ".!?。！？" else settled(text)
+        text = whole and f"{whole} ..."
+    text = text or REFUSAL
     if text != sent: yield AddableDict(answer=text[len(sent):])
     yield AddableDict(_facts(state, reply, text))
-
-def _with_dots(text): return text and f"{text} ..."
 
 def _facts(state, reply, text):
     documents, usage, said = state["documents"], (reply is not None and reply.usage_metadata) or {}, getattr(reply, "response_metadata", {})

@@ -245,9 +245,9 @@ def in_a_line(
     most: int = 100, # Signs
 ) -> str:
     "The first reasons, as many as fit, and the number of the others; the first one is always there."
-    shown, *others = why.split("; ")
-    while others and len(f"{shown}; {others[0]}") <= most: shown += f"; {others.pop(0)}"
-    return shown + (f"; and {len(others)} more" if others else "")
+    line, *others = why.split("; ")
+    while others and len(f"{line}; {others[0]}") <= most: line += f"; {others.pop(0)}"
+    return line + (f"; and {len(others)} more" if others else "")
 
 # %% ../../nbs/lib/runner/plan.ipynb #c999be0d
 def not_needed(
