@@ -795,6 +795,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'llmops_ref/core/tables.py'),
                                         'llmops_ref.core.tables.Tables._row_digests': ( 'lib/core/tables.html#tables._row_digests',
                                                                                         'llmops_ref/core/tables.py'),
+                                        'llmops_ref.core.tables.Tables._rows': ( 'lib/core/tables.html#tables._rows',
+                                                                                 'llmops_ref/core/tables.py'),
                                         'llmops_ref.core.tables.Tables.add': ( 'lib/core/tables.html#tables.add',
                                                                                'llmops_ref/core/tables.py'),
                                         'llmops_ref.core.tables.Tables.changes_since': ( 'lib/core/tables.html#tables.changes_since',

@@ -93,13 +93,19 @@ def table_version(self: Tables, table: str) -> str:
     "Version of a table, as text; `DataError` if there is no such table."
     return str(self._delta(table).version())
 
+# %% ../../nbs/lib/core/tables.ipynb #766851b4
+@patch
+def _rows(self: Tables, delta, table, columns=None):
+    from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
+    return delta.to_pandas(columns=columns, filesystem=SubTreeFileSystem(str(self.store / "tables" / table), LocalFileSystem()))
+
 # %% ../../nbs/lib/core/tables.ipynb #89d318d0
 @patch
 def read(self: Tables, table: str) -> pd.DataFrame:
     "Read a table into pandas, and note that this stage depends on it."
     delta = self._delta(table)
     self.reads[f"table:{table}"] = str(delta.version())
-    return delta.to_pandas()
+    return self._rows(delta, table)
 
 # %% ../../nbs/lib/core/tables.ipynb #1e18ebe3
 @patch
@@ -246,7 +252,7 @@ def merge(
 def _row_digests(self: Tables, table, key, columns):     # key -> digest, or None if the table has other columns and must be written anew
     delta = self._delta(table)
     if [field.name for field in delta.schema().fields] != columns: return None
-    rows = delta.to_pandas(columns=[key, "digest"])
+    rows = self._rows(delta, table, columns=[key, "digest"])
     return dict(zip(rows[key], rows.digest))
 
 # %% ../../nbs/lib/core/tables.ipynb #620d029f
