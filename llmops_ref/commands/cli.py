@@ -20,7 +20,7 @@ from .models import models_app
 from .operations import operations_app
 from .people import people_app
 from .project import kit_app
-from .terminal import Env, Json, given, manners, me, one_of, out, patience, seen, workspace_of
+from .terminal import ASK, FORK, PEOPLE, RUN, Env, Json, given, manners, me, one_of, out, patience, seen, workspace_of
 from ..core.config import SettingsError, begin_process, explain, load_config
 from ..core.files import DataError, counted
 
@@ -32,7 +32,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 def begin(): begin_process()                        # before any command imports what computes
 
 # %% ../../nbs/lib/commands/cli.ipynb #e0a0fc40
-@app.command()
+@app.command(rich_help_panel=RUN)
 def run(
     env: Env = "dev",
     start: Annotated[Optional[str], typer.Option("--from", help="First stage, such as 03 or retrieval")] = None,
@@ -136,7 +136,7 @@ def _to_try(ws, env):                               # only what this environment
     yield f"status --env {env}"
 
 # %% ../../nbs/lib/commands/cli.ipynb #84928e42
-@app.command()
+@app.command(rich_help_panel=RUN)
 def status(env: Env = "dev", as_json: Json = False):
     "Show every stage: up to date or not, how long it took, its headline."
     with manners():
@@ -160,7 +160,7 @@ def status(env: Env = "dev", as_json: Json = False):
         typer.echo(f"\nReport: {_report(ws)}")
 
 # %% ../../nbs/lib/commands/cli.ipynb #86c1f8eb
-@app.command()
+@app.command(rich_help_panel=RUN)
 def summary(
     env: Env = "dev",
     against: Annotated[
@@ -176,7 +176,7 @@ def summary(
         if against and other is None: typer.echo(f"There is no run in {against} to compare with.")
 
 # %% ../../nbs/lib/commands/cli.ipynb #a63dedae
-@app.command()
+@app.command(rich_help_panel=RUN)
 def why(
     stage: Annotated[str, typer.Argument(help="Such as 03 or retrieval")],
     env: Env = "dev",
@@ -200,7 +200,7 @@ def why(
             )
 
 # %% ../../nbs/lib/commands/cli.ipynb #6ad22139
-@app.command()
+@app.command(rich_help_panel=RUN)
 def config(env: Env = "dev", as_json: Json = False):
     "Print each setting and where its value came from."
     with manners():
@@ -230,7 +230,7 @@ def _questions(question):
     return list(lines.values()), True
 
 # %% ../../nbs/lib/commands/cli.ipynb #2540f30b
-@app.command()
+@app.command(rich_help_panel=ASK)
 def search(
     question: Question = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many passages")] = 5,
@@ -256,7 +256,7 @@ def search(
                     )
 
 # %% ../../nbs/lib/commands/cli.ipynb #9c705d37
-@app.command()
+@app.command(rich_help_panel=ASK)
 def ask(
     question: Question = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it is written")] = False,
@@ -297,7 +297,7 @@ def ask(
 
 # %% ../../nbs/lib/commands/cli.ipynb #8e45d1b0
 questions_app = typer.Typer(no_args_is_help=True, help="The evaluation questions: list, add, review, check.")
-app.add_typer(questions_app, name="questions")
+app.add_typer(questions_app, name="questions", rich_help_panel=PEOPLE)
 
 def _documents(ws):
     try: return ws.read("documents")
@@ -384,8 +384,9 @@ def review(
         from llmops_ref.evaluation.questions import review_question
         if accept is None: raise SettingsError(f"Say --accept or --reject. The draft is shown by `{me()} questions list --drafts --json`.")
         ws = workspace_of(env)
-        review_question(ws.read_file(ws.config.questions), id, accept, by)
-        typer.echo(f"{id} is {'used from the next run on' if accept else 'deleted'}.")
+        was = review_question(ws.read_file(ws.config.questions), id, accept, by)
+        if accept: return typer.echo(f"{id} is used from the next run on.")
+        typer.echo(f"{id} is deleted. To have it back, add its line to {ws.config.questions}:\n{seen(was)}")
 
 # %% ../../nbs/lib/commands/cli.ipynb #45231350
 @questions_app.command("check")
@@ -410,7 +411,7 @@ def check(env: Env = "dev", as_json: Json = False):
 
 # %% ../../nbs/lib/commands/cli.ipynb #598ddae5
 bundle_app = typer.Typer(no_args_is_help=True, help="The project on a Databricks workspace: plan, connect.")
-app.add_typer(bundle_app, name="bundle")
+app.add_typer(bundle_app, name="bundle", rich_help_panel=RUN)
 Vars = Annotated[Optional[list[str]], typer.Option("--var", help="NAME=VALUE of a bundle variable; may be repeated")]
 
 def _named_values(texts):
@@ -464,7 +465,7 @@ def connect(
         typer.echo(f"A new version of {connect_deployment_job(ws, job_id)} now starts job {job_id}.")
 
 # %% ../../nbs/lib/commands/cli.ipynb #bd9a819d
-@app.command("destroy")
+@app.command("destroy", rich_help_panel=RUN)
 def destroy_environment(
     env: Env = "dev",
     platform: Annotated[Optional[str], typer.Option(help="local or databricks, instead of the setting: what goes is what is there")] = None,
@@ -490,4 +491,4 @@ def destroy_environment(
 
 # %% ../../nbs/lib/commands/cli.ipynb #cd7fb30c
 for others in (people_app, operations_app, kit_app): app.add_typer(others)
-app.add_typer(models_app, name="models")
+app.add_typer(models_app, name="models", rich_help_panel=FORK)

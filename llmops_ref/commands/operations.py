@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .terminal import By, Env, Json, manners, me, out, seen, watched, who, workspace_of
+from .terminal import MEASURE, RELEASE, By, Env, Json, manners, me, out, seen, watched, who, workspace_of
 from ..core.config import SettingsError
 from ..core.files import counted, write_atomic
 
@@ -37,7 +37,7 @@ def _show_evidence(ws, version, facts):
     typer.echo(f"The evidence: {os.path.relpath(page)}")
 
 # %% ../../nbs/lib/commands/operations.ipynb #3be237e9
-@operations_app.command()
+@operations_app.command(rich_help_panel=RELEASE)
 def approve(
     env: Env = "prod",
     version: Version = None,
@@ -58,7 +58,7 @@ def approve(
         typer.echo(f"Approved by {tags['approval_by']} for the content {tags['approval_digest'][:16]}. Go on: {me()} run --env {env}")
 
 # %% ../../nbs/lib/commands/operations.ipynb #9af017ed
-@operations_app.command()
+@operations_app.command(rich_help_panel=RELEASE)
 def reject(
     env: Env = "prod",
     version: Version = None,
@@ -74,7 +74,7 @@ def reject(
         typer.echo(f"Version {version} is rejected by {tags['approval_by']}. What serves {env} now goes on serving.")
 
 # %% ../../nbs/lib/commands/operations.ipynb #c6bed956
-@operations_app.command()
+@operations_app.command(rich_help_panel=RELEASE)
 def promote(
     source: Annotated[str, typer.Option("--from", help="Where it passed validation")] = "staging",
     target: Annotated[str, typer.Option("--to", help="Where it goes")] = "prod",
@@ -96,7 +96,7 @@ def promote(
             )
 
 # %% ../../nbs/lib/commands/operations.ipynb #3f0da54c
-@operations_app.command()
+@operations_app.command(rich_help_panel=RELEASE)
 def versions(
     env: Env = "dev",
     remove: Annotated[Optional[str], typer.Option(help="Delete this version, unless an alias points at it")] = None,
@@ -117,7 +117,7 @@ def versions(
             typer.echo(f"\nIn {env} gates inform: a version that failed one goes on and may serve.")
 
 # %% ../../nbs/lib/commands/operations.ipynb #edf305d5
-@operations_app.command()
+@operations_app.command(rich_help_panel=RELEASE)
 def rollback(
     env: Env = "dev",
     prompt: Annotated[bool, typer.Option("--prompt", help="The prompt instead of the assistant: it is used from the next run on")] = False,
@@ -184,7 +184,7 @@ def _serve(ws, what, port):                         # its URL, and a request to 
     )
 
 # %% ../../nbs/lib/commands/operations.ipynb #344ab611
-@operations_app.command()
+@operations_app.command(rich_help_panel=MEASURE)
 def serve(
     what: Annotated[
         str, typer.Argument(help="assistant, front (the assistant at an address that stays when versions change), chat_model or gateway")
@@ -216,7 +216,7 @@ def _show_table(table, as_json):
     else: typer.echo(table.to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
 
 # %% ../../nbs/lib/commands/operations.ipynb #eb90e0be
-@operations_app.command()
+@operations_app.command(rich_help_panel=MEASURE)
 def bench(
     name: Annotated[str, typer.Argument(help="retrieval, chunkers, fusion, embedders, kinds or backends")],
     env: Env = "dev",
@@ -230,7 +230,7 @@ def bench(
         _show_table(run_bench(watched(workspace_of(env)), name), as_json)
 
 # %% ../../nbs/lib/commands/operations.ipynb #4e464d48
-@operations_app.command()
+@operations_app.command(rich_help_panel=MEASURE)
 def compare(env: Env = "dev", as_json: Json = False):
     "Let the applications answer the same test questions: quality, time, size and price on one table."
     with manners():
@@ -246,7 +246,7 @@ def compare(env: Env = "dev", as_json: Json = False):
             )
 
 # %% ../../nbs/lib/commands/operations.ipynb #1cfe1fdc
-@operations_app.command()
+@operations_app.command(rich_help_panel=MEASURE)
 def batch(
     source: Annotated[str, typer.Argument(help="Table with the columns id and question")],
     target: Annotated[str, typer.Argument(help="Table of answers; made if it is not there")],
@@ -268,7 +268,7 @@ def batch(
         if counts["failed"]: raise typer.Exit(1)
 
 # %% ../../nbs/lib/commands/operations.ipynb #a37b6c01
-@operations_app.command()
+@operations_app.command(rich_help_panel=MEASURE)
 def load(
     askers: Annotated[str, typer.Option(help="How many ask at the same time, with commas")] = "1,2,4,8",
     seconds: Annotated[float, typer.Option(min=1, help="For each number of askers")] = 20,

@@ -13,14 +13,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from .terminal import By, Env, Json, manners, me, one_of, out, seen, who, workspace_of
+from .terminal import ASK, PEOPLE, By, Env, Json, manners, me, one_of, out, seen, who, workspace_of
 from ..core.config import SettingsError
 from ..core.files import DataError
 
 # %% ../../nbs/lib/commands/people.ipynb #9cf441a7
 people_app = typer.Typer()
 
-@people_app.command()
+@people_app.command(rich_help_panel=ASK)
 def chat(env: Env = "dev", port: Annotated[int, typer.Option(help="0 = a free one")] = 8080):
     "Open the chat page: ask, read the passages, vote, review. Ctrl-C ends it."
     with manners():
@@ -39,7 +39,7 @@ def chat(env: Env = "dev", port: Annotated[int, typer.Option(help="0 = a free on
             if ws.config.platform == "local": stop_services(ws, owner=os.getpid())
 
 # %% ../../nbs/lib/commands/people.ipynb #48f38a0c
-@people_app.command()
+@people_app.command(rich_help_panel=PEOPLE)
 def vote(
     trace_id: Annotated[str, typer.Argument(help="Of the answer; `llmops ask` prints it")],
     good: Annotated[Optional[bool], typer.Option("--up/--down", help="Was the answer good?")] = None,
@@ -109,7 +109,7 @@ def _decide(ws, row, by):                           # asks a person about one vo
         except DataError as error: typer.secho(f"  {error}", fg="yellow")
 
 # %% ../../nbs/lib/commands/people.ipynb #30f3f6e8
-@people_app.command()
+@people_app.command(rich_help_panel=PEOPLE)
 def review(
     feedback_id: Annotated[Optional[str], typer.Argument(help="Of one vote; all that wait by default")] = None,
     accept: Annotated[Optional[bool], typer.Option("--accept/--reject", help="Let it be learned or tested, or not")] = None,
@@ -150,7 +150,7 @@ def review(
 # %% ../../nbs/lib/commands/people.ipynb #3b849f54
 BREACH = 4                                          # exit code of a look that found something
 
-@people_app.command()
+@people_app.command(rich_help_panel=PEOPLE)
 def monitor(
     fail_on: Annotated[str, typer.Option("--fail-on", help="breach (any alarm), or never")] = "never",
     env: Env = "dev",

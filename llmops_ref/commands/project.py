@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .terminal import Env, Json, manners, me, one_of, out
+from .terminal import FORK, RUN, Env, Json, manners, me, one_of, out
 from ..core.config import SettingsError, find_settings, load_config
 from ..core.files import DataError, counted
 
@@ -30,7 +30,7 @@ def _ask(given, question, default):                 # asks a person, never a scr
     return given or (typer.prompt(f"  {question}", default=default).strip() if sys.stdin.isatty() else default)
 
 # %% ../../nbs/lib/commands/project.ipynb #0e5ad401
-@kit_app.command()
+@kit_app.command(rich_help_panel=FORK)
 def init(
     name: Annotated[
         Optional[str], typer.Option(help="Such as weather-desk: of the distribution, the bundle, its jobs and the environment")
@@ -111,7 +111,7 @@ def _smoke(root, old, new):
             raise DataError(f"{what}`{' '.join(command)}` fails:\n{done.stdout[-2000:]}{back}")
 
 # %% ../../nbs/lib/commands/project.ipynb #d4651712
-@kit_app.command()
+@kit_app.command(rich_help_panel=FORK)
 def adopt(
     folder: Annotated[Path, typer.Argument(help="With your documents: Markdown, HTML, reStructuredText, PDF, Office, notebooks, CSV, text")],
     questions: Annotated[int, typer.Option(min=5, max=1000, help="How many there shall be, with those that are there already")] = 30,
@@ -166,7 +166,7 @@ def adopt(
         if overridden: raise typer.Exit(1)
 
 # %% ../../nbs/lib/commands/project.ipynb #60dec547
-@kit_app.command()
+@kit_app.command(rich_help_panel=FORK)
 def upgrade(
     ref: Annotated[str, typer.Argument(help="Branch, tag or commit of upstream")] = "upstream/main",
     fetch: Annotated[bool, typer.Option("--fetch/--no-fetch", help="Ask the remote `upstream` first")] = True,
@@ -213,7 +213,7 @@ def _show(findings):
         if f.fix: typer.secho(f"    {'':{width}}  {f.fix}", dim=True)
 
 # %% ../../nbs/lib/commands/project.ipynb #0e257b07
-@kit_app.command()
+@kit_app.command(rich_help_panel=RUN)
 def doctor(
     env: Env = "dev",
     databricks: Annotated[
@@ -242,7 +242,7 @@ def doctor(
         if bad: raise typer.Exit(1)
 
 # %% ../../nbs/lib/commands/project.ipynb #6812348b
-@kit_app.command()
+@kit_app.command(rich_help_panel=FORK)
 def todo(env: Env = "dev", as_json: Json = False):
     "List what is still the sample's, and what waits for a person."
     with manners():

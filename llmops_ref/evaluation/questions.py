@@ -249,7 +249,7 @@ def review_question(
     id: str,
     accept: bool = True, # False: delete the draft
     by: str = "", # Who reviewed; kept in the file
-) -> None:
+) -> str: # The line of the draft, as it was
     "Let a draft in or delete it; `DataError` if there is no such question, or if it is no draft."
     with one_writer(path):
         known, lines = load_questions(path, drafts=True), []
@@ -258,12 +258,16 @@ def review_question(
         if id not in drafts: raise DataError(f"The question {id} was reviewed already. To change it, edit its line in {path}.")
         for line in read_edited(path, keep_ends=True).split("\n"):
             q = json.loads(line) if line.strip() else {}
-            if q.get("id") != id: lines.append(line)
-            elif accept:
+            if q.get("id") != id:
+                lines.append(line)
+                continue
+            was = line
+            if accept:
                 lines.append(
                     json.dumps({k: v for k, v in q.items() if k != "status"} | (dict(reviewed_by=by) if by else {}), ensure_ascii=False)
                 )
         write_atomic(path, "\n".join(lines))
+    return was
 
 # %% ../../nbs/lib/evaluation/questions.ipynb #3a8be7dd
 def _datasets(ws):                                  # all versions, the oldest first

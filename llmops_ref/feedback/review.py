@@ -110,6 +110,13 @@ def _closed(uses, questions, cases):                # document -> why a case abo
         g: f"The {split} split asks about {g}, so it {then}" for g in asked
     }
 
+# %% ../../nbs/lib/feedback/review.ipynb #75398c9c
+def _check_asked(question, questions, cases):       # the same question twice would weigh twice, so the next run would leave it out
+    before = [questions, cases[[bool(c.accepted) and "question" in c.uses for c in cases.itertuples()]] if len(cases) else cases]
+    same = [q.id for rows in before for q in rows.itertuples() if q.question.casefold() == question.casefold()]
+    if same:
+        raise DataError(f"The question {question!r} is asked already, as {same[0]}. Accept it as a regression, or reject this feedback.")
+
 # %% ../../nbs/lib/feedback/review.ipynb #eb64d98d
 def _check_split(question, gold, uses, questions, cases):
     if {"pair", "question"} <= set(uses):
@@ -118,6 +125,7 @@ def _check_split(question, gold, uses, questions, cases):
             " either."
         )
     if not {"pair", "question"} & set(uses): return
+    if "question" in uses: _check_asked(question, questions, cases)
     closed = _closed(uses, questions, cases)
     for taken in sorted(set(gold) & closed.keys()): raise DataError(closed[taken])
     split, becomes, instead = _other_split(uses)

@@ -68,7 +68,8 @@ def say_before(
     changes += [f"{gate} {bound} was {went[gate]}" for gate, bound in came.items() if gate in went]
     if not changes and earlier["verdict"] == verdict: return ""
     when = time.strftime("%d %B %Y", time.gmtime(earlier.get("time") or 0)).lstrip("0")
-    return f"It was {earlier['verdict']} on {when}, " + (f"by other gates: {'; '.join(changes)}." if changes else "by the same gates.")
+    since = f"; the gates have changed since: {'; '.join(changes)}." if changes else ", by the same gates."
+    return f"It {earlier['verdict']} on {when}{since}"
 
 def _of_the_moment(gate): return "champion" in gate or gate.startswith("forbidden licences")
 

@@ -76,6 +76,15 @@ def _prompt_fails(stages):                          # nothing, or one sentence
     if found.get("verdict") != "FAILED": return []
     return [f"Attention: the prompt {found.get('winner')} did not pass its own gates. {' '.join(say_gates(found.get('gates') or []))}"]
 
+# %% ../../nbs/lib/runner/report.ipynb #118d7ccb
+def _few_right(stage):                              # of the results of validation; nothing, or one sentence
+    found = stage.get("metrics") or {}
+    share = found.get("correct", found.get("candidate_correct"))
+    if share is None or share >= 0.5: return []
+    n = ((stage.get("details") or {}).get("asked") or {}).get("correct")
+    rests = " (of {}; {:.0%} to {:.0%})".format(n, *share_interval(share, n)) if n else ""
+    return [f"Attention: only {share:.0%} of its answers are right{rests}. These gates ask for no more: raise `gate_names_gold` or `gates`."]
+
 # %% ../../nbs/lib/runner/report.ipynb #488352df
 def verdict(
     run: dict,
@@ -88,7 +97,8 @@ def verdict(
     passed = {"PASSED": True, "FAILED": False}.get(
         str(checked.get("verdict")).upper(), False if "Validation failed" in str((stop or {}).get("error")) else None
     )
-    reasons = say_gates(checked.get("gates") or []) + _prompt_fails(stages)
+    few = _few_right(stages.get("validation") or {}) if passed else []
+    reasons = say_gates(checked.get("gates") or []) + few + _prompt_fails(stages)
     if checked.get("before"): reasons.append(f"Attention: {checked['before']}")
     if checked.get("against_champion") and checked.get("champion") != checked.get("version"):
         reasons.append(f"Right answers against version {checked.get('champion')}, the champion: {checked['against_champion']}.")
@@ -120,7 +130,7 @@ def verdict(
         if not stop or passed is False
         else f"STOPPED AT {stop['name'].upper()}" if stop["name"] else "STOPPED"
     )
-    tone = "bad" if stop else {True: "good", False: "warn", None: ""}[passed]
+    tone = "bad" if stop else {True: "warn" if few else "good", False: "warn", None: ""}[passed]
     return Verdict(
         word,
         tone,
