@@ -6,21 +6,20 @@ Reads the index, a prompt and an endpoint. Leaves the chain that every stage ask
 
 # %% auto #0
 __all__ = ['FENCE', 'PLAIN_PROMPT', 'DIRECT_PROSE', 'DIRECT_PROMPT', 'NEVER_ASKED', 'SHARED', 'cut_words', 'passage_block',
-           'check_template', 'build_messages', 'fit_words', 'check_citations', 'take_out_marks', 'instructions',
-           'take_out_instructions', 'make_chain', 'retriever_class', 'as_retriever', 'open_endpoint', 'served_endpoint',
-           'lowest_cosine', 'open_chains', 'open_assistants', 'open_assistant']
+           'check_template', 'build_messages', 'fit_words', 'make_chain', 'retriever_class', 'as_retriever',
+           'open_endpoint', 'served_endpoint', 'lowest_cosine', 'open_chains', 'open_assistants', 'open_assistant']
 
 # %% ../../nbs/lib/assistant/chain.ipynb #e2b9e145
 import contextlib, functools, os, re
 from dataclasses import asdict
 
+from .checks import check_reply, instructions
 from .examples import open_examples, wants_examples
 from .quotes import CLOSER, quote, quotes, word_share, words_nobody_says
 from ..core.config import Config, SettingsError
-from ..core.scoring import CITED, CODE, REFUSAL, citations, invented_names, is_page, is_refusal
-from ..core.text import break_marks, length, word_pieces, words
+from ..core.scoring import REFUSAL, is_page
+from ..core.text import break_marks, word_pieces
 from ..core.workspace import Workspace
-from ..documents.asking import first_sentence
 from ..models.gateway import gateway_endpoint
 from ..models.llm import Endpoint, chat_client, room_of, serve_gguf
 from ..models.weights import chosen_gguf
@@ -111,154 +110,6 @@ def fit_words(
 class _Shown:                                       # what `passage_block` wants of a passage
     def __init__(self, text): self.text = text
 
-# %% ../../nbs/lib/assistant/chain.ipynb #782bc9ba
-def _follow_names(text, documents):
-    names = [d.metadata["document_id"] for d in documents]
-    def checked(found):
-        name, number = found["name"], int(found["number"])
-        if name not in names or (number <= len(names) and names[number - 1] == name): return found[0]
-        return f"{found['before']}[{names.index(name) + 1}]"
-    # a dotted name, perhaps in backticks and with its arguments, and the number right after it
-    return re.sub(r"(?P<before>`?(?P<name>\w+(\.\w+)+)`?(\([^()]*\))?`? ?)\[(?P<number>\d+)\]", checked, text)
-
-# %% ../../nbs/lib/assistant/chain.ipynb #5cceeb40
-def _mend_paths(text, documents):
-    names, shown = {d.metadata["document_id"] for d in documents}, "\n".join(d.page_content for d in documents)
-    def mended(found):
-        alike = [name for name in names if name.rpartition(".")[2] == found["last"]]
-        return alike[0] if len(alike) == 1 and found[0] not in names and found[0] not in shown else found[0]
-    return re.sub(r"(?<=`)\w+\.(?:\w+\.)+(?P<last>\w+)(?=[`(])", mended, text)         # a dotted name in backticks
-
-# %% ../../nbs/lib/assistant/chain.ipynb #7a1c2492
-def _own_sentence(text, documents, ended=True):     # one that is being written ends when the next word begins
-    use, end = r"(?P<head>[^`\n]*`(?P<name>[\w.]+)[^`\n]*`[^`\n\[.!?]*\[(?P<n>\d+)\]\.?\s)", r"(?=\s|[A-Z]|$)" if ended else r"(?=\s|[A-Z])"
-    found = re.match(rf"{use}(?P<said>[^\n]+?[.!?]){end}", text)
-    shown = documents[int(found["n"]) - 1:int(found["n"])] if found and int(found["n"]) else []
-    if not shown or shown[0].metadata["document_id"] != found["name"]: return text
-    own, said = shown[0].page_content, " ".join(words(found["said"]))
-    if said in " ".join(words(own)) or said not in [" ".join(order) for order in _firsts(documents)]: return text
-    return f"{found['head']}{first_sentence(own) or ''}".rstrip() + text[found.end():]
-
-def _firsts(documents):                             # the words of what each object is for
-    said = [first_sentence(d.page_content) for d in documents if not is_page(d.metadata["document_id"])]
-    return [words(text) for text in said if text]
-
-def _others(text, documents):                       # of those that are not cited first: a stream holds them back
-    return _firsts([d for n, d in enumerate(documents, 1) if n not in citations(text)[:1]])
-
-# %% ../../nbs/lib/assistant/chain.ipynb #3cded162
-def check_citations(
-    text: str,
-    documents: list, # LangChain documents, as they were numbered: [1] is the first
-) -> str:
-    """The answer, its names as the passages have them, its citations as its names; those of passages that were not shown are gone.
-
-    What stands in code is no citation: it may be an index."""
-    def kept(group):
-        if group["code"]: return group[0]
-        numbers = [n.strip() for n in group["numbers"].split(",") if 1 <= int(n) <= len(documents)]
-        return f"{group['space']}[{', '.join(numbers)}]" if numbers else ""
-    return re.sub(rf"{CODE}|(?P<space>\s?){CITED}", kept, _follow_names(_mend_paths(text, documents), documents))
-
-# %% ../../nbs/lib/assistant/chain.ipynb #27b43c31
-_MARK = re.compile(r"\s*<\s*/?\s*passages\s*>", re.I)
-
-def take_out_marks(
-    text: str, # As a model wrote it
-) -> str:
-    "The text without the marks that fence the passages of a prompt, and the space before them."
-    while _MARK.search(text): text = _MARK.sub("", text)            # one may be hidden in another
-    return text.lstrip()
-
-# %% ../../nbs/lib/assistant/chain.ipynb #5d24c38a
-def instructions(
-    template: str,
-) -> list[list[str]]: # The words of each
-    "The sentences of a prompt template that are meant for its model alone."
-    found, before = [], ""
-    for line in re.split(r"\{\{.*?\}\}|\n", template):
-        if not before.endswith(":") or re.match(r"\s*([-*•]|\d+[.)])\s", line): found += _orders(line)
-        before = line.rstrip()
-    return [words(text) for text in found if length(text) >= 5 and words(text) != words(REFUSAL)]
-
-def _orders(line):                                  # up to a colon: what follows it may be what shall be said
-    sentences = re.split(_NEXT, line)
-    return sentences[:next((n for n, text in enumerate(sentences, 1) if ":" in text), None)]
-
-_NEXT = r"(?<=[.!?])\s+|(?<=[。！？])|\n+"           # where a sentence ends and the next begins
-
-# %% ../../nbs/lib/assistant/chain.ipynb #5df95a76
-def take_out_instructions(
-    text: str, # As a model wrote it
-    orders: list[list[str]], # From `instructions`
-) -> str:
-    "The text without the sentences of its prompt."
-    for order in orders:
-        said = _BETWEEN.join(map(re.escape, order))
-        text = re.sub(rf"{_BEGINS}[\s*-]*{said}{_ENDS}", "", text, flags=re.I)
-    return text
-
-_BETWEEN = r"(?:(?![.!?]\s|[。！？\n])[\W_])*"         # words, all of one sentence
-_BEGINS = r"(?:^|(?<=[.!?]\s)|(?<=[。！？\n]))"
-_ENDS = r"(?:[^\w\s]*[.!?:。！？]\s*|[^\w\s]*(?=\n|$))"
-
-# %% ../../nbs/lib/assistant/chain.ipynb #3e72dda4
-def _settled(text, orders=()): # No open brackets and no open code at its end, and no space before them
-    plain = re.sub(CODE, lambda code: "-" * len(code[0]), text)
-    opens = plain.find("`", plain.rfind("\n") + 1)
-    return _spoken(re.sub(r"\s*(\[[\d\s,]*|<[\s/]*(\w+\s*)?)*$", "", text[:opens] if opens >= 0 else text), orders)
-
-def _spoken(text, orders): # Without a last sentence that may become one of these, and go
-    start = max((end.end() for end in re.finditer(_NEXT, text)), default=0)
-    begun = "".join(words(text[start:]))
-    return text[:start].rstrip() if any("".join(order).startswith(begun) for order in orders) else text
-
-# %% ../../nbs/lib/assistant/chain.ipynb #bd5904f2
-def _checked(text, documents, orders=(), ended=True):
-    was = None
-    while text != was:
-        was = text
-        text = _own_sentence(check_citations(take_out_instructions(take_out_marks(text), orders), documents), documents, ended)
-    return text.lstrip()
-
-# %% ../../nbs/lib/assistant/chain.ipynb #47bd9d13
-def _check(chunks, orders=()):
-    from langchain_core.runnables import AddableDict
-    state, reply, sent = {}, None, ""
-    def checked(ended=True): return _checked(reply.text, state["documents"], orders, ended)
-    def settled(text): return _settled(text, [*orders, *_others(text, state["documents"])])
-    for chunk in chunks:
-        state |= {key: value for key, value in chunk.items() if key != "reply"}
-        if (piece := chunk.get("reply")) is None: continue                      # a chunk of the state, or no model was asked
-        reply = piece if reply is None else reply + piece
-        text = settled(checked(ended=False))
-        if len(text) > len(sent): yield AddableDict(answer=text[len(sent):])
-        sent = max(text, sent, key=len)
-    text = checked().rstrip() if reply is not None else ""
-    if text and reply.response_metadata.get("finish_reason") == "length":
-        whole = text if text[-1] in ".!?。！？" else settled(text)
-        text = whole and f"{whole} ..."
-    text = text or REFUSAL
-    if text != sent: yield AddableDict(answer=text[len(sent):])
-    yield AddableDict(_facts(state, reply, text))
-
-def _facts(state, reply, text):
-    documents, usage, said = state["documents"], (reply is not None and reply.usage_metadata) or {}, getattr(reply, "response_metadata", {})
-    return dict(
-        question=state["question"], citations=citations(text), refused=is_refusal(text), asked_model=reply is not None,
-        cut=state["cut"] + (["answer"] if said.get("finish_reason") == "length" else []),
-        passages=[dict(number=n, text=d.page_content, **d.metadata) for n, d in enumerate(documents, 1)],
-        prompt_tokens=usage.get("input_tokens", 0), completion_tokens=usage.get("output_tokens", 0),
-        served_by=said.get("model_name", ""), kept_seconds=said.get("kept_seconds", 0.0),
-        unknown_names=[] if is_refusal(text) else _unknown_names(text, state["question"], documents),
-        unsaid_words=[] if is_refusal(text) else state.get("unsaid", []),
-    )
-
-def _unknown_names(text, question, documents):      # of an API: what the answer names and no passage does
-    shown = [d.metadata["document_id"] for d in documents]
-    if all(map(is_page, shown)): return []
-    return invented_names(text, [*(d.page_content for d in documents), *shown, question], shown)
-
 # %% ../../nbs/lib/assistant/chain.ipynb #8bb98611
 def make_chain(
     client, # Chat client, or any LangChain runnable from messages to a message; a template that quotes asks none
@@ -308,7 +159,7 @@ def make_chain(
         | RunnablePassthrough.assign(fits=RunnableLambda(fit, name="fit"))
         | RunnablePassthrough.assign(cut=RunnableLambda(cut, name="cut"), unsaid=RunnableLambda(functools.partial(_unsaid, retriever)))
         | RunnableBranch((irrelevant, refuse), ask)
-        | RunnableGenerator(functools.partial(_check, orders=instructions(template)), name="check")
+        | RunnableGenerator(functools.partial(check_reply, orders=instructions(template)), name="check")
     )
 
 # %% ../../nbs/lib/assistant/chain.ipynb #fb7cb1a5
