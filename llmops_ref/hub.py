@@ -9,7 +9,7 @@ __all__ = ['PROGRAMS', 'NEVER', 'Candidate', 'list_candidates', 'reachability', 
            'retired', 'references', 'choose', 'register_choice']
 
 # %% ../nbs/01_hub.ipynb #6c67e85b
-import contextlib, io, json, os, tempfile, threading, time, urllib.request
+import contextlib, io, json, os, tempfile, threading, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -67,14 +67,9 @@ def list_candidates(
 
 # %% ../nbs/01_hub.ipynb #a1b2729e
 def _check(candidate):
-    if candidate.source == "huggingface":
-        urllib.request.urlopen(
-            urllib.request.Request(f"https://huggingface.co/{candidate.model}/resolve/main/config.json", method="HEAD"), timeout=2
-        )
-    elif candidate.source == "databricks":
-        if not _databricks(): raise LookupError("no Databricks credentials are configured")
-        from llmops_ref.core.client import brief_client
-        brief_client().serving_endpoints.get(candidate.model)
+    if not _databricks(): raise LookupError("no Databricks credentials are configured")
+    from llmops_ref.core.client import brief_client
+    brief_client().serving_endpoints.get(candidate.model)
 
 def _databricks():                                  # whether the SDK would find a workspace
     profile = Path(os.environ.get("DATABRICKS_CONFIG_FILE", "~/.databrickscfg")).expanduser()
@@ -82,7 +77,7 @@ def _databricks():                                  # whether the SDK would find
 
 # %% ../nbs/01_hub.ipynb #5df0667f
 def reachability(
-    remote: list[Candidate],
+    remote: list[Candidate], # Endpoints of a workspace
     seconds: float = 2.0, # Nobody waits longer, whatever the network does
     check=_check, # Raises if a candidate cannot be reached
 ) -> dict[str, str]: # Name -> why it is not reachable; empty if it is
@@ -91,9 +86,8 @@ def reachability(
     found = {}
     def ask(candidate):
         try: check(candidate); found[candidate.name] = ""
-        except Exception as error:
-            cause = getattr(error, "reason", error)     # urllib wraps what went wrong
-            found[candidate.name] = "unreachable: " + last_line(getattr(cause, "strerror", None) or str(cause))
+        except LookupError as nobody: found[candidate.name] = f"not asked: {nobody}"
+        except Exception as error: found[candidate.name] = f"unreachable: {last_line(str(error))}"
     for candidate in remote: threading.Thread(target=ask, args=(candidate,), daemon=True).start()
     deadline = time.monotonic() + seconds
     while len(found) < len(remote) and time.monotonic() < deadline: time.sleep(0.01)
@@ -156,7 +150,7 @@ def summarise(
 # %% ../nbs/01_hub.ipynb #3408a377
 def _row_and_job(ws, candidate, asks, status):
     row = asdict(candidate)
-    if candidate.runner == "none": status = status or "reachable, not probed: no weights of it are pinned in `models`"
+    if candidate.runner == "none": status = status or "not probed: no weights of it are pinned in `models`"
     if status: return row | dict(status=status), None
     try:
         with contextlib.redirect_stderr(io.StringIO()): file = weights(ws, candidate.name)  # conversions draw progress bars

@@ -15,6 +15,9 @@ from filelock import FileLock
 from llmops_ref.core.config import begin_process
 from llmops_ref.kit.fork import write_setting
 
+pytest.register_assert_rewrite("watching")
+from watching import watched
+
 begin_process()
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -173,7 +176,7 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory) -> Project:
-    "A project whose whole life cycle has run once, without a network; all workers share it, and nobody writes into it."
+    "A project whose whole life cycle has run once, without a network, and watched; all workers share it, and nobody writes into it."
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ: shared = shared.parent
     with FileLock(shared / "pristine.lock"):
@@ -181,13 +184,16 @@ def pristine(tmp_path_factory) -> Project:
             project = Project(shared / "pristine", **SMALL)
             for design in ("extract_then_answer", "structured_no_refusal"):                 # four others compete
                 (project.root / "data" / "prompts" / f"{design}.md").unlink(missing_ok=True)
-            done = project.llmops("run", "--env", "staging", offline=True)
+            seen, runs = watched(project, shared / "watched"), copy.copy(project)
+            runs.environment = seen.environment
+            done = runs.llmops("run", "--env", "staging", offline=True)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-            facts = dict(root=str(project.root), environment=project.environment)
+            facts = dict(root=str(project.root), environment=project.environment, home=str(seen.home), reached=str(seen.reached))
             (shared / "pristine.json").write_text(json.dumps(facts))
         facts = json.loads((shared / "pristine.json").read_text())
     project = object.__new__(Project)
     project.root, project.environment = Path(facts["root"]), facts["environment"]
+    project.seen = SimpleNamespace(home=Path(facts["home"]), reached=Path(facts["reached"]))        # for `check_kept`
     return project
 
 

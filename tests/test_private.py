@@ -1,18 +1,14 @@
-"""Nothing leaves this machine by itself, and what goes to this machine itself passes no proxy; what goes outside takes it.
-
-Whom a process of Python tries to reach is seen by an audit hook in each of them, also in kernels and servers. What is not Python's, ONNX
-Runtime above all, leaves its identifier and its events in the home folder as soon as it speaks; so the home folder is new, and looked at.
-"""
-import ipaddress, json, os, socket, subprocess, sys, threading
+"""Nothing leaves this machine by itself, and what goes to this machine itself passes no proxy; what goes outside takes it."""
+import json, os, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
-import grpc, httpx, matplotlib, pytest, requests
+import grpc, httpx, pytest, requests
 from langchain_core.exceptions import ModelConnectionError
 
 from conftest import BIN, PATIENCE, ROOT
 from llmops_ref.core.client import brief_client
-from llmops_ref.core.config import LOOPBACK, QUIET, SettingsError, load_config, stay_private
+from llmops_ref.core.config import LOOPBACK, SettingsError, load_config, stay_private
 from llmops_ref.core.services import start_service, stop_service
 from llmops_ref.core.workspace import open_workspace
 from llmops_ref.documents.folder import SPARK_FILES
@@ -20,6 +16,7 @@ from llmops_ref.models.llm import Endpoint, chat_client, openai_client
 from llmops_ref.release.hosting import served_entity
 from llmops_ref.release.serving import ask_endpoint
 from provider import Provider
+from watching import PROXIES, check_kept, watched
 
 DEAD = "http://127.0.0.1:9"                         # nobody listens at the port `discard`
 SET = {
@@ -27,53 +24,7 @@ SET = {
     "small letters": dict(http_proxy=DEAD, https_proxy=DEAD, all_proxy=DEAD, no_proxy="localhost"),
     "what no client can use": dict(http_proxy="http://proxy:port", https_proxy="127.0.0.1:9", ALL_PROXY="socks5://127.0.0.1:9"),
 }
-PROXIES = {f"{kind}_proxy" for kind in ("http", "https", "all", "grpc", "no", "no_grpc")}
 ANSWER = "How do I log a parameter of a run?"
-
-HOOK = '''
-import json, os, sys
-
-def note(event, given):
-    if event not in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname"): return
-    where = given[0] if event.startswith("socket.get") else given[-1]
-    with open(os.environ["TESTS_WATCH"], "a") as file: file.write(json.dumps([event, where], default=str) + "\\n")
-
-sys.addaudithook(note)
-'''
-
-
-def without_proxies(environment): return {key: value for key, value in environment.items() if key.lower() not in PROXIES}
-
-
-def watched(project, folder, **given):
-    "The environment of a process in a new home, with these proxies, that notes whom it tries to reach; and the two places to look at."
-    home, hook = folder / "home", folder / "hook"
-    for new in (home, hook): new.mkdir()
-    (hook / "sitecustomize.py").write_text(HOOK)
-    outside = ("HF_", "MLFLOW_", "XDG_", *QUIET)    # nothing may be off because somebody has said so already
-    environment = {key: value for key, value in without_proxies(project.environment).items() if not key.startswith(outside)}
-    environment |= given | dict(
-        HOME=str(home), PYTHONPATH=f"{hook}:{project.root}", TESTS_WATCH=str(folder / "reached"), MPLCONFIGDIR=matplotlib.get_configdir(),
-        MPLBACKEND="agg",
-    )                                               # Matplotlib's list of fonts takes it seconds to make
-    return SimpleNamespace(environment=environment, home=home, reached=folder / "reached")
-
-
-def is_ours(event, where):
-    if event.startswith("socket.get"): name = where
-    elif isinstance(where, str): return True        # a socket of this machine, by its path
-    else: name = where[0]
-    if name in (None, "", "localhost", socket.gethostname()): return True
-    try: return ipaddress.ip_address(name).is_loopback or name == "0.0.0.0"
-    except ValueError: return False
-
-
-def check_kept(seen):
-    "Nobody outside was tried to be reached, and the home folder is as empty as it was."
-    reached = [json.loads(line) for line in seen.reached.read_text().splitlines()] if seen.reached.exists() else []
-    assert [one for one in reached if not is_ours(*one)] == []
-    assert [str(path.relative_to(seen.home)) for path in seen.home.rglob("*") if path.is_file()] == []
-    return reached
 
 
 def test_the_hook_sees(tmp_path):
@@ -81,6 +32,11 @@ def test_the_hook_sees(tmp_path):
     code = "import http.client, socket\ntry: http.client.HTTPConnection('10.255.255.1', timeout=0.01).connect()\nexcept OSError: pass"
     subprocess.run([sys.executable, "-c", code], env=seen.environment, check=True)
     with pytest.raises(AssertionError, match="10.255.255.1"): check_kept(seen)
+
+
+def test_a_whole_life_cycle(pristine):
+    "The run that all tests share: eight stages, a training among them, in an empty home folder."
+    assert check_kept(pristine.seen), "the model of this machine was asked"
 
 
 def test_a_question(finished, tmp_path):
