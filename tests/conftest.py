@@ -152,7 +152,7 @@ FIRST = "deployment kit finetune first_questions gateway retrieval applications 
 
 
 def pytest_collection_modifyitems(items):
-    "The longest files first, so that no worker is left alone with one. The first makes the life cycle; the next five do without it meanwhile."
+    "The longest files first, so that no worker is left alone. The first makes the life cycle; the next five do without it meanwhile."
     def rank(item):
         name = item.path.stem.removeprefix("test_")
         return FIRST.index(name) if name in FIRST else len(FIRST)

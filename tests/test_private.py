@@ -42,7 +42,8 @@ def test_a_whole_life_cycle(pristine):
 def test_a_question(finished, tmp_path):
     seen = watched(finished, tmp_path, **SET["capitals"])
     done = subprocess.run(
-        [BIN / "llmops", "ask", "--env", "staging", ANSWER], cwd=finished.root, env=seen.environment, capture_output=True, text=True, timeout=PATIENCE
+        [BIN / "llmops", "ask", "--env", "staging", ANSWER], cwd=finished.root, env=seen.environment, capture_output=True, text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0 and done.stdout.strip() and "proxy" not in done.stderr, done.stdout + done.stderr
     assert check_kept(seen), "the model of this machine was asked"
@@ -70,7 +71,9 @@ model = mlflow.pyfunc.load_model({uri!r}, suppress_warnings=True)
 print(model.predict(dict(input=[dict(role='user', content={ANSWER!r})]))['output'][0]['content'][0]['text'])
 """
     (tmp_path / "hook" / "serves.py").write_text(code)              # with a name: Spark's client ends a process whose code has none
-    done = subprocess.run([sys.executable, "-m", "serves"], cwd=tmp_path, env=seen.environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [sys.executable, "-m", "serves"], cwd=tmp_path, env=seen.environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0 and done.stdout.strip(), done.stderr[-2000:]
     check_kept(seen)
 
@@ -79,9 +82,13 @@ def test_a_stage_with_spark(project, tmp_path):
     "The client of Spark waited for ever. A folder of so many pages is read by Spark; the sample's packages take longer."
     pages = project.root / "pages"
     pages.mkdir()
-    for n in range(SPARK_FILES + 1): (pages / f"p{n}.md").write_text(f"# Rule {n}\n\nWho holds card {n} opens the door of room {n} in the house.\n")
+    for n in range(SPARK_FILES + 1):
+        (pages / f"p{n}.md").write_text(f"# Rule {n}\n\nWho holds card {n} opens the door of room {n} in the house.\n")
     rows = [
-        dict(id=f"q{n}", question=f"Which door does card {n} open?", type="howto", gold=[f"p{n}.md"], answer=f"That of room {n}.", split=split)
+        dict(
+            id=f"q{n}", question=f"Which door does card {n} open?", type="howto", gold=[f"p{n}.md"], answer=f"That of room {n}.",
+            split=split,
+        )
         for n, split in enumerate(["test", "train"] * 4)
     ]
     (project.root / "data" / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -103,7 +110,8 @@ class Local:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 said = json.dumps(dict(userName="ada", experiments=[])).encode()
                 self.send_response(200)
-                for name, value in {"Content-Type": "application/json", "Content-Length": len(said)}.items(): self.send_header(name, str(value))
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(said)))
                 self.end_headers()
                 self.wfile.write(said)
             do_GET = do_POST = answer
