@@ -83,7 +83,7 @@ def _few_right(stage):                              # of the results of validati
     if share is None or share >= 0.5: return []
     n = ((stage.get("details") or {}).get("asked") or {}).get("correct")
     rests = " (of {}; {:.0%} to {:.0%})".format(n, *share_interval(share, n)) if n else ""
-    return [f"Attention: only {share:.0%} of its answers are right{rests}. These gates ask for no more: raise `gate_names_gold` or `gates`."]
+    return [f"Attention: only {share:.0%} of its answers are right{rests}. These gates ask for no more: raise their bounds in settings.ini."]
 
 # %% ../../nbs/lib/runner/report.ipynb #488352df
 def verdict(
