@@ -31,7 +31,7 @@ def without_proxies(environment): return {key: value for key, value in environme
 def watched(project, folder: Path, **given):
     "The environment of a process in a new home, with these variables, that notes whom it tries to reach; and the two places to look at."
     home, hook = folder / "home", folder / "hook"
-    for new in (home, hook): new.mkdir(parents=True)
+    for new in (home, hook): new.mkdir(parents=True, exist_ok=True)            # another worker tries again what one could not
     (hook / "sitecustomize.py").write_text(HOOK)
     outside = ("HF_", "MLFLOW_", "XDG_", *QUIET)    # nothing may be off because somebody has said so already
     environment = {key: value for key, value in without_proxies(project.environment).items() if not key.startswith(outside)}
