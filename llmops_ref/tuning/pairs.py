@@ -170,7 +170,7 @@ def build_pairs(
     objects = [d for d in entries if entries[d]["sentence"] and d not in reserved]
     names = sorted({d.rpartition(".")[2] for d in chunks.document_id})
     asked_in_test = {q.strip().lower() for q in questions[questions.split == "test"].question}
-    cases, deck, rows, number, wanted = list(waiting), [], [], 0, held_out + max(examples, PER_GROUP * len(waiting))
+    cases, decks, rows, number, wanted = list(waiting), dict(train=[], validation=[]), [], 0, held_out + max(examples, PER_GROUP * len(waiting))
     rng.shuffle(objects)
     objects.sort(key=lambda d: d not in seen)       # what is new comes last, and is taken first
     asked_for = list(objects)
@@ -180,7 +180,9 @@ def build_pairs(
             rounds, objects = rounds - 1, rng.sample(left, len(left)) if (left := [d for d in asked_for if d in entries]) else []
         if not objects: break
         number, split = number + 1, "validation" if len(rows) < held_out and objects[-1] not in seen else "train"
-        if not deck: rng.shuffle(deck := people + cases if split == "train" else [p for p in people if p[0] not in reserved | seen])
+        if not (deck := decks[split]):
+            deck += people + cases if split == "train" else [p for p in people if p[0] not in reserved | seen]
+            rng.shuffle(deck)
         person = waiting.pop() if waiting and split == "train" else deck.pop() if deck and number % 2 == 0 else None
         away = reserved | seen if split == "validation" else set()
         made = _group(index, entries, number, objects, person, names, away, k, rng, asked_in_test)
@@ -189,8 +191,9 @@ def build_pairs(
         if split == "validation":                   # what tells when training should end is not trained on
             entries = {d: v for d, v in entries.items() if d not in made[0]}
             objects = [d for d in objects if d in entries]
-            people, deck = (
-                [(d, q) for d, q in some if (d in entries if d else q is not (person or (None, None))[1])] for some in (people, deck)
+            people, decks["validation"] = (
+                [(d, q) for d, q in some if (d in entries if d else q is not (person or (None, None))[1])]
+                for some in (people, decks["validation"])
             )
     if teacher:
         _taught(
