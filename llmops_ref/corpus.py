@@ -19,7 +19,7 @@ from .documents import chunking
 from .documents.chunking import make_chunks
 from .documents.folder import corpus_source, not_taken, read_folder, read_table, say_not_taken
 from .documents.packages import NOTHING, read_api
-from .documents.prominence import prominence
+from .documents.prominence import BEGINNING, prominence
 
 # %% ../nbs/02_corpus.ipynb #cd1608e3
 def add_prominence(
@@ -41,18 +41,23 @@ def update_chunks(
     documents: pd.DataFrame, # All of them
     words: int, # Target length of a chunk
     chunker: str,
+    brief: frozenset[str] = frozenset(), # Ids of documents of which the first `BEGINNING` chunks are enough
 ) -> tuple[pd.DataFrame, int]: # Chunks of all documents, with a column `recipe`; and how many documents were cut
     "Chunks from the tables for documents that are the same, new ones for the others."
     recipe, old = chunk_recipe(words, chunker), None
+    recipes = {id: f"{recipe} {BEGINNING}" if id in brief else recipe for id in documents.id}
+    def cut(some):
+        made = make_chunks(some, words, chunker)
+        return made[(made.position < BEGINNING) | ~made.document_id.isin(brief)].assign(recipe=lambda d: d.document_id.map(recipes))
     try:
         old, chunks = ws.read("documents"), ws.read("chunks")
-        if set(chunks.recipe) != {recipe}: old = None
+        alike = chunks.document_id[chunks.recipe == chunks.document_id.map(recipes)]
     except (DataError, AttributeError): old = None  # a first run, or a table of another version
     for table in ("documents", "chunks"): ws.reads.pop(f"table:{table}", None)     # we are about to write them
-    if old is None: return make_chunks(documents, words, chunker).assign(recipe=recipe), len(documents)
+    if old is None: return cut(documents).reset_index(drop=True), len(documents)
     content = ["id", "package", "kind", "signature", "text"]
-    same = set(documents[content].merge(old[content]).id) & set(chunks.document_id)
-    fresh = make_chunks(documents[~documents.id.isin(same)], words, chunker).assign(recipe=recipe)
+    same = set(documents[content].merge(old[content]).id) & set(alike)
+    fresh = cut(documents[~documents.id.isin(same)])
     chunks = pd.concat([chunks[chunks.document_id.isin(same)][list(fresh.columns)], fresh])
     place = dict(zip(documents.id, range(len(documents))))
     return chunks.sort_values(
