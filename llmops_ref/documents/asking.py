@@ -126,24 +126,25 @@ def plain_markdown(text: str) -> str:
 # %% ../../nbs/lib/documents/asking.ipynb #60b0273c
 def _letter(c): return unicodedata.category(c)[0] in "LM" or c == " "              # a vowel of Hindi is a mark
 
-def _whole(sentence):                               # begins and ends like a sentence, and is neither code nor a row of a table
+def _whole(sentence, fewest=6):                     # begins and ends like a sentence, and is neither code nor a row of a table
     first, spaced = sentence[:1], re.sub(f"[{UNSPACED}]", " ", sentence)
     begins = first.isdigit() or first in "\"“«„(¿¡「" or first.isalpha() and not first.islower()
-    return (begins and sentence[-1:] in tuple(".!。！।") and not re.search(r"[|{}]|\. \.", sentence) and 6 <= length(sentence) <= 40
+    return (begins and sentence[-1:] in tuple(".!。！।") and not re.search(r"[|{}]|\. \.", sentence) and fewest <= length(sentence) <= 40
             and max(map(len, spaced.split()), default=0) < 30 and sum(map(_letter, sentence)) > 0.85 * len(sentence))
 
 # %% ../../nbs/lib/documents/asking.ipynb #a2f4d087
 def page_sentences(
     text: str, # A chunk of a page: the path of its headings, then its text
+    fewest: int = 6, # Words; two signs of a script without spaces are one
 ) -> list[str]: # In their order
-    "Sentences of a page that can be an answer: whole ones, of 6 to 40 words, where two signs without spaces are one."
+    "Sentences of a page that can be an answer: whole ones, of 6 to 40 words."
     found = []
     for part in re.split(r"\n[ \t]*\n|\n(?=[ \t]*(?:[-*+•:|#>]|\d+[.)])\s)", plain_markdown(text.partition("\n")[2])):
         said = [""]
         for piece in re.split(r"(?<=[.!?।])\s+|(?<=[。！？])\s*", re.sub(r"^(?:[-*+•:>]|\d+[.)])\s+", "", " ".join(part.split()))):
             if said[-1] and (_SHORT.search(said[-1]) or piece[:1].islower()): said[-1] += " " + piece
             else: said.append(piece)
-        found += filter(_whole, said)
+        found += (sentence for sentence in said if _whole(sentence, fewest))
     return found
 
 # %% ../../nbs/lib/documents/asking.ipynb #b7e4d002

@@ -26,6 +26,7 @@ def split_text(
     text: str,
     words: int, # Target length of a piece
     level: int = 0, # At which boundary to begin: 0 paragraphs, 1 items, 2 lines, 3 sentences, 4 words
+    between: str = "\n", # What is written between two parts in one piece
 ) -> list[str]: # Pieces of at most about `words` words
     "Cut a text at the strongest boundaries that make its pieces short enough, and pack small neighbours together."
     if level == len(_ENDS):
@@ -36,7 +37,7 @@ def split_text(
     packed, size = [], 0
     for part in parts:
         n = length(part)
-        if packed and size + n <= words: packed[-1], size = f"{packed[-1]}\n{part}", size + n
+        if packed and size + n <= words: packed[-1], size = f"{packed[-1]}{between}{part}", size + n
         else: packed, size = packed + [part], n
     return packed
 
@@ -122,7 +123,7 @@ def _object_chunks(d, words):
 def _page_chunks(d, words):
     title = re.sub(r"[_-]+", " ", Path(d.id).stem)
     for path, section in markdown_sections(d.text, title):
-        for piece in split_text(section, words): yield path, f"{path}\n{piece}"
+        for piece in split_text(section, words, between="\n\n"): yield path, f"{path}\n{piece}"
 
 # %% ../../nbs/lib/documents/chunking.ipynb #80c51b73
 def structure(d, words: int):
