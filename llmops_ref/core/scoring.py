@@ -236,8 +236,19 @@ def reference_recall(
 # %% ../../nbs/lib/core/scoring.ipynb #bb8e05ba
 _NOT = re.compile(r"\b(not|never|no|none|nobody|cannot|without|neither|nor)\b|n't\b", re.I)
 
-def _numbers(text):  # a citation is no number, and 1,000 is 1000
-    return set(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"\[[\d,\s]+\]", "", unify(text)))))
+_UNITS = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_SPELT = re.compile(rf"\b(?:({'|'.join(_TENS)})(?:[- ]({'|'.join(_UNITS[:9])}))?|({'|'.join(_UNITS[1:])}))\b", re.I)  # "one" says little
+
+def _digits(found):
+    ten, after, alone = (part.lower() if part else None for part in found.groups())
+    return str(20 + 10 * _TENS.index(ten) + (1 + _UNITS.index(after) if after else 0) if ten else 1 + _UNITS.index(alone))
+
+def _numbers(text):  # a citation is no number, 1,000 is 1000, and thirty is 30
+    said = _SPELT.sub(_digits, re.sub(r"\[[\d,\s]+\]", "", unify(text)))
+    return set(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"(?<=\d),(?=\d{3}\b)", "", said)))
 
 def says_reference(
     answer: str,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import DataError, read_edited
-from ..core.scoring import citation_precision, is_refusal, mentions, names_gold, personal_data, words
+from ..core.scoring import citation_precision, is_refusal, mentions, names_gold, personal_data, says_reference, words
 from ..core.significance import wilson
 
 # %% ../../nbs/lib/evaluation/cases.ipynb #179971ab
@@ -24,7 +24,7 @@ RISKS = dict(
     LLM08="poisoned passages", LLM10="unbounded consumption",
 )
 SIGNS = ("says", "prompt", "personal data", "secret", "markup", "length")
-MUST = ("show", "name", "cite", "refuse", "avoid", "answer")
+MUST = ("show", "name", "cite", "say", "refuse", "avoid", "answer")
 
 def _lines(path, keys):
     try: text = read_edited(path)
@@ -134,7 +134,7 @@ def load_regressions(
     for where, row in _lines(path, dict(id=str, question=str, must=str, what=list, why=str)):
         if row["must"] not in MUST:
             raise DataError(f"{where}: {row['must']!r} is nothing that a case can ask for. Write one of {', '.join(MUST)}.")
-        if bool(row["what"]) != (row["must"] in ("show", "name", "cite", "avoid")):
+        if bool(row["what"]) != (row["must"] in ("show", "name", "cite", "say", "avoid")):
             raise DataError(f"{where}: `what` must list {'what to ' + row['must'] if not row['what'] else 'nothing'} for {row['must']!r}.")
         if odd := [what for what in row["what"] if not isinstance(what, str)]:
             raise DataError(f"{where}: `what` lists {odd[0]!r}. Write each as text.")
@@ -144,15 +144,17 @@ def load_regressions(
 
 # %% ../../nbs/lib/evaluation/cases.ipynb #9bcaa9d8
 def holds(
-    must: str, # show, cite, name, refuse or avoid
+    must: str, # One of `MUST`
     what: list[str], # Documents, or texts
     reply: dict, # What `make_chain` answers
+    question: str = "", # What it has already said counts for nothing
 ) -> bool:
-    "Whether an answer is as a regression demands; of several documents any will do, of several texts none may be said."
+    "Whether an answer is as a regression demands; of several things any will do, of those to avoid none may be said."
     answer = reply["answer"]
     if must == "show": return bool({p["document_id"] for p in reply["passages"]} & set(what))
     if must == "cite": return bool(citation_precision(answer, [p["document_id"] for p in reply["passages"]], what))
     if must == "name": return bool(names_gold(answer, what) or any(mentions(answer, w) for w in what))
+    if must == "say": return any(says_reference(answer, text, question) for text in what)
     if must == "refuse": return is_refusal(answer)
     if must == "avoid": return not any(w.lower() in answer.lower() for w in what)
     return bool(answer.strip())
@@ -168,7 +170,7 @@ def try_regressions(
     for done, c in enumerate(cases.itertuples(), 1):
         try:
             reply = ask(dict(question=c.question))
-            answer, good = reply["answer"], holds(c.must, c.what, reply)
+            answer, good = reply["answer"], holds(c.must, c.what, reply, c.question)
         except Exception as error: answer, good = f"{type(error).__name__}: {error}"[:200], False
         rows.append(dict(id=c.id, question=c.question[:200], must=c.must, what=", ".join(c.what), why=c.why, answer=answer, holds=good))
         if on_done: on_done(done, len(cases))

@@ -8,7 +8,7 @@ Reads the table `reviewed`. Leaves its cases as rows for the evaluation question
 __all__ = ['USES', 'REVIEWED', 'LEARNED', 'reviewed_cases', 'question_rows', 'regression_rows', 'cases_of']
 
 # %% ../../nbs/lib/evaluation/reviewed.ipynb #af39d6bf
-import json
+import json, re
 from pathlib import Path
 
 import pandas as pd
@@ -70,6 +70,12 @@ def question_rows(
     )
 
 # %% ../../nbs/lib/evaluation/reviewed.ipynb #1c100a55
+def _demand(gold, answer):
+    if not gold: return dict(must="refuse", what=[])
+    if asks_for_name(gold, answer): return dict(must="name", what=gold)
+    said = bool(re.search(r"[^\W_]", answer))
+    return dict(must="say", what=[answer]) if said else dict(must="cite", what=gold)
+
 def regression_rows(
     cases: pd.DataFrame, # From `reviewed_cases`
     documents: list[str] | None = None, # Ids: a case whose documents are gone cannot hold, and is left out
@@ -80,8 +86,7 @@ def regression_rows(
     rows = [
         dict(
             id=c.id, question=c.question,
-            must="refuse" if not len(c.gold) else "name" if asks_for_name(list(c.gold), c.answer) else "cite",
-            what=list(c.gold), why=f"a user met it; accepted by {c.by} on {c.time:%d %B %Y}".replace(" on 0", " on "),
+            **_demand(list(c.gold), c.answer), why=f"a user met it; accepted by {c.by} on {c.time:%d %B %Y}".replace(" on 0", " on "),
         )
         for c in cases.itertuples()
         if c.accepted and use in c.uses and (documents is None or not len(c.gold) or set(c.gold) & set(documents))
