@@ -170,7 +170,8 @@ def gate_rows(
     rows: list[dict], # From `Gate.row`: `gate value must_be holds`, and `remark` where a bound that informs was passed
 ) -> list[dict]: # The same columns; under `holds`, of a gate that only informs, what it saw
     "Gates as a person reads them."
-    def says(row): return "only informs: " + ("beyond its bound" if row.get("remark") else "within its bound")
+    def did(row): return "beyond its bound" if row.get("remark") else "within its bound"
+    def says(row): return "only informs: " + (did(row) if _real(row.get("value")) else "not measured")
     def shown(row):
         return {k: v for k, v in row.items() if k != "remark"} | dict(must_be=row["must_be"].removesuffix(INFORMS), holds=says(row))
     return [shown(row) if _informs(row) else row for row in rows]

@@ -136,6 +136,8 @@ class Gate:
     bound: float
     at_least: bool = True # False: the value must be at most the bound
     informs: str = "" # Why a value beyond the bound fails nothing; empty: it fails
+    lacks: str = "" # What there is none of if the value is not a number
+    applies: bool = True # False: there is nothing to measure here, and that fails nothing
 
     @property
     def met(self) -> bool:
@@ -144,13 +146,13 @@ class Gate:
 
     @property
     def holds(self) -> bool:
-        "Whether the candidate may go on: the condition is met, or it only informs."
-        return self.met or bool(self.informs)
+        "Whether the candidate may go on: the condition is met, it only informs, or there is nothing to measure."
+        return self.met or bool(self.informs) or not self.applies
 
     @property
     def broken(self) -> str:
         value = f"{self.value:.3f}" if round(self.value, 3) != self.bound else f"{self.value:.6g}"      # rounding must not hide the reason
-        found = f"is {value}" if self.value == self.value else "was not measured"
+        found = f"is {value}" if self.value == self.value else "was not measured" + f" ({self.lacks})" * bool(self.lacks)
         return f"{self.metric} {found}, must be {'at least' if self.at_least else 'at most'} {self.bound:g}"
 
     @property
@@ -161,6 +163,6 @@ class Gate:
         return f"{self.metric} is {self.value:.3g}, beyond its bound of {self.bound:g}: {self.informs}"
 
     def row(self) -> dict:
-        must_be = f"{'≥' if self.at_least else '≤'} {self.bound:g}" + (", informs" if self.informs else "")
+        must_be = f"{'≥' if self.at_least else '≤'} {self.bound:g}" + (", informs" if self.informs or not self.applies else "")
         row = dict(gate=self.metric, value=round(self.value, 3), must_be=must_be, holds=self.holds)
         return row | (dict(remark=self.remark) if self.remark else {})
