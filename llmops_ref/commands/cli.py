@@ -10,7 +10,7 @@ __all__ = ['app', 'WAITING', 'Question', 'questions_app', 'bundle_app', 'Vars', 
            'destroy_environment']
 
 # %% ../../nbs/lib/commands/cli.ipynb #351b98b2
-import contextlib, json, os, shlex, sys
+import contextlib, json, os, re, shlex, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -22,7 +22,7 @@ from .people import people_app
 from .project import kit_app
 from .terminal import ASK, FORK, PEOPLE, RUN, Env, Json, given, manners, me, one_of, out, patience, seen, workspace_of
 from ..core.config import SettingsError, begin_process, explain, load_config
-from ..core.files import DataError, counted
+from ..core.files import DataError, counted, read_edited
 
 # %% ../../nbs/lib/commands/cli.ipynb #56b61f8c
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -201,15 +201,27 @@ def why(
 
 # %% ../../nbs/lib/commands/cli.ipynb #6ad22139
 @app.command(rich_help_panel=RUN)
-def config(env: Env = "dev", as_json: Json = False):
+def config(
+    name: Annotated[Optional[str], typer.Argument(help="Only settings with this in their names, and what settings.ini says of them")] = None,
+    env: Env = "dev",
+    as_json: Json = False,
+):
     "Print each setting and where its value came from."
     with manners():
-        rows = explain(load_config(env))
+        settings = load_config(env)
+        rows = [row for row in explain(settings) if (name or "") in row["key"]]
+        if not rows: raise SettingsError(f"No setting has {name!r} in its name. `{me()} config` lists all of them.")
         if as_json: return out(dict(env=env, settings=rows))
-        width = max(len(row["key"]) for row in rows)
+        width, said = max(len(row["key"]) for row in rows), _remarks(settings.root) if name else {}
         for row in rows:
-            value = ", ".join(row["value"]) if isinstance(row["value"], list) else row["value"]
-            typer.echo(f"{row['key']:{width}}  {value!s:60}  {row['origin']}")
+            value = ", ".join(row["value"]) if isinstance(row["value"], list) else str(row["value"])
+            rest = f"\n{'':{width + 62}}" if len(value) > 60 else ""         # a long value takes a line of its own
+            typer.echo(f"{row['key']:{width}}  {value:60}{rest}  {row['origin']}")
+            if row["key"] in said: typer.echo(typer.style(f"{'':{width}}  {said[row['key']]}", dim=True))
+
+def _remarks(root):                                 # what stands after the first value of each setting
+    lines = re.findall(r"^(\w+) *=.*? ; (.+)$", read_edited(root / "settings.ini"), re.M)
+    return dict(reversed(lines))
 
 # %% ../../nbs/lib/commands/cli.ipynb #a9f750b6
 Question = Annotated[
@@ -267,7 +279,9 @@ def ask(
     with manners():
         questions, many = _questions(question)
         ws = workspace_of(env)
+        from llmops_ref.documents.prominence import sample_size
         from llmops_ref.release.champion import open_champion
+        held = sample_size(ws)
         with contextlib.ExitStack() as loaded:
             with patience(f"Loading the assistant of {env}"): answer = loaded.enter_context(open_champion(ws))
             for text in questions:
@@ -292,6 +306,7 @@ def ask(
                         typer.secho(f"  No passage names {seen(', '.join(names))}. Look it up before you use it.", fg="yellow")
                     if missing := reply.get("unsaid_words"):
                         typer.secho(f"  No document says {seen(', '.join(missing))}. The answer may be about something else.", fg="yellow")
+                    if held: typer.echo(typer.style(f"  {env} holds {held}; another environment may know more.", dim=True))
                     if reply.get("trace_id"):
                         typer.echo(typer.style(f"  {me()} vote {reply['trace_id']} --env {env} --up, or --down", dim=True))
 

@@ -15,7 +15,7 @@ import typer
 
 from .terminal import ASK, PEOPLE, By, Env, Json, manners, me, one_of, out, seen, who, workspace_of
 from ..core.config import SettingsError
-from ..core.files import DataError
+from ..core.files import DataError, counted
 
 # %% ../../nbs/lib/commands/people.ipynb #9cf441a7
 people_app = typer.Typer()
@@ -184,6 +184,11 @@ def monitor(
                     + (f" since {s['since']}" if s["since"] else ""),
                     fg="red" if s["breached"] else None,
                 )
+            if "watch" in {s["state"] for s in details["alerts"]}:
+                typer.echo("\n  watch: over its bound, and so few that chance alone may do it; no alarm.")
             for t in details["triggers"]: typer.echo(f"\n  {typer.style(t['trigger'], bold=True)}: {t['because']}\n    {t['command']}")
+            if waiting := int(seen["metrics"]["waiting"]):
+                asks = counted(waiting, "vote waits for a person", "votes wait for a person")
+                typer.echo(f"\n  {asks}:\n    {me()} review --env {env}")
             typer.echo(f"\nPage: {page}")
         if fail_on == "breach" and seen["metrics"]["alerts"]: raise typer.Exit(BREACH)

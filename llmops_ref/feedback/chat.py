@@ -27,6 +27,7 @@ from starlette.routing import Route
 from ..core.config import SettingsError, load_config
 from ..core.files import DataError
 from ..core.warehouse import is_app
+from ..documents.prominence import sample_size
 from ..core.workspace import Workspace
 from .review import USES, review_feedback, to_review
 from .votes import REASONS, record_feedback
@@ -243,12 +244,13 @@ class Chat:
         )
 
     async def info(self, request):
-        config = self.ws.config
+        config, held = self.ws.config, sample_size(self.ws)
         about = (
             "the reference of "
             + ", ".join(config.corpus_packages[:-1])
             + " and " * (len(config.corpus_packages) > 1)
             + config.corpus_packages[-1]
+            + (held and f" ({held})")
             if config.corpus == "packages"
             else ""
         )

@@ -228,8 +228,10 @@ def find_triggers(
         wait = counted(waiting, "vote waits", "votes wait")
         add("unhappy users", "review", f"{said(quality)}; {wait} for a person", f"llmops review --env {config.env}")
     if found := breached("errors", "slow answers", "dear answers", "answers without a record", "probes without an answer"):
+        anew = not {"slow answers", "dear answers"} >= set(found)                     # who is only slow would be as slow again
+        remedy = "rollback --env {}" if versions > 1 else "run --env {} --from deployment --force" if anew else "load --env {}"
         add(
             "operations", "deployment", said(found) + ("; more than one version answered" if versions > 1 else ""),
-            f"llmops {'rollback' if versions > 1 else 'versions'} --env {config.env}",
+            f"llmops {remedy.format(config.env)}",
         )
     return pd.DataFrame(rows, columns=["trigger", "stage", "because", "command", "job"])

@@ -154,7 +154,7 @@ def rollback(
                 f" `llmops versions --env {ws.config.env}` lists the others."
             )
         host = host or open_host(ws)
-        question, answer = _tried(ws, host, previous, question)
+        question, answer = _tried(ws, host, previous, question, current)
         host.share({previous: 1.0})
         client = ws.mlflow().MlflowClient()
         client.set_model_version_tag(name, current, "rolled_back", str(time.time()))        # it does not come back by itself
@@ -170,7 +170,7 @@ def rollback(
         host.close()
     return previous, question, answer
 
-def _tried(ws, host, version, question):            # a question and its answer; a version that is refused does not stay up
+def _tried(ws, host, version, question, serves):    # a question and its answer; a version that is refused does not stay up
     ask = functools.partial(host.ask, version=version, purpose="smoke test")
     try:
         host.start(version)
@@ -178,10 +178,11 @@ def _tried(ws, host, version, question):            # a question and its answer;
         if known: return _still_right(ask, version, known, ws.config.env)
         if question: return question, ask(question)["answer"]
         return _answered(ask, version, [example["question"] for example in _examples(ws, version)][:5] or [SMOKE], ws.config.env)
-    except BaseException:
+    except BaseException as error:
         host.retire(version)
         host.close()
-        raise
+        if not isinstance(error, DataError) or "Nothing was changed" in str(error): raise
+        raise DataError(f"{error} Nothing was changed: {'version ' + serves if serves else 'what served'} goes on serving.") from None
 
 # %% ../../nbs/lib/release/champion.ipynb #0a11bac4
 def remove_version(ws: Workspace, version: str) -> None:
