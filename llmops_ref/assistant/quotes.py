@@ -94,7 +94,8 @@ SAME_WORDS, FAR = 0.25, 0.18                        # what all words of the ques
 
 def _answers(question, passage, likeness, least):   # whether a sentence of this passage may answer
     id, text = passage
-    if likeness < least or least < 0 or not is_page(id): return likeness >= least
+    if not is_page(id): return likeness >= least - CLOSER                           # what a docstring says first is the passage
+    if likeness < least or least < 0: return likeness >= least
     return likeness + SAME_WORDS * word_share(question, text) >= least + FAR
 
 # %% ../../nbs/lib/assistant/quotes.ipynb #7f61588b
