@@ -48,7 +48,9 @@ def update_chunks(
     recipes = {id: f"{recipe} {BEGINNING}" if id in brief else recipe for id in documents.id}
     def cut(some):
         made = make_chunks(some, words, chunker)
-        return made[(made.position < BEGINNING) | ~made.document_id.isin(brief)].assign(recipe=lambda d: d.document_id.map(recipes))
+        made = made[(made.position < BEGINNING) | ~made.document_id.isin(brief)]
+        digests = [hashlib.sha256(f"{d} brief".encode()).hexdigest()[:16] if i in brief else d for d, i in zip(made.digest, made.document_id)]
+        return made.assign(digest=digests, recipe=made.document_id.map(recipes))         # a merge replaces a row whose digest changed
     try:
         old, chunks = ws.read("documents"), ws.read("chunks")
         alike = chunks.document_id[chunks.recipe == chunks.document_id.map(recipes)]

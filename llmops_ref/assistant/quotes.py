@@ -115,7 +115,7 @@ def quote(
     question: str,
     passages: list[tuple[str, str]], # Document id and text, the best first
     embed=None, # From n texts to n rows of length 1; `None`: shared words decide
-    least: float = -1.0, # Cosine that a sentence must have with the question; without `embed`, any does
+    least: float = -1.0, # Cosine that a sentence of a page must have with the question, `CLOSER` less an object; without `embed`, any does
 ) -> str: # With its citation; empty if no passage says a word, or none that is near enough
     "The sentence of the passages that answers best."
     offers = [

@@ -167,12 +167,12 @@ def monitor(
         try: record = run_pipeline(ws, steps, True, command="llmops monitor", latest=False)
         except StageFailed as failure: raise DataError(f"{failure.stage.notebook} failed: {failure.error}") from None
         seen = next(s["result"] for s in record["stages"] if s["name"] == "monitoring")
-        details, page = seen["details"], os.path.relpath(ws.path("monitoring", "page.html"))
+        details, waiting, page = seen["details"], int(seen["metrics"]["waiting"]), os.path.relpath(ws.path("monitoring", "page.html"))
         if as_json:
             out(
                 dict(
                     env=env, headline=seen["headline"], alarms=int(seen["metrics"]["alerts"]), signals=details["alerts"],
-                    triggers=details["triggers"], drift=details["drift"], page=page,
+                    triggers=details["triggers"], drift=details["drift"], waiting=waiting, page=page,
                 )
             )
         else:
@@ -187,7 +187,7 @@ def monitor(
             if "watch" in {s["state"] for s in details["alerts"]}:
                 typer.echo("\n  watch: over its bound, and so few that chance alone may do it; no alarm.")
             for t in details["triggers"]: typer.echo(f"\n  {typer.style(t['trigger'], bold=True)}: {t['because']}\n    {t['command']}")
-            if waiting := int(seen["metrics"]["waiting"]):
+            if waiting and "review" not in {t.get("stage") for t in details["triggers"]}:
                 asks = counted(waiting, "vote waits for a person", "votes wait for a person")
                 typer.echo(f"\n  {asks}:\n    {me()} review --env {env}")
             typer.echo(f"\nPage: {page}")

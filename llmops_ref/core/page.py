@@ -167,15 +167,20 @@ def _numeric(rows):
 INFORMS = ", informs"
 
 def gate_rows(
-    rows: list[dict], # From `Gate.row`: `gate value must_be holds`, and `remark` where a bound that informs was passed
+    rows: list[dict], # From `Gate.row`: `gate value must_be holds`; `remark` where a bound that informs was passed, `lacks`, `applies`
 ) -> list[dict]: # The same columns; under `holds`, of a gate that only informs, what it saw
     "Gates as a person reads them."
     def did(row): return "beyond its bound" if row.get("remark") else "within its bound"
-    def says(row): return "only informs: " + (did(row) if _real(row.get("value")) else "not measured")
+    def says(row):
+        if not _applies(row): return "nothing to measure"
+        if not _informs(row): return row.get("holds")
+        return "only informs: " + (did(row) if _real(row.get("value")) else "not measured")
     def shown(row):
-        return {k: v for k, v in row.items() if k != "remark"} | dict(must_be=row["must_be"].removesuffix(INFORMS), holds=says(row))
-    return [shown(row) if _informs(row) else row for row in rows]
+        plain = {k: v for k, v in row.items() if k not in ("remark", "lacks", "applies")}
+        return plain | dict(must_be=str(row.get("must_be", "")).removesuffix(INFORMS), holds=says(row))
+    return [shown(row) for row in rows]
 
+def _applies(row): return row.get("applies") is not False
 def _informs(row): return bool(row.get("remark")) or str(row.get("must_be")).endswith(INFORMS)
 
 # %% ../../nbs/lib/core/page.ipynb #65bf7911
@@ -183,8 +188,10 @@ def say_gates(
     rows: list[dict], # From `Gate.row`
 ) -> list[str]: # Nothing where there are no gates
     "Whether the gates hold, in a sentence, and one for each remark."
+    rows = [row for row in rows if _applies(row)]
     judges, broken = [row for row in rows if not _informs(row)], [row for row in rows if not row.get("holds")]
-    names = "; ".join(f"{row.get('gate')} is {show('', row.get('value'))} and must be {row.get('must_be')}" for row in broken)
+    def found(row): return f"was not measured ({row['lacks']})" if row.get("lacks") else f"is {show('', row.get('value'))}"
+    names = "; ".join(f"{row.get('gate')} {found(row)} and must be {row.get('must_be')}" for row in broken)
     others = len(rows) - len(judges)
     less = f", {counted(others, 'other')} only {'informs' if others == 1 else 'inform'}" if others else ""
     if broken: said = f"{len(broken)} of {counted(len(judges), 'gate')} {'does' if len(broken) == 1 else 'do'} not hold: {names}."

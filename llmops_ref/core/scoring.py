@@ -240,28 +240,45 @@ _UNITS = (
     "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_SPELT = re.compile(rf"\b(?:({'|'.join(_TENS)})(?:[- ]({'|'.join(_UNITS[:9])}))?|({'|'.join(_UNITS[1:])}))\b", re.I)  # "one" says little
+_SPELT = re.compile(                                # below a hundred, in English; no part of a larger number, and no "twenty-first"
+    rf"(?<!hundred )(?<!hundred and )(?<!thousand )\b(?:({'|'.join(_TENS)})(?:[-\s\u2010-\u2015]({'|'.join(_UNITS[:9])}))?"
+    rf"|({'|'.join(_UNITS[1:])}))\b(?![-\s\u2010-\u2015](?:hundred|thousand|million|billion|first|second|third|[a-z]+th\b))", re.I
+)
 
-def _digits(found):
-    ten, after, alone = (part.lower() if part else None for part in found.groups())
-    return str(20 + 10 * _TENS.index(ten) + (1 + _UNITS.index(after) if after else 0) if ten else 1 + _UNITS.index(alone))
+def _value(ten, unit, alone):                       # of the parts of a number in words
+    return 20 + 10 * _TENS.index(ten) + (1 + _UNITS.index(unit) if unit else 0) if ten else 1 + _UNITS.index(alone)
 
-def _numbers(text):  # a citation is no number, 1,000 is 1000, and thirty is 30
-    said = _SPELT.sub(_digits, re.sub(r"\[[\d,\s]+\]", "", unify(text)))
-    return set(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"(?<=\d),(?=\d{3}\b)", "", said)))
+def _spelt(text): return {str(_value(*parts)) for parts in _SPELT.findall(unify(text).lower())}
+
+def _numbers(text):  # a citation is no number, and 1,000 is 1000
+    return set(re.findall(r"\d+(?:[.,]\d+)*", re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"\[[\d,\s]+\]", "", unify(text)))))
+
+def _every(text): return _numbers(text) | _spelt(text)
+
+def _contradicts(said, answer, reference, question): # another number than the one in words: "two weeks" for "four weeks"
+    lacking = _spelt(reference) - _every(question) - _every(answer)
+    return bool(lacking and _every(said) - _every(reference) - _every(question))
+
+def _parts(text): return [part for part in re.split(r"(?<=[.!?।])\s+|(?<=[。！？])", text) if part.strip()] or [text]
+
+def _turned(answer, reference, question):           # whether one of them says *not* where the other does not
+    for wanted in (sentences := _parts(reference)):
+        said = max(_parts(answer), key=lambda sentence: reference_recall(sentence, wanted, question))     # it may go on about other things
+        speaks = len(sentences) == 1 or reference_recall(said, wanted, question) >= SAID
+        if speaks and bool(_NOT.search(said)) != bool(_NOT.search(wanted)): return True
+    return False
 
 def says_reference(
     answer: str,
     reference: str, # The right answer, in a person's words
     question: str = "", # Its words count for nothing
 ) -> float: # 1.0 or 0.0
-    "Whether an answer says what the reference does: `SAID` of its words, each number that the question had not, a *not* where it has one."
+    "Whether an answer says what the reference does: `SAID` of its words, its numbers if the question had them not, a *not* where it has one."
     if (is_refusal(answer) and not is_refusal(reference)
             or _content_words(reference) and reference_recall(answer, reference, question) < SAID): return 0.0
-    said = max(                                     # an answer may go on about other things
-        re.split(r"(?<=[.!?।])\s+|(?<=[。！？])", answer), key=lambda sentence: reference_recall(sentence, reference, question)
-    )
-    return float(_numbers(reference) - _numbers(question) <= _numbers(answer) and bool(_NOT.search(said)) == bool(_NOT.search(reference)))
+    said = max(_parts(answer), key=lambda sentence: reference_recall(sentence, reference, question))
+    if _contradicts(said, answer, reference, question) or _turned(answer, reference, question): return 0.0
+    return float(_numbers(reference) - _numbers(question) <= _every(answer))
 
 # %% ../../nbs/lib/core/scoring.ipynb #44468547
 def asks_for_name(gold: list[str], reference: str) -> bool:

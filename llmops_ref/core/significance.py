@@ -163,6 +163,7 @@ class Gate:
         return f"{self.metric} is {self.value:.3g}, beyond its bound of {self.bound:g}: {self.informs}"
 
     def row(self) -> dict:
-        must_be = f"{'≥' if self.at_least else '≤'} {self.bound:g}" + (", informs" if self.informs or not self.applies else "")
+        must_be = f"{'≥' if self.at_least else '≤'} {self.bound:g}" + (", informs" if self.informs else "")
         row = dict(gate=self.metric, value=round(self.value, 3), must_be=must_be, holds=self.holds)
+        if self.value != self.value: row |= dict(applies=False) if not self.applies else dict(lacks=self.lacks) if self.lacks else {}
         return row | (dict(remark=self.remark) if self.remark else {})

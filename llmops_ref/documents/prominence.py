@@ -144,11 +144,12 @@ def neighbours(
 # %% ../../nbs/lib/documents/prominence.ipynb #b58cccfb
 def sample_size(
     ws, # A workspace
-) -> str: # "1,000 of 8,277 documents"; empty where nothing was left out, or no run has made a corpus
+) -> str: # "1,000 of 8,277 documents"; empty where nothing was left out, or no run on this machine has made a corpus
     "How much of its corpus an environment holds."
-    try: counts = json.loads((ws.store / "stages" / "corpus.json").read_text(encoding="utf-8"))["metrics"]
-    except FileNotFoundError: return ""
-    held, found = counts["documents"], counts.get("found", 0)
+    try:
+        counts = json.loads((ws.store / "stages" / "corpus.json").read_text(encoding="utf-8"))["metrics"]
+        held, found = float(counts["documents"]), float(counts["found"])
+    except (OSError, ValueError, KeyError, TypeError): return ""
     return f"{held:,.0f} of {found:,.0f} documents" if held < found else ""
 
 # %% ../../nbs/lib/documents/prominence.ipynb #81ecfce9

@@ -8,12 +8,12 @@ Reads the table `reviewed`. Leaves its cases as rows for the evaluation question
 __all__ = ['USES', 'REVIEWED', 'LEARNED', 'reviewed_cases', 'question_rows', 'regression_rows', 'cases_of']
 
 # %% ../../nbs/lib/evaluation/reviewed.ipynb #af39d6bf
-import json, re
+import json
 from pathlib import Path
 
 import pandas as pd
 
-from ..core.scoring import REFUSAL, asks_for_name, mentions
+from ..core.scoring import REFUSAL, asks_for_name, mentions, says_reference
 from ..core.workspace import Workspace
 from .cases import can_hold
 
@@ -73,8 +73,8 @@ def question_rows(
 def _demand(gold, answer):
     if not gold: return dict(must="refuse", what=[])
     if asks_for_name(gold, answer): return dict(must="name", what=gold)
-    said = bool(re.search(r"[^\W_]", answer))
-    return dict(must="say", what=[answer]) if said else dict(must="cite", what=gold)
+    nothing = says_reference("-", answer)           # "You can." asks for nothing that any answer has not
+    return dict(must="cite", what=gold) if nothing else dict(must="say", what=[answer])
 
 def regression_rows(
     cases: pd.DataFrame, # From `reviewed_cases`

@@ -250,7 +250,7 @@ class Chat:
             + ", ".join(config.corpus_packages[:-1])
             + " and " * (len(config.corpus_packages) > 1)
             + config.corpus_packages[-1]
-            + (held and f" ({held})")
+            + (held and f", of which {held} are here")
             if config.corpus == "packages"
             else ""
         )

@@ -229,7 +229,7 @@ def find_triggers(
         add("unhappy users", "review", f"{said(quality)}; {wait} for a person", f"llmops review --env {config.env}")
     if found := breached("errors", "slow answers", "dear answers", "answers without a record", "probes without an answer"):
         anew = not {"slow answers", "dear answers"} >= set(found)                     # who is only slow would be as slow again
-        remedy = "rollback --env {}" if versions > 1 else "run --env {} --from deployment --force" if anew else "load --env {}"
+        remedy = "rollback --env {}" if versions > 1 else "run --env {} --from deployment --force" if anew else "versions --env {}"
         add(
             "operations", "deployment", said(found) + ("; more than one version answered" if versions > 1 else ""),
             f"llmops {remedy.format(config.env)}",

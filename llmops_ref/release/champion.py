@@ -181,8 +181,8 @@ def _tried(ws, host, version, question, serves):    # a question and its answer;
     except BaseException as error:
         host.retire(version)
         host.close()
-        if not isinstance(error, DataError) or "Nothing was changed" in str(error): raise
-        raise DataError(f"{error} Nothing was changed: {'version ' + serves if serves else 'what served'} goes on serving.") from None
+        if serves is None or not isinstance(error, DataError) or "Nothing was changed" in str(error): raise
+        raise DataError(f"{error}\nVersion {serves} is still the champion.") from None
 
 # %% ../../nbs/lib/release/champion.ipynb #0a11bac4
 def remove_version(ws: Workspace, version: str) -> None:
