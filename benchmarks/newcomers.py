@@ -51,7 +51,8 @@ def main():
         print(f"{'not found' if q.there else 'not there'}  {q.question}  ->  {', '.join(q.shown)}")
     print(f"\n{len(documents):,} documents, {len(ws.read('chunks')):,} chunks")
     show("in the corpus", there)
-    ours = [json.loads(line)["gold"] for name in ("questions", "first_questions") for line in (DATA / f"{name}.jsonl").open(encoding="utf-8")]
+    files = [DATA / f"{name}.jsonl" for name in ("questions", "first_questions")]
+    ours = [json.loads(line)["gold"] for path in files for line in path.open(encoding="utf-8")]
     kept = {document for gold in ours for document in gold}
     show("the same, of what no question of ours keeps there", [found for found, gold in zip(there, questions.gold) if not kept & set(gold)])
     show(f"among {config.retrieval_k} passages", asked.right)

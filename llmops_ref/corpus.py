@@ -49,7 +49,8 @@ def update_chunks(
     def cut(some):
         made = make_chunks(some, words, chunker)
         made = made[(made.position < BEGINNING) | ~made.document_id.isin(brief)]
-        digests = [hashlib.sha256(f"{d} brief".encode()).hexdigest()[:16] if i in brief else d for d, i in zip(made.digest, made.document_id)]
+        def marked(digest): return hashlib.sha256(f"{digest} brief".encode()).hexdigest()[:16]
+        digests = [marked(d) if id in brief else d for d, id in zip(made.digest, made.document_id)]
         return made.assign(digest=digests, recipe=made.document_id.map(recipes))         # a merge replaces a row whose digest changed
     try:
         old, chunks = ws.read("documents"), ws.read("chunks")

@@ -202,7 +202,7 @@ def why(
 # %% ../../nbs/lib/commands/cli.ipynb #6ad22139
 @app.command(rich_help_panel=RUN)
 def config(
-    name: Annotated[Optional[str], typer.Argument(help="Only settings with this in their names, and what settings.ini says of them")] = None,
+    name: Annotated[Optional[str], typer.Argument(help="Only settings with this in their names, with what settings.ini says")] = None,
     env: Env = "dev",
     as_json: Json = False,
 ):

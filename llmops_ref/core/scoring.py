@@ -273,7 +273,7 @@ def says_reference(
     reference: str, # The right answer, in a person's words
     question: str = "", # Its words count for nothing
 ) -> float: # 1.0 or 0.0
-    "Whether an answer says what the reference does: `SAID` of its words, its numbers if the question had them not, a *not* where it has one."
+    "Whether an answer says what the reference does: `SAID` of its words, its new numbers, a *not* where it has one."
     if (is_refusal(answer) and not is_refusal(reference)
             or _content_words(reference) and reference_recall(answer, reference, question) < SAID): return 0.0
     said = max(_parts(answer), key=lambda sentence: reference_recall(sentence, reference, question))

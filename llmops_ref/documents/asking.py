@@ -129,8 +129,8 @@ def _letter(c): return unicodedata.category(c)[0] in "LM" or c == " "           
 def _whole(sentence, fewest=6):                     # begins and ends like a sentence, and is neither code nor a row of a table
     first, spaced = sentence[:1], re.sub(f"[{UNSPACED}]", " ", sentence)
     begins = first.isdigit() or first in "\"“«„(¿¡「" or first.isalpha() and not first.islower()
-    return (begins and sentence[-1:] in tuple(".!。！।") and not re.search(r"[|{}]|\. \.", sentence) and fewest <= length(sentence) <= 40
-            and max(map(len, spaced.split()), default=0) < 30 and sum(map(_letter, sentence)) > 0.85 * len(sentence))
+    return (begins and sentence[-1:] in tuple(".!。！।") and not re.search(r"[|{}]|\. \.", sentence)
+            and fewest <= length(sentence) <= 40 and max(map(len, spaced.split()), default=0) < 30 and sum(map(_letter, sentence)) > 0.85 * len(sentence))
 
 # %% ../../nbs/lib/documents/asking.ipynb #a2f4d087
 def page_sentences(

@@ -61,7 +61,8 @@ def say_before(
 ) -> str: # Empty where neither the gates nor the verdict have changed
     "What became of a version when it was judged before, and which gates have changed since."
     if earlier.get("verdict") not in ("PASSED", "FAILED"): return ""
-    old, new = ([(r["gate"], r["must_be"]) for r in rows if not _of_the_moment(r["gate"]) and r.get("applies") is not False] for rows in (earlier["gates"], gates))
+    def lasting(row): return not _of_the_moment(row["gate"]) and row.get("applies") is not False
+    old, new = ([(r["gate"], r["must_be"]) for r in rows if lasting(r)] for rows in (earlier["gates"], gates))
     came, went = dict(pair for pair in new if pair not in old), dict(pair for pair in old if pair not in new)
     changes = [f"{gate} {bound} is new" for gate, bound in came.items() if gate not in went]
     changes += [f"{gate} {bound} is gone" for gate, bound in went.items() if gate not in came]

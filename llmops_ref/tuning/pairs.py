@@ -170,7 +170,8 @@ def build_pairs(
     objects = [d for d in entries if entries[d]["sentence"] and d not in reserved]
     names = sorted({d.rpartition(".")[2] for d in chunks.document_id})
     asked_in_test = {q.strip().lower() for q in questions[questions.split == "test"].question}
-    cases, decks, rows, number, wanted = list(waiting), dict(train=[], validation=[]), [], 0, held_out + max(examples, PER_GROUP * len(waiting))
+    cases, decks = list(waiting), dict(train=[], validation=[])
+    rows, number, wanted = [], 0, held_out + max(examples, PER_GROUP * len(waiting))
     rng.shuffle(objects)
     objects.sort(key=lambda d: d not in seen)       # what is new comes last, and is taken first
     asked_for = list(objects)
