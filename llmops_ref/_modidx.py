@@ -2962,6 +2962,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'llmops_ref.tuning.pairs._flat': ('lib/tuning/pairs.html#_flat', 'llmops_ref/tuning/pairs.py'),
                                          'llmops_ref.tuning.pairs._fresh': ('lib/tuning/pairs.html#_fresh', 'llmops_ref/tuning/pairs.py'),
                                          'llmops_ref.tuning.pairs._group': ('lib/tuning/pairs.html#_group', 'llmops_ref/tuning/pairs.py'),
+                                         'llmops_ref.tuning.pairs._left': ('lib/tuning/pairs.html#_left', 'llmops_ref/tuning/pairs.py'),
                                          'llmops_ref.tuning.pairs._members': ( 'lib/tuning/pairs.html#_members',
                                                                                'llmops_ref/tuning/pairs.py'),
                                          'llmops_ref.tuning.pairs._people': ('lib/tuning/pairs.html#_people', 'llmops_ref/tuning/pairs.py'),

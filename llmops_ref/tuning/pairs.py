@@ -121,6 +121,9 @@ def _people(questions, reviewed, every):            # what people asked: questio
     own = questions[(questions.split == "train") & ~questions.id.isin(reviewed.id)].assign(kind="human")
     return _answerable(own, every), _answerable(reviewed.assign(kind="reviewed"), every)
 
+def _left(people, entries, person):                 # those whose entry is there still; of what is to be refused, all but the one just asked
+    return [(d, q) for d, q in people if (d in entries if d else q is not (person or (None, None))[1])]
+
 def _rows(made, number, split, person, before):     # of a group, from what `_group` made
     shown, asked = made
     return [
@@ -192,10 +195,7 @@ def build_pairs(
         if split == "validation":                   # what tells when training should end is not trained on
             entries = {d: v for d, v in entries.items() if d not in made[0]}
             objects = [d for d in objects if d in entries]
-            people, decks["validation"] = (
-                [(d, q) for d, q in some if (d in entries if d else q is not (person or (None, None))[1])]
-                for some in (people, decks["validation"])
-            )
+            people, decks["validation"] = (_left(some, entries, person) for some in (people, decks["validation"]))
     if teacher:
         _taught(
             rows, {d: cut_words(facts["text"], max_words) for d, facts in every.items()}, teacher,
