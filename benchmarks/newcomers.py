@@ -26,7 +26,7 @@ from llmops_ref.search.published import open_index
 DATA = Path(__file__).parent.parent / "data"
 
 
-def show(what: str, right) -> None: print(f"{what}: {int(sum(right))} of {len(right)}, {said_share(sum(right) / len(right), len(right))}")
+def show(what: str, right) -> None: print(f"{what}: {int(sum(right))}, {said_share(sum(right) / len(right), len(right))}")
 
 
 def answers(name: str, ask, questions: pd.DataFrame) -> None:
