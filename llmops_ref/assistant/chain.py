@@ -7,7 +7,8 @@ Reads the index, a prompt and an endpoint. Leaves the chain that every stage ask
 # %% auto #0
 __all__ = ['FENCE', 'PLAIN_PROMPT', 'DIRECT_PROSE', 'DIRECT_PROMPT', 'NEVER_ASKED', 'SHARED', 'cut_words', 'passage_block',
            'check_template', 'build_messages', 'fit_words', 'make_chain', 'retriever_class', 'as_retriever',
-           'open_endpoint', 'served_endpoint', 'lowest_cosine', 'open_chains', 'open_assistants', 'open_assistant']
+           'open_endpoint', 'served_endpoint', 'lowest_cosine', 'open_chains', 'open_assistants', 'open_crew',
+           'open_assistant']
 
 # %% ../../nbs/lib/assistant/chain.ipynb #e2b9e145
 import contextlib, functools, os, re
@@ -21,7 +22,8 @@ from ..core.scoring import REFUSAL, is_page
 from ..core.text import break_marks, word_pieces
 from ..core.workspace import Workspace
 from ..models.gateway import gateway_endpoint
-from ..models.llm import Endpoint, chat_client, room_of, serve_gguf
+from ..core.machine import usable_cores
+from ..models.llm import Endpoint, chat_client, crew_size, room_of, serve_gguf
 from ..models.weights import chosen_gguf
 from ..search.published import open_index
 
@@ -224,12 +226,12 @@ def as_retriever(
 
 # %% ../../nbs/lib/assistant/chain.ipynb #ff04fb4d
 @contextlib.contextmanager
-def open_endpoint(ws: Workspace, slots: int = 0):
+def open_endpoint(ws: Workspace, slots: int = 0, threads: int = 0):
     "Where the model answers: the gateway, the endpoint that `chat_url` names, or llama.cpp on this machine."
     if ws.config.app == "third_party": yield gateway_endpoint(ws)
     elif ws.config.chat_url: yield served_endpoint(ws)
     else:
-        with serve_gguf(chosen_gguf(ws), slots=slots or ws.config.chat_slots) as endpoint: yield endpoint
+        with serve_gguf(chosen_gguf(ws), slots=slots or ws.config.chat_slots, threads=threads) as endpoint: yield endpoint
 
 def served_endpoint(ws: Workspace) -> Endpoint:
     "An endpoint that serves the model already (`chat_url`, `chat_name`); its key is CHAT_API_KEY, on Databricks the caller's own."
@@ -255,6 +257,7 @@ def open_chains(
     passages: bool = True, # False: ask the model directly, whatever the settings say
     wrap=None, # A function from the chat client to what is asked in its place, such as `keeper` gives
     slots: int = 0, # Requests that the model of this machine answers in parallel; 0 = `chat_slots`
+    threads: int = 0, # With which it reads a prompt; 0 = one a core
     wrap_retriever=None, # A function from the retriever to what is searched in its place
 ):
     "A function from a prompt (`None`: the default) to the chain as the settings say, on one model and one index, while the block runs."
@@ -265,7 +268,7 @@ def open_chains(
         else as_retriever(open_index(ws), config.retrieval_k, config.retrieval, config.retrieval_candidates)
     )
     if retriever is not None and wrap_retriever: retriever = wrap_retriever(retriever)
-    with open_endpoint(ws, slots) as endpoint:
+    with open_endpoint(ws, slots, threads) as endpoint:
         client = chat_client(
             endpoint, config.chat_max_tokens, config.chat_timeout, config.chat_retries,
             requests_per_minute=config.gateway_requests_per_minute if config.app == "third_party" else 0,
@@ -287,6 +290,21 @@ def open_assistants(
     "The chains of several prompts by name, while the `with` block runs."
     with open_chains(ws, open_examples(ws, *templates.values()), passages, **options) as chain:
         yield {name: chain(template) for name, template in templates.items()}
+
+# %% ../../nbs/lib/assistant/chain.ipynb #a622d807
+@contextlib.contextmanager
+def open_crew(
+    ws: Workspace,
+    templates: dict[str, str | None], # As for `open_assistants`
+    **options, # As for `open_chains`
+): # Name -> chains that are alike, for `answer_all`
+    "The chains of `open_assistants`, several of each while the block runs, if the model is a small one of this machine."
+    here = ws.config.app == "self_hosted" and not ws.config.chat_url
+    size = crew_size(chosen_gguf(ws)) if here else 1
+    if size > 1: options |= dict(threads=max(1, usable_cores() // size))
+    with contextlib.ExitStack() as stack:
+        members = [stack.enter_context(open_assistants(ws, templates, **options)) for _ in range(size)]
+        yield {name: [chains[name] for chains in members] for name in templates}
 
 # %% ../../nbs/lib/assistant/chain.ipynb #533ca89f
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ __all__ = ['REPLY', 'MEASURES', 'LESS_IS_BETTER', 'COSTS', 'FROM_PASSAGES', 'BY_
            'evaluate_in_mlflow']
 
 # %% ../../nbs/lib/evaluation/answers.ipynb #902d2f0e
-import contextlib, hashlib, importlib.metadata, io, json, re, time
+import contextlib, functools, hashlib, importlib.metadata, io, json, re, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,17 +26,17 @@ from ..models.weights import chosen_gguf
 REPLY = ("answer", "citations", "passages", "prompt_tokens", "completion_tokens")       # what an answer dictionary must have to be scored
 
 def answer_all(
-    assistant, # A function or runnable from `{"question": ...}` to the answer dictionary of `make_chain`
+    assistant, # A function or runnable from `{"question": ...}` to the answer dictionary of `make_chain`; or a list of equal ones
     questions: pd.DataFrame, # Columns `id question type gold answer`
-    workers: int = 2,
+    workers: int = 2, # That ask at the same time; of a list, each one
     on_done=None, # Called with (done, total)
     score=score_answer, # Called as `score_answer` is
 ) -> pd.DataFrame: # One row a question: `id question type gold reference answer passages citations seconds error ...` and its scores
     "Ask every question, several at once, and score the answers; `DataError` if there is no question, or none could be answered and scored."
     if questions.empty:
         raise DataError("There are no questions to ask. Is the split empty, or does a setting such as `prompt_questions` leave none?")
-    ask, done = getattr(assistant, "invoke", assistant), 0
-    def one(q):
+    crew, done = assistant if isinstance(assistant, list) else [assistant], 0
+    def one(ask, q):
         nonlocal done
         start, row = time.perf_counter(), dict(
             id=q.id, question=q.question, type=q.type, gold=list(q.gold), reference=q.answer, answer="", citations=[],
@@ -57,7 +57,11 @@ def answer_all(
         done += 1
         if on_done: on_done(done, len(questions))
         return row
-    with ThreadPoolExecutor(workers) as pool: rows = list(pool.map(one, list(questions.itertuples())))
+    rows = list(questions.itertuples())
+    def share(number):                              # every second question, if there are two
+        ask = functools.partial(one, getattr(crew[number], "invoke", crew[number]))
+        with ThreadPoolExecutor(workers) as pool: rows[number::len(crew)] = pool.map(ask, rows[number::len(crew)])
+    with ThreadPoolExecutor(len(crew)) as beside: list(beside.map(share, range(len(crew))))
     failed = [row for row in rows if row["error"]]
     if len(failed) == len(rows): raise failed[0]["exception"]
     return pd.DataFrame(rows).drop(columns="exception")
