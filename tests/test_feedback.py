@@ -21,7 +21,8 @@ from llmops_ref.evaluation.reviewed import question_rows, regression_rows, revie
 from llmops_ref.assistant.versions import version_facts
 from llmops_ref.core.scoring import names_gold
 from llmops_ref.release.approval import read_evidence
-from llmops_ref.release.serving import LocalHost, hangs, stream_endpoint
+from llmops_ref.release.champion import open_champion
+from llmops_ref.release.serving import LocalHost, find_endpoint, hangs, stream_endpoint
 from llmops_ref.core.services import running_services, stop_services
 from llmops_ref.core.workspace import open_workspace
 
@@ -192,6 +193,23 @@ def test_a_user_who_leaves_in_mid_stream_leaves_the_server_well(served):
         if len(stopped := ws.read("requests").query("status == 'STOPPED'")): break
         time.sleep(1)
     assert stopped.user.tolist() == ["ann"] and stopped.server.tolist() == [row.server], "who stops is on record, and is no loss"
+
+
+def test_who_keeps_a_version_up_keeps_ask_waiting_for_nothing(served, shop, monkeypatch):
+    "`llmops ask` loads no assistant while one is up, says the same as there, and loads one where it is not or hangs."
+    ws, host, version = served
+    with monkeypatch.context() as nothing_is_loaded:
+        nothing_is_loaded.delattr("llmops_ref.release.champion.load_assistant")
+        with open_champion(ws) as answer:
+            pieces = []
+            asked, streamed = answer("How do I log a metric?"), answer("How do I log a metric?", pieces.append)
+    verdict = version_facts(ws, version)["model_validation_status"]
+    assert asked["answer"] == streamed["answer"] == "".join(pieces) and (asked["version"], asked["validation"]) == (version, verdict)
+    collect_requests(ws, [streamed["trace_id"]], patience=PATIENCE)
+    assert ws.read("requests").set_index("trace_id").loc[streamed["trace_id"]].answer == streamed["answer"], "it is traffic, as any question"
+    os.kill(host.endpoints[version].pid, signal.SIGSTOP)
+    try: assert find_endpoint(ws, version, seconds=1) is None
+    finally: os.kill(host.endpoints[version].pid, signal.SIGCONT)
 
 
 def test_a_failed_request_is_a_row(served):

@@ -275,7 +275,7 @@ def ask(
     env: Env = "dev",
     as_json: Json = False,
 ):
-    "Ask the deployed champion; it answers with citations."
+    "Ask the deployed champion; it answers with citations, and sooner where `llmops serve` or `llmops chat` keeps it up."
     with manners():
         questions, many = _questions(question)
         ws = workspace_of(env)

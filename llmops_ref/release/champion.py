@@ -18,7 +18,9 @@ from ..core.machine import git_commit
 from ..core.scoring import score_answer
 from ..core.workspace import Workspace
 from .approval import check_approved, read_evidence, recorded_digest
+from ..core.services import PATIENCE
 from .hosting import open_host
+from .serving import asker_of, find_endpoint
 from .sbom import embedder_facts, write_sbom
 from ..tuning.registry import model_facts, tuned_files
 
@@ -198,10 +200,13 @@ def remove_version(ws: Workspace, version: str) -> None:
 # %% ../../nbs/lib/release/champion.ipynb #3b311b30
 @contextlib.contextmanager
 def open_champion(ws: Workspace):
-    "Load the champion in this process; yields a function from a question to the answer dictionary, and pieces to a second argument."
+    """The champion, where it is up or else in this process.
+
+    Yields a function from a question to the answer dictionary; a second argument is called with each piece of the answer."""
     version = ws.deployed()
-    with load_assistant(ws, version, trace=True) as ask:
-        tags = ws.mlflow().MlflowClient().get_model_version(ws.registered("assistant"), version).tags
-        facts = dict(version=version, validation=tags.get("model_validation_status", "PENDING"))
+    facts = dict(version=version, validation=ws.verdict(version))
+    with contextlib.ExitStack() as stack:
+        up = find_endpoint(ws, version) if ws.config.platform == "local" else None
+        ask = asker_of(up, PATIENCE * ws.config.chat_timeout) if up else stack.enter_context(load_assistant(ws, version, trace=True))
         def answer(question, on_piece=None): return ask(dict(question=question), on_piece) | facts
         yield answer
