@@ -9,7 +9,7 @@ The commands ask what dev has deployed, so dev must have run (`make run`). The l
 what is here alone. Each checkout uses its own `.venv`. Absolute seconds are those of this machine at this hour; the ratios hold
 elsewhere, too.
 """
-import argparse, json, os, platform, resource, statistics, subprocess, tempfile, time
+import argparse, contextlib, json, os, platform, resource, statistics, subprocess, tempfile, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
@@ -45,6 +45,19 @@ def show(name, runs: dict[str, list[tuple[float, float]]]):
     print(f"  {name:28}" + "".join(f"{wall:9.2f} s {cpu:8.2f} s cpu" for wall, cpu in medians) + ratio, flush=True)
 
 
+@contextlib.contextmanager
+def served(folder: Path):
+    "Keep the assistant of dev up, as `llmops serve` does in another terminal."
+    words = [folder / ".venv" / "bin" / "llmops", "serve", "--env", "dev"]
+    server = subprocess.Popen(words, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    try:
+        if " is at " not in server.stdout.readline(): raise SystemExit(f"`llmops serve` in {folder} serves nothing.")
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def cold(folder: Path) -> tuple[float, dict[str, float]]: # Seconds, and those of each stage
     "The whole life cycle of dev in a fresh clone, with the environment of `folder`."
     with tempfile.TemporaryDirectory() as scratch:
@@ -53,6 +66,16 @@ def cold(folder: Path) -> tuple[float, dict[str, float]]: # Seconds, and those o
         wall, _ = timed([folder / ".venv" / "bin" / "llmops", "run", "--env", "dev"], clone, PYTHONPATH=str(clone))
         stages = json.loads((clone / "runs" / "dev" / "latest" / "run.json").read_text())["stages"]
         return wall, {stage["notebook"]: stage["seconds"] for stage in stages if stage["seconds"]}
+
+
+def in_turns(folders: dict[str, Path], words: list[str], times: int) -> dict[str, list[tuple[float, float]]]:
+    "A command in each checkout, in turns; the first turn warms up and does not count."
+    runs = {where: [] for where in folders}
+    for number in range(times + 1):
+        for where, folder in folders.items():
+            found = timed([folder / ".venv" / "bin" / "llmops", *words], folder)
+            if number: runs[where].append(found)
+    return runs
 
 
 def main():
@@ -64,13 +87,10 @@ def main():
     chosen = parser.parse_args()
     folders = {"here": HERE} | ({"beside": chosen.beside.resolve()} if chosen.beside else {})
     print(f"{machine()}; medians of {chosen.times}" + (f"; here, and beside it {chosen.beside}" if chosen.beside else ""))
-    for name, words in COMMANDS.items():
-        runs = {where: [] for where in folders}
-        for number in range(chosen.times + 1):                  # the first one warms up
-            for where, folder in folders.items():
-                found = timed([folder / ".venv" / "bin" / "llmops", *words], folder)
-                if number: runs[where].append(found)
-        show(name, runs)
+    for name, words in COMMANDS.items(): show(name, in_turns(folders, words, chosen.times))
+    with contextlib.ExitStack() as up:
+        for folder in folders.values(): up.enter_context(served(folder))
+        show("llmops ask, beside serve", in_turns(folders, COMMANDS["llmops ask"], chosen.times))
     if chosen.cold:
         lives = {where: [] for where in folders}
         for _ in range(chosen.times):
