@@ -290,6 +290,14 @@ def _read_ini(path):
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(";",))
     try: parser.read_string(read_edited(path), source=str(path))
     except DataError as error: raise SettingsError(str(error)) from None
+    except configparser.DuplicateOptionError as error:
+        raise SettingsError(
+            f"{path} sets `{error.option}` of [{error.section}] a second time in line {error.lineno}. Keep one of the two."
+        ) from None
+    except configparser.DuplicateSectionError as error:
+        raise SettingsError(
+            f"{path} begins the section [{error.section}] a second time in line {error.lineno}. Move what stands below it to the first."
+        ) from None
     except configparser.Error as error:
         raise SettingsError(f"{path} is not a readable INI file: {' '.join(str(error).split())}") from None
     return parser

@@ -166,10 +166,10 @@ KEY_NUMBERS = [ # Stage, metric (a regular expression; {best} is the stage's win
 
 # %% ../../nbs/lib/runner/report.ipynb #528979c4
 def _row(stage, name, label=None):
-    value, before = stage["metrics"][name], stage["previous"].get(name)
+    value, before, around = stage["metrics"][name], stage["previous"].get(name), _around(stage, name)
     return dict(
-        stage=stage["name"], label=label or name, value=show(name, value), around=_around(stage, name), previous=show(name, before),
-        change=change(name, value, before),
+        stage=stage["name"], label=label or name, value=f"{value:.2f}" if around else show(name, value), around=around,
+        previous=show(name, before), change=change(name, value, before),
     )
 
 # %% ../../nbs/lib/runner/report.ipynb #665e5dd9
