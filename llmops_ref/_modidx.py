@@ -541,6 +541,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'llmops_ref/core/database.py'),
                                           'llmops_ref.core.database.follow_store': ( 'lib/core/database.html#follow_store',
                                                                                      'llmops_ref/core/database.py'),
+                                          'llmops_ref.core.database.moved_from': ( 'lib/core/database.html#moved_from',
+                                                                                   'llmops_ref/core/database.py'),
                                           'llmops_ref.core.database.open_database': ( 'lib/core/database.html#open_database',
                                                                                       'llmops_ref/core/database.py')},
             'llmops_ref.core.files': { 'llmops_ref.core.files.DataError': ('lib/core/files.html#dataerror', 'llmops_ref/core/files.py'),

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from conftest import PATIENCE, copy_of
 from llmops_ref.core.config import load_config
 from llmops_ref.core.workspace import open_workspace
+from llmops_ref.kit.doctor import check_database
 
 STORE = ("stores", "staging")
 
@@ -40,6 +41,8 @@ def test_a_run_of_a_copy_leaves_the_original_as_it_is(finished, copied):
     "Which is still there, and which MLflow's rows led to. All other tests run whole stages in copies of one original."
     before, there = digest(finished.root), locations(finished)
     ws = open_workspace(load_config("staging", copied.root))
+    state, store = check_database(ws.config)        # `llmops doctor` says so before anything is written
+    assert (state.state, store.about) == ("ok", "the store") and str(finished.root.joinpath(*STORE)) in store.found
     ws.start_run("example")
     ws.finish("example", "a run with a figure", dict(one=1.0), figures=dict(empty=Figure()))
     assert ws.mlflow().MlflowClient().list_artifacts(ws.mlflow().last_active_run().info.run_id)[0].path == "example-empty.png"

@@ -21,7 +21,7 @@ import psutil
 import llmops_ref
 from ..core.client import REMEDIES, kind_of, remedy
 from ..core.config import Config, SettingsError, load_config
-from ..core.database import check_state
+from ..core.database import check_state, moved_from
 from ..core.files import DataError, counted, read_edited, visible_files
 from ..core.machine import usable_cores
 from ..core.network import answers, proxy_of, set_proxies, show_proxy, wrong_proxy
@@ -265,11 +265,19 @@ def check_edited(config: Config) -> Finding:
 
 # %% ../../nbs/lib/kit/doctor.ipynb #06164dd4
 def check_database(config: Config) -> list[Finding]:
-    "Whether MLflow's database, if there is one on this machine, can be opened."
+    "Whether MLflow's database, if there is one on this machine, can be opened, and whether its store was moved."
     file = config.root / config.store / "mlflow.db"
     if config.platform != "local" or not file.is_file(): return []
     what, _, fix = str(_error(lambda: check_state(file, wait=2), DataError) or "can be opened").partition(". ")
-    return [Finding("MLflow's database", "fail" if fix else "ok", what, fix)]
+    if fix: return [Finding("MLflow's database", "fail", what, fix)]
+    moved = [
+        Finding(
+            "the store", "note", f"was in {place.parent} when MLflow wrote into it, and is in {file.parent} now",
+            "Nothing to do: the next command that opens it leads MLflow after it, and leaves what is at the old place alone.",
+        )
+        for place in moved_from(file, file.parent / "artifacts")
+    ]
+    return [Finding("MLflow's database", "ok", what), *moved]
 
 # %% ../../nbs/lib/kit/doctor.ipynb #4e197385
 def check_gateway(config: Config) -> list[Finding]:

@@ -311,7 +311,8 @@ def prepare_training(
     )
     begins = dict(start=[str(start[0]), start[1]]) if start else {}
     job = dict(base=str(base), base_sha256=base_sha256, **begins, code=code, recipe=asdict(recipe) | dict(modules=list(recipe.modules)))
-    name = hashlib.sha256(json.dumps([job, kept.to_json(orient="values")], sort_keys=True).encode()).hexdigest()[:16]
+    content = job | dict(base=base_sha256 or str(base), start=start and start[1])       # not where it lies: a project may be moved
+    name = hashlib.sha256(json.dumps([content, kept.to_json(orient="values")], sort_keys=True).encode()).hexdigest()[:16]
     folder = parent / name
     folder.mkdir(parents=True, exist_ok=True)
     for other in parent.iterdir():
