@@ -14,7 +14,10 @@ from llmops_ref.core.config import load_config
 from llmops_ref.deployment import check_traffic, roll_out
 from llmops_ref.release.champion import one_at_a_time
 from llmops_ref.core.services import Service, stop_services
+from llmops_ref.core.text import words
+from llmops_ref.documents.asking import first_sentence
 from llmops_ref.release.serving import LocalHost
+from llmops_ref.search.published import open_index
 from llmops_ref.validation import answers_folder, kept_answers, recall_assistant
 from llmops_ref.core.files import DataError
 from llmops_ref.core.workspace import open_workspace
@@ -298,20 +301,32 @@ def refused(shop, **environment):
     return done.stderr
 
 
-def that_hold(checked): return {case["question"] for case in checked["regressions"] if case["holds"]}
+def told_by_their_texts(project, n=3): # Question -> the document that the search shows for it, though none of its words is in the name
+    ws = workspace(project)
+    index, found, config = open_index(ws), {}, ws.config
+    for chunk in ws.read("chunks").drop_duplicates("document_id").itertuples():
+        said = first_sentence(chunk.text)
+        if not said or set(words(said)) & set(words(chunk.document_id)): continue
+        first = index.search(said, config.retrieval_k, config.retrieval, config.retrieval_candidates)[0]
+        if first.document_id == chunk.document_id: found[said] = chunk.document_id
+        if len(found) == n: return found
 
 
 def test_a_poisoned_index_is_refused(shop, tmp_path):
     "Somebody wrote other texts under the names of our documents: what the good version held, this one does not."
-    other, held = copy_of(shop, tmp_path), that_hold(details(shop, "validation"))
+    other, told = copy_of(shop, tmp_path), told_by_their_texts(shop)
+    with open(other.root / "data" / "regressions.jsonl", "a", encoding="utf-8") as cases:
+        for n, (question, document) in enumerate(told.items()):
+            print(json.dumps(dict(id=f"p{n}", question=question, must="show", what=[document], why="Its text tells.")), file=cases)
     ws = workspace(other)
     good = ws.read("chunks")
     ws.write("chunks", good.assign(text=good.text.sample(frac=1, random_state=1).values))
     assert other.llmops("run", "--env", "staging", "--only", "retrieval").returncode == 0
     assert "regressions that hold is 0." in refused(other, GATE_REGRESSIONS="1", RED_TEAM="", VALIDATION_QUESTIONS="2")
     record = json.loads((other.root / "runs" / "staging" / "latest" / "run.json").read_text())
-    now = that_hold(next(stage for stage in record["stages"] if stage["name"] == "validation")["result"]["details"])
-    assert "load_delta" in held - now, "of another text under its name, the search no longer finds it"
+    checked = next(stage for stage in record["stages"] if stage["name"] == "validation")["result"]["details"]["regressions"]
+    held = {case["question"]: case["holds"] for case in checked}
+    assert [held[question] for question in told] == [False] * len(told), "of another text under its name, the search no longer finds it"
 
 
 def test_a_broken_prompt_is_refused(shop):

@@ -479,9 +479,11 @@ def _fit(folder, job, pairs, recipe, plan, on_step):
     state = PartialState(cpu=not torch.cuda.is_available())
     torch.set_num_threads(usable_cores())       # FAISS, which searched in this process before, has set it to 1 for both
     device, processes = "cpu" if state.device.type == "cpu" else str(state.device), state.num_processes
-    plan.setdefault(
-        "dtype", str(training_dtype(device)).removeprefix("torch.")
-    )  # measured once: a training that goes on may find a busier machine
+    if "dtype" not in plan:                         # measured once, by one process: another, or a later one, may find a busier machine
+        if state.is_main_process:
+            write_atomic(folder / "plan.json", json.dumps(plan | dict(dtype=str(training_dtype(device)).removeprefix("torch."))))
+        state.wait_for_everyone()
+        plan["dtype"] = json.loads((folder / "plan.json").read_text())["dtype"]
     start = Path(job["start"][0]) if "start" in job else None
     model, tokenizer = load_for_training(Path(job["base"]), recipe, device, plan["dtype"], start)
     groups = {
