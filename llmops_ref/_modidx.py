@@ -2096,6 +2096,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llmops_ref.monitoring.render_monitoring': ( 'monitoring.html#render_monitoring',
                                                                                     'llmops_ref/monitoring.py')},
             'llmops_ref.prompts': { 'llmops_ref.prompts._both': ('prompts.html#_both', 'llmops_ref/prompts.py'),
+                                    'llmops_ref.prompts._to_beat': ('prompts.html#_to_beat', 'llmops_ref/prompts.py'),
                                     'llmops_ref.prompts.answering_model': ('prompts.html#answering_model', 'llmops_ref/prompts.py'),
                                     'llmops_ref.prompts.block_prompt': ('prompts.html#block_prompt', 'llmops_ref/prompts.py'),
                                     'llmops_ref.prompts.choose_prompt': ('prompts.html#choose_prompt', 'llmops_ref/prompts.py'),

@@ -47,20 +47,26 @@ def contenders(
     dict[str, str], str | None, str | None, dict[str, str]
 ]: # Templates by design; the design to beat; the text in use, if it can be asked; and who was left out, with the reason
     "What is compared, and with what."
-    champion, left_out, in_use, current = ws.prompt(noun, "champion", record=False), {}, None, None
+    champion, before = (ws.prompt(noun, alias, record=False) for alias in ("champion", "previous_champion"))
+    left_out, in_use, current = {}, None, None
     if champion is not None:
-        current = next((design for design, version in versions.items() if version == str(champion.version)), champion.tags.get("design"))
+        current = _to_beat(champion, before, answering_model(ws), versions)
         try:
             if quotes(champion.template) and not may_quote(ws.config): raise SettingsError("a model that can write answers now")
             in_use = check_template(champion.template, ws.config.retrieval != "off")
         except (SettingsError, TypeError) as error:
             left_out[IN_USE] = f"version {champion.version} does not fit the settings: {error}"[:300]
-        if not defends(champion.tags, answering_model(ws)): current = None
     try: open_examples(ws, *prompts.values(), in_use)
     except DataError as error:
         left_out |= {design: str(error) for design, template in (prompts | {IN_USE: in_use}).items() if wants_examples(template)}
     designs = {design: template for design, template in prompts.items() if design not in left_out}
     return designs, current if current in designs else None, None if IN_USE in left_out else in_use, left_out
+
+def _to_beat(champion, before, model, versions):    # a design; the one before, if that in use was chosen for a model that was tried meanwhile
+    tried = champion.tags.get("model", model) != model and before is not None
+    found = before if tried else champion
+    if not defends(found.tags, model): return None
+    return next((design for design, version in versions.items() if version == str(found.version)), found.tags.get("design"))
 
 # %% ../nbs/04_prompts.ipynb #c1697727
 def choose_prompt(
