@@ -62,7 +62,7 @@ def contenders(
     designs = {design: template for design, template in prompts.items() if design not in left_out}
     return designs, current if current in designs else None, None if IN_USE in left_out else in_use, left_out
 
-def _to_beat(champion, before, model, versions):    # a design; the one before, if that in use was chosen for a model that was tried meanwhile
+def _to_beat(champion, before, model, versions):    # a design: that in use, or the one before it if another model was tried meanwhile
     tried = champion.tags.get("model", model) != model and before is not None
     found = before if tried else champion
     if not defends(found.tags, model): return None
