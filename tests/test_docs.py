@@ -51,7 +51,7 @@ ELSEWHERE = {
     r"llmops run --env (dev|staging)": "conftest.py::pristine",
     r"llmops run --env dev --app third_party": "test_applications.py::third",
     r"llmops compare.*": "test_applications.py::test_one_table_compares_the_applications",
-    r"llmops serve assistant": "test_docs.py::test_the_serve_command",
+    r"llmops serve( assistant)?": "test_docs.py::test_the_serve_command",          # neither ends by itself
     r"llmops batch .*": "test_applications.py::test_a_batch_that_is_killed_goes_on_where_it_stopped",
     r"llmops run --env dev --only (finetune|retrieval)( --force)?": "test_run.py::test_damaged_index_is_refused_and_rebuilt=--only",
     r"llmops versions --env prod": "test_deployment.py::versions",
